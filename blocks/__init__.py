@@ -1,0 +1,17 @@
+"""Blocks: what is to run. Typed, saved and secret-safe configuration that imports nothing heavy."""
+
+from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
+from prefect_huggingface.blocks.model import EngineOptions, LocalModel
+from prefect_huggingface.blocks.options import GenerationOptions, ResponseFormat
+from prefect_huggingface.blocks.quantization import QuantizationOptions
+from prefect_huggingface.blocks.store import ModelStore
+
+__all__ = [
+    "EngineOptions",
+    "GenerationOptions",
+    "HuggingFaceCredentials",
+    "LocalModel",
+    "ModelStore",
+    "QuantizationOptions",
+    "ResponseFormat",
+]

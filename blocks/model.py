@@ -1,0 +1,264 @@
+"""Which model runs, on what, and how."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from prefect_huggingface.blocks.base import ConfigurationBlock
+from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
+from prefect_huggingface.blocks.options import GenerationOptions
+from prefect_huggingface.blocks.quantization import QuantizationOptions, WeightFormat
+from prefect_huggingface.blocks.store import ModelStore
+
+Task = Literal["text-generation", "text2text-generation", "summarization", "translation", "image-text-to-text"]
+Backend = Literal["openvino", "torch"]
+AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+REPO_ID = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$")
+PLACEMENT_KEYS = ("device", "device_map")
+
+
+class EngineOptions(BaseModel):
+    """Sizes of a loaded model. What is left empty is chosen from the model and the free memory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_num_seqs: int | None = Field(
+        default=None, ge=1, title="Sequences", description="Number of prompts that are generated side by side."
+    )
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, title="Batched tokens", description="Number of tokens that one step of the model handles."
+    )
+    cache_size_gb: float | None = Field(
+        default=None, gt=0, title="KV cache (GB)", description="Room for the KV cache in units of 2^30 bytes."
+    )
+    enable_prefix_caching: bool = Field(
+        default=True, title="Prefix caching", description="Compute a beginning that several prompts share once."
+    )
+    draft_model: str | None = Field(
+        default=None,
+        title="Draft model",
+        description="Folder of a small OpenVINO model with the same tokenizer, for speculative decoding.",
+    )
+    prompt_lookup_tokens: int | None = Field(
+        default=None, ge=1, title="Prompt lookup", description="Number of tokens to guess from the prompt in each step."
+    )
+
+
+class LocalModel(ConfigurationBlock):
+    """Hugging Face model that runs on this machine, with its backend, device and generation defaults.
+
+    Example:
+        Load a saved model and ask it:
+        ```python
+        from prefect_huggingface.blocks import LocalModel
+
+        model = LocalModel.load("BLOCK_NAME")
+        print(model.model_id, model.backend)
+        ```
+    """
+
+    _block_type_name = "Hugging Face Local Model"
+    _block_type_slug = "hugging-face-local-model"
+    _documentation_url = "https://huggingface.co/docs/optimum-intel/openvino/export"
+
+    model_id: str = Field(
+        title="Model",
+        description="Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, or a folder with a checkpoint or an OpenVINO model.",
+    )
+    revision: str | None = Field(
+        default=None,
+        title="Revision",
+        description="Branch, tag or commit of the Hub repository. A full commit needs no network once it is here.",
+    )
+    task: Task = Field(default="text-generation", title="Task", description="What the model is for.")
+    backend: Backend = Field(
+        default="openvino", title="Backend", description="What runs the model: OpenVINO, or PyTorch with Transformers."
+    )
+    weight_format: WeightFormat | None = Field(
+        default="int8",
+        title="Weight format",
+        description="Format of the weights of the OpenVINO export. Leave it empty for the torch backend.",
+    )
+    quantization: QuantizationOptions | None = Field(
+        default=None, title="Quantization", description="How the weights are quantized, where the defaults do not fit."
+    )
+    device: str | None = Field(
+        default=None,
+        title="Device",
+        description="Device such as 'CPU', 'GPU', 'cuda:0' or 'cpu'; -1 is the CPU and n the n-th GPU.",
+    )
+    device_map: str | dict[str, Any] | None = Field(
+        default=None,
+        title="Device map",
+        description="How Accelerate spreads a torch model over devices, 'auto' for instance. Excludes the device.",
+    )
+    dtype: Dtype | None = Field(
+        default=None, title="Data type", description="Data type of the weights of the torch backend."
+    )
+    load_in: Literal["8bit", "4bit"] | None = Field(
+        default=None, title="Load in", description="Quantize a torch model with bitsandbytes while it is loaded."
+    )
+    attn_implementation: AttentionImplementation | None = Field(
+        default=None, title="Attention", description="Implementation of the attention of the torch backend."
+    )
+    ov_config: dict[str, Any] = Field(
+        default_factory=dict,
+        title="OpenVINO properties",
+        description="Properties for compiling the OpenVINO model, such as 'KV_CACHE_PRECISION'.",
+    )
+    engine: EngineOptions = Field(
+        default_factory=EngineOptions, title="Engine", description="Sizes of the loaded model."
+    )
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        title="More arguments",
+        description="Further arguments for loading a torch model with Transformers.",
+    )
+    chat_template: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        title="Chat template",
+        description=(
+            "Whether a plain prompt is put into the model's chat template: when the model has one and the prompt does "
+            "not contain it yet, always, or never."
+        ),
+    )
+    trust_remote_code: bool = Field(
+        default=False, title="Trust remote code", description="Run Python code that comes with the model. A risk."
+    )
+    allow_pickle: bool = Field(
+        default=False,
+        title="Allow pickle",
+        description="Load weights in pickle format where there are no others. A risk.",
+    )
+    offline: bool = Field(
+        default=False, title="Offline", description="Use what is on this machine and never ask the Hub."
+    )
+    options: GenerationOptions = Field(
+        default_factory=GenerationOptions, title="Generation", description="Defaults for generating text."
+    )
+    credentials: HuggingFaceCredentials | None = Field(
+        default=None, title="Credentials", description="Token and Hub address."
+    )
+    store: ModelStore | None = Field(
+        default=None, title="Store", description="Folder for models. When left empty, a folder in the user's cache."
+    )
+
+    @field_validator("model_id")
+    @classmethod
+    def _check_model_id(cls, model_id: str) -> str:
+        if _is_folder_name(model_id):
+            return os.path.abspath(os.path.expanduser(model_id))
+        if not REPO_ID.match(model_id) or ".." in model_id or "--" in model_id:
+            raise ValueError(
+                f"`model_id` must be a Hub id such as 'organisation/name' or an existing folder, got {model_id!r}. "
+                "Correct it."
+            )
+        return model_id
+
+    @model_validator(mode="before")
+    @classmethod
+    def _torch_has_no_weight_format(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("backend") == "torch":
+            return {"weight_format": None, **data}
+        return data
+
+    @field_validator("weight_format")
+    @classmethod
+    def _weight_format_fits(cls, weight_format: Any, info: ValidationInfo) -> Any:
+        if info.data.get("backend") == "torch" and weight_format is not None:
+            raise ValueError(
+                f"`weight_format` is for the OpenVINO backend, got {weight_format!r} with backend 'torch'. "
+                "Leave it empty (None), and use `dtype` or `load_in`."
+            )
+        return weight_format
+
+    @field_validator("quantization")
+    @classmethod
+    def _quantization_fits(cls, value: QuantizationOptions | None, info: ValidationInfo) -> QuantizationOptions | None:
+        weight_format = info.data.get("weight_format")
+        if value is None or weight_format not in ("fp32", "fp16", "int8"):
+            return value
+        if value.quant_mode is None and value.ratio not in (None, 1.0):
+            raise ValueError(
+                f"`ratio` is for 4-bit formats, got {value.ratio!r} with weight format {weight_format!r}. Leave it out."
+            )
+        return value
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _number_is_an_index(cls, device: Any) -> Any:
+        return str(device) if isinstance(device, int) and not isinstance(device, bool) else device
+
+    # A field validator and not a model validator: Prefect's `load(validate=False)` needs errors with a location.
+    @field_validator("device_map")
+    @classmethod
+    def _one_placement(cls, device_map: Any, info: ValidationInfo) -> Any:
+        if device_map is not None and info.data.get("device") is not None:
+            raise ValueError(
+                f"`device` ({info.data['device']!r}) and `device_map` ({device_map!r}) exclude each other. Remove one."
+            )
+        if device_map is not None and info.data.get("backend") == "openvino":
+            raise ValueError(
+                f"`device_map` is for the torch backend, got {device_map!r}. Use `device`, 'CPU' or 'GPU' for instance."
+            )
+        return device_map
+
+    @field_validator("dtype", "load_in", "attn_implementation")
+    @classmethod
+    def _only_for_torch(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("backend") == "openvino":
+            raise ValueError(
+                f"`{info.field_name}` is for the torch backend, got {value!r}. "
+                "Use `weight_format` and `ov_config`, or set `backend='torch'`."
+            )
+        return value
+
+    @field_validator("ov_config")
+    @classmethod
+    def _only_for_openvino(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and info.data.get("backend") == "torch":
+            raise ValueError(f"`ov_config` is for the OpenVINO backend, got {value!r}. Leave it empty.")
+        return value
+
+    @field_validator("model_kwargs")
+    @classmethod
+    def _no_hidden_placement_or_token(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for key in (*PLACEMENT_KEYS, "token", "use_auth_token", "trust_remote_code", "revision", "cache_dir"):
+            if key in value:
+                raise ValueError(f"`model_kwargs` must not hold {key!r}. Use the field of the block for it.")
+        if value and info.data.get("backend") == "openvino":
+            raise ValueError(f"`model_kwargs` is for the torch backend, got {sorted(value)!r}. Use `ov_config`.")
+        return value
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is a folder on this machine and not a repository of the Hub."""
+        return os.path.isabs(self.model_id)
+
+    @property
+    def store_path(self) -> Path:
+        """Folder of the store."""
+        return self.get_store().path
+
+    def get_store(self) -> ModelStore:
+        """Return the store of the block, or the default store."""
+        return self.store or ModelStore()
+
+    def get_credentials(self) -> HuggingFaceCredentials:
+        """Return the credentials of the block, or those of the default Hub without a token of their own."""
+        return self.credentials or HuggingFaceCredentials()
+
+
+def _is_folder_name(model_id: str) -> bool:
+    """Tell folders from Hub ids: a Hub id is never absolute, relative to a dot, or an existing folder."""
+    return model_id.startswith(("/", "./", "../", "~")) or (bool(model_id) and Path(model_id).is_dir())
+
+
+TASKS: tuple[str, ...] = get_args(Task)

@@ -1,0 +1,1 @@
+"""Tasks: one thin verb per Prefect task, over plain importable functions."""

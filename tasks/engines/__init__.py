@@ -1,0 +1,1 @@
+"""Engines: what runs a loaded model, one file per backend behind one small protocol."""

@@ -1,0 +1,109 @@
+"""What every engine does: turn requests into completions, for any number of callers at once."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self
+
+from prefect_huggingface.tasks.errors import GenerationError
+from prefect_huggingface.tasks.records import Completion, Request
+
+OnText = Callable[[str], None]
+"""Called in the engine's thread with each new piece of text; it must return quickly."""
+
+
+class Engine(ABC):
+    """A loaded model. All methods may be called from any thread."""
+
+    # How many requests `generate` keeps in flight, so that the batches of the engine stay full.
+    in_flight: int = 64
+
+    @abstractmethod
+    def submit(self, request: Request, on_text: OnText | None = None) -> Future[Completion]:
+        """Queue a request and return the future of its completion.
+
+        The future never raises for a failed request: the completion has the error. Cancelling the future cancels
+        the request, also while it runs.
+
+        Args:
+            request: What to generate.
+            on_text: Receives the text piece by piece as it comes. Its pieces together are the text of the completion.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine and free its memory. Requests that are not done end as cancelled."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, without special tokens."""
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int | None:
+        """Number of tokens that prompt and answer may have together, or None where it is not known."""
+
+    def generate(self, requests: Iterable[Request], in_flight: int | None = None) -> Iterator[Completion]:
+        """Yield the completions of many requests as they finish.
+
+        Args:
+            requests: Pulled lazily, never more than `in_flight` ahead of what is finished.
+            in_flight: Upper limit of requests that are queued or running.
+        """
+        limit = in_flight or self.in_flight
+        source = iter(requests)
+        finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
+        pending: set[Future[Completion]] = set()
+        try:
+            while True:
+                for request in itertools.islice(source, limit - len(pending)):
+                    future = self.submit(request)
+                    pending.add(future)
+                    future.add_done_callback(finished.put)
+                if not pending:
+                    return
+                future = finished.get()
+                pending.remove(future)
+                yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """Yield the text of one request piece by piece as it is generated.
+
+        Raises:
+            GenerationError: If the request fails, as soon as it does.
+        """
+        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        future = self.submit(request, pieces.put)
+        future.add_done_callback(lambda _: pieces.put(None))
+        try:
+            while (piece := pieces.get()) is not None:
+                yield piece
+        finally:
+            future.cancel()
+        raise_error(future.result())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def raise_error(completion: Completion) -> None:
+    """Raise the error of a completion, if it has one.
+
+    Raises:
+        GenerationError: With the message of the completion's error.
+    """
+    if completion.error is not None:
+        raise GenerationError(completion.error, error_code=completion.error_code, request_id=completion.request_id)

@@ -1,0 +1,69 @@
+"""Errors of this library. All are plain and picklable: an error never carries a response, a header or a token.
+
+HuggingFaceTaskError
+├── ModelSourceError       a model folder that is missing or is no model
+├── PlanError              work that cannot succeed, found before it starts
+├── DownloadError          see `hub_errors` for its kinds
+├── ExportError            an export that failed
+│   └── ExportOutOfMemoryError
+├── EngineError            an engine that cannot be loaded or used
+│   └── GenerationError    one request that failed, where an exception is asked for
+├── TableError             an input that cannot be read or an output that cannot be written
+└── BatchError             a batch that cannot start or go on
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class HuggingFaceTaskError(Exception):
+    """Base of all errors of this library. The message names the value and the remedy."""
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.fields)
+
+
+def _rebuild(kind: type[HuggingFaceTaskError], message: str, fields: dict[str, Any]) -> HuggingFaceTaskError:
+    return kind(message, **fields)
+
+
+class ModelSourceError(HuggingFaceTaskError):
+    """A model folder is missing, or holds no model of the wanted kind."""
+
+
+class PlanError(HuggingFaceTaskError):
+    """The work cannot succeed; nothing was started."""
+
+
+class DownloadError(HuggingFaceTaskError):
+    """A file or a repository could not be downloaded."""
+
+
+class ExportError(HuggingFaceTaskError):
+    """An export failed; nothing was published."""
+
+
+class ExportOutOfMemoryError(ExportError):
+    """The process that made an export was killed, most likely for want of memory."""
+
+
+class EngineError(HuggingFaceTaskError):
+    """An engine cannot be loaded or used."""
+
+
+class GenerationError(EngineError):
+    """A request failed."""
+
+
+class TableError(HuggingFaceTaskError):
+    """An input cannot be read, or an output cannot be written."""
+
+
+class BatchError(HuggingFaceTaskError):
+    """A batch cannot start or go on."""

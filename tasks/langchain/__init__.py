@@ -1,0 +1,1 @@
+"""LangChain classes on top of an engine."""

@@ -1,0 +1,1 @@
+"""Storage: what lies on disk, snapshots, exports, journals, input and output tables."""

@@ -1,0 +1,63 @@
+"""Settings and fixtures of the whole suite: no network, folders of its own, one Prefect server."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# The libraries read these when they are imported, so they stand before every import.
+_HOME = Path(tempfile.mkdtemp(prefix="prefect-huggingface-tests-"))
+os.environ.update(
+    HF_HOME=str(_HOME / "hf"),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    DISABLE_SAFETENSORS_CONVERSION="1",
+    TOKENIZERS_PARALLELISM="false",
+    DO_NOT_TRACK="1",
+    PREFECT_HOME=str(_HOME / "prefect"),
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW="ignore",
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
+    PREFECT_HUGGINGFACE_HOME=str(_HOME / "store"),
+)
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "HF_ENDPOINT", "PREFECT_API_URL"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+
+from support.tiny_models import make_tiny_llama  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def session_folder() -> Path:
+    """Folder of this test session."""
+    return _HOME
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(session_folder: Path) -> Path:
+    """Checkpoint folder of a random Llama of two layers with a chat template."""
+    return make_tiny_llama(session_folder / "models" / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def bundled_model() -> Path:
+    """Folder of the model that comes with the project."""
+    return Path(__file__).parent.parent / "deployments" / "quickstart" / "model"
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One real Prefect server with a fresh database for the whole session."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    # Without the heartbeat thread a synchronous flow run takes a second less.
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield

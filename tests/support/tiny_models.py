@@ -1,0 +1,68 @@
+"""Tiny random models and their tokenizers, made in a second or two without any network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<s>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SAMPLE_TEXTS = [
+    "The capital of France is Paris and the capital of Spain is Madrid.",
+    "What is the number 42 in French? Quarante-deux. One, two, three, four, five.",
+    "A small model of random weights says nothing that makes sense, but it always says the same.",
+]
+
+
+def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> int:
+    """Train and save a byte-level BPE tokenizer, and return the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SAMPLE_TEXTS * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="<|pad|>",
+        additional_special_tokens=SPECIAL_TOKENS[3:],
+    )  # fmt: skip
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+def make_tiny_llama(
+    folder: Path, hidden_size: int = 128, layers: int = 2, seed: int = 0, context_length: int = 512,
+    chat_template: str | None = CHAT_TEMPLATE,
+) -> Path:  # fmt: skip
+    """Save a random Llama checkpoint with a tokenizer and return its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = make_tokenizer(folder, chat_template)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context_length,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
