@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 
 
 class ConfigurationBlock(Block):
     """A block that refuses unknown fields and knows its own reference."""
 
     # Prefect's blocks accept unknown fields silently; a misspelt field must not be lost.
-    model_config = ConfigDict(extra="forbid")
+    # Pydantic quotes the input of a failed validation, which would show a token that was mistyped.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_the_type_slug(cls, data: Any) -> Any:
+        # Prefect writes the slug of the type into a nested block that is saved by value.
+        if isinstance(data, dict) and data.get("block_type_slug") == cls.get_block_type_slug():
+            return {name: value for name, value in data.items() if name != "block_type_slug"}
+        return data
 
     def ref(self) -> dict[str, dict[str, str]]:
         """Return the reference to use for this block in the parameters of a deployment or a run.
@@ -27,11 +36,3 @@ class ConfigurationBlock(Block):
             raise ValueError(f"{type(self).__name__} has no reference, it is not saved. Call `.save(name)` first.")
         slug = f"{self.get_block_type_slug()}/{self._block_document_name}"
         return {"$ref": {"block_document_slug": slug}}
-
-    def __hash__(self) -> int:
-        """Refuse to hash: two blocks that differ only in a secret must never share a cache entry."""
-        raise TypeError(f"{type(self).__name__} is not hashable. Use the key of a snapshot or an export instead.")
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__hash__ = ConfigurationBlock.__hash__  # type: ignore[method-assign]

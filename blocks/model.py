@@ -70,7 +70,7 @@ class LocalModel(ConfigurationBlock):
 
     model_id: str = Field(
         title="Model",
-        description="Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, or a folder with a checkpoint or an OpenVINO model.",
+        description="Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, or a folder with a checkpoint or an OpenVINO IR.",
     )
     revision: str | None = Field(
         default=None,
