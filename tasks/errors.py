@@ -3,11 +3,13 @@
 HuggingFaceTaskError
 ├── ModelSourceError       a model folder that is missing or is no model
 ├── PlanError              work that cannot succeed, found before it starts
+├── SettingsError          a setting that is unknown or does not go with another one; a ValueError too
 ├── DownloadError          see `hub_errors` for its kinds
 ├── ExportError            an export that failed
 │   └── ExportOutOfMemoryError
 ├── EngineError            an engine that cannot be loaded or used
 │   └── GenerationError    one request that failed, where an exception is asked for
+├── ChainError             a prompt chain that cannot be filled in or parsed
 ├── TableError             an input that cannot be read or an output that cannot be written
 └── BatchError             a batch that cannot start or go on
 """
@@ -41,6 +43,10 @@ class PlanError(HuggingFaceTaskError):
     """The work cannot succeed; nothing was started."""
 
 
+class SettingsError(HuggingFaceTaskError, ValueError):
+    """A setting is unknown, or does not go with another one."""
+
+
 class DownloadError(HuggingFaceTaskError):
     """A file or a repository could not be downloaded."""
 
@@ -59,6 +65,10 @@ class EngineError(HuggingFaceTaskError):
 
 class GenerationError(EngineError):
     """A request failed."""
+
+
+class ChainError(HuggingFaceTaskError):
+    """A prompt chain cannot be filled in, or the output of a step is not of its form."""
 
 
 class TableError(HuggingFaceTaskError):

@@ -80,6 +80,7 @@ class Request:
         options: Options of this request, put over the defaults of the model.
         id: Name of the request, returned with its completion.
         images: Paths or URLs of images, for image-text-to-text models.
+        tools: Functions that the model may call, as JSON schemas in the form of OpenAI; the chat template shows them.
     """
 
     prompt: str | None = None
@@ -87,6 +88,7 @@ class Request:
     options: GenerationOptions | None = None
     id: int | str | None = None
     images: Sequence[str] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
