@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, HttpUrl, SecretStr, field_validator
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
 
@@ -32,7 +32,7 @@ class HuggingFaceCredentials(ConfigurationBlock):
 
     _block_type_name = "Hugging Face Credentials"
     _block_type_slug = "hugging-face-credentials"
-    _documentation_url = "https://huggingface.co/docs/hub/security-tokens"
+    _documentation_url = HttpUrl("https://huggingface.co/docs/hub/security-tokens")
 
     token: SecretStr | None = Field(
         default=None,

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationInfo, field_validator, model_validator
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
 from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
@@ -66,11 +66,11 @@ class LocalModel(ConfigurationBlock):
 
     _block_type_name = "Hugging Face Local Model"
     _block_type_slug = "hugging-face-local-model"
-    _documentation_url = "https://huggingface.co/docs/optimum-intel/openvino/export"
+    _documentation_url = HttpUrl("https://huggingface.co/docs/optimum-intel/openvino/export")
 
     model_id: str = Field(
         title="Model",
-        description="Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, or a folder with a checkpoint or an OpenVINO IR.",
+        description="Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, or a folder with a model or an OpenVINO IR.",
     )
     revision: str | None = Field(
         default=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, HttpUrl, field_validator
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
 
@@ -36,7 +36,7 @@ class ModelStore(ConfigurationBlock):
 
     _block_type_name = "Hugging Face Model Store"
     _block_type_slug = "hugging-face-model-store"
-    _documentation_url = "https://huggingface.co/docs/huggingface_hub/guides/manage-cache"
+    _documentation_url = HttpUrl("https://huggingface.co/docs/huggingface_hub/guides/manage-cache")
 
     path: Path = Field(
         default_factory=default_store_path,
