@@ -1,0 +1,153 @@
+"""Translates what LangChain code puts into `model_kwargs` and `pipeline_kwargs` into a `LocalModel`.
+
+There, one dictionary holds arguments for loading the model and settings for generating text. Here each goes to its
+place, with the meaning it was given for; what is not known is refused, because a setting must never be lost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, get_args
+
+from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.blocks.model import PLACEMENT_KEYS, Task
+from prefect_huggingface.tasks.errors import SettingsError
+from prefect_huggingface.tasks.langchain.generation_settings import GENERATION_NAMES, Generation, read_generation
+from prefect_huggingface.tasks.langchain.weights import credentials_of, read_quantization
+
+BACKENDS = {"default": "torch", "torch": "torch", "openvino": "openvino"}
+TASKS = get_args(Task)
+
+# Arguments of `from_pretrained` and `pipeline` that are fields of the block, under this or another name.
+FIELDS = {
+    "device": "device",
+    "device_map": "device_map",
+    "ov_config": "ov_config",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "trust_remote_code": "trust_remote_code",
+    "revision": "revision",
+    "local_files_only": "offline",
+}
+# Arguments that Transformers understands and that have no field of their own.
+LOADING = frozenset({"max_memory", "offload_folder", "offload_buffers", "offload_state_dict", "variant"})
+QUANTIZATION = frozenset({"load_in_8bit", "load_in_4bit", "quantization_config"})
+TOKEN_NAMES = ("token", "use_auth_token")
+# How the libraries below do their work; the loaded model is the same with and without them.
+WITHOUT_EFFECT = frozenset({"export", "low_cpu_mem_usage", "use_fast", "use_cache", "use_safetensors", "_commit_hash"})
+
+
+class Settings(NamedTuple):
+    """What the arguments of a LangChain constructor come to: the model, and settings that only this layer knows."""
+
+    model: LocalModel
+    generation: Generation
+    batch_size: int | None
+
+
+def read_settings(
+    model_id: str,
+    task: str,
+    backend: str = "default",
+    device: Any = None,
+    device_map: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Return the settings that the arguments of `from_model_id` mean.
+
+    Raises:
+        SettingsError: If an argument is unknown, is given twice with two values, or does not go with another one.
+        pydantic.ValidationError: If a value is out of its range.
+    """
+    backend = check_backend(backend)
+    given = _join({"device": device, "device_map": device_map}, model_kwargs or {}, pipeline_kwargs or {})
+    _check_placement(given)
+    batch_size = given.pop("batch_size", None)
+    generation = read_generation({name: given.pop(name) for name in list(given) if name in GENERATION_NAMES}, task)
+    fields = _read_fields(given, backend)
+    # LangChain's LLMs take plain text; its chat models send messages, which always go through the template.
+    fields |= {"model_id": model_id, "task": check_task(task), "backend": backend, "chat_template": "never"}
+    return Settings(LocalModel(**fields, options=generation.options), generation, batch_size)
+
+
+def check_backend(backend: str) -> str:
+    """Return our name of a backend.
+
+    Raises:
+        SettingsError: If there is no such backend.
+    """
+    if backend == "ipex":
+        warnings.warn("`backend='ipex'` is no longer supported, 'default' is used.", UserWarning, stacklevel=2)
+        backend = "default"
+    if backend not in BACKENDS:
+        raise SettingsError(f"`backend` must be one of {sorted(BACKENDS)!r}, got {backend!r}. Choose one of them.")
+    return BACKENDS[backend]
+
+
+def check_task(task: str) -> str:
+    """Return the task.
+
+    Raises:
+        SettingsError: If there is no such task.
+    """
+    if task not in TASKS:
+        raise SettingsError(f"`task` must be one of {list(TASKS)!r}, got {task!r}. Choose one of them.")
+    return task
+
+
+def _join(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Join dictionaries; a later one may repeat a setting of generation, but not move or change the model."""
+    joined: dict[str, Any] = {}
+    for source in sources:
+        for name, value in _flat(source):
+            if name in joined and name not in GENERATION_NAMES and joined[name] != value:
+                raise SettingsError(f"`{name}` is given twice, with two values. Give it once.")
+            joined[name] = value
+    return joined
+
+
+def _flat(source: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what is set, also of a `model_kwargs` inside."""
+    for name, value in source.items():
+        if name == "model_kwargs" and isinstance(value, Mapping):
+            yield from _flat(value)
+        elif value is not None:
+            yield name, value
+
+
+def _check_placement(given: Mapping[str, Any]) -> None:
+    if all(key in given for key in PLACEMENT_KEYS):
+        raise SettingsError(
+            f"`device` ({given['device']!r}) and `device_map` ({given['device_map']!r}) exclude each other, "
+            "wherever they are given. Remove one of them."
+        )
+
+
+def _read_fields(given: dict[str, Any], backend: str) -> dict[str, Any]:
+    """Return the fields of the block, other than id, task, backend and options."""
+    fields: dict[str, Any] = {}
+    for name in TOKEN_NAMES:
+        if name in given:
+            fields["credentials"] = credentials_of(given.pop(name))
+    if "cache_dir" in given:
+        fields["store"] = ModelStore(path=given.pop("cache_dir"))
+    fields |= read_quantization({name: given.pop(name) for name in list(given) if name in QUANTIZATION}, backend)
+    fields |= {FIELDS[name]: given.pop(name) for name in list(given) if name in FIELDS}
+    if "dtype" in fields:
+        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+    if "device" in fields and not isinstance(fields["device"], int):
+        fields["device"] = str(fields["device"])
+    loading = {name: given.pop(name) for name in list(given) if name in LOADING}
+    if loading:
+        fields["model_kwargs"] = {**loading, **fields.get("model_kwargs", {})}
+    _refuse_unknown({name for name in given if name not in WITHOUT_EFFECT})
+    return fields
+
+
+def _refuse_unknown(names: set[str]) -> None:
+    if names:
+        known = sorted({*FIELDS, *LOADING, *QUANTIZATION, *TOKEN_NAMES, "cache_dir", *GENERATION_NAMES})
+        raise SettingsError(f"{sorted(names)!r} are no known settings. Remove them, or choose from {known!r}.")
