@@ -1,0 +1,52 @@
+"""The flow that makes a model ready on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from prefect import flow
+from pydantic import Field
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.artifacts import publish_markdown
+from prefect_huggingface.tasks.downloads import download_model
+from prefect_huggingface.tasks.evaluation import compare_export
+from prefect_huggingface.tasks.exports import export_to_openvino
+from prefect_huggingface.tasks.records import Export, Snapshot
+
+
+@flow(name="prepare-model")
+def prepare_model(
+    model: LocalModel, min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+) -> Export | Snapshot:
+    """Have a model on this machine, at one commit and in one format, once.
+
+    What is there already is reused. A model of the Hub is downloaded, and for the OpenVINO backend it is exported.
+
+    Args:
+        model: Model to prepare.
+        min_agreement: Least share of next tokens, 0 to 1, on which the export must agree with its source.
+
+    Returns:
+        The export for the OpenVINO backend, the snapshot for the torch backend.
+
+    Raises:
+        HuggingFaceTaskError: If the model cannot be prepared, or agrees less with its source than it must.
+    """
+    if model.backend == "torch":
+        return download_model(model)
+    if not model.is_local:
+        download_model(model)
+    export = export_to_openvino(model)
+    publish_markdown("prepared-model", _summary_of(model, export))
+    if min_agreement is not None:
+        compare_export(model, min_agreement=min_agreement)
+    return export
+
+
+def _summary_of(model: LocalModel, export: Export) -> str:
+    how = "was there already" if export.reused else f"was made in {export.seconds:.0f} s"
+    return (
+        f"# {model.model_id}\n\nThe export `{export.key}` {how}.\n\n"
+        f"- source commit: `{export.commit}`\n- size: {export.size_bytes / 1e6:.1f} MB\n- folder: `{export.path}`\n"
+    )
