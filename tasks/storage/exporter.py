@@ -1,0 +1,192 @@
+"""The program of the child process that makes one export: export, quantize, verify.
+
+It is run as a file, by `export_process`, and imports nothing of this package, so that it costs what the plain call of
+Optimum costs. It reads a JSON job, writes the OpenVINO model into the folder of the job, and reports the steps on its
+standard output, one JSON object in a line that starts with `REPORT_MARK`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+REPORT_MARK = "@@export@@ "
+PR_SET_PDEATHSIG = 1
+
+
+def main(job_path: str) -> None:
+    """Make the export that a job file describes.
+
+    Args:
+        job_path: JSON file with `source`, `output`, `recipe` and `parent`, the id of the parent process.
+    """
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    die_with_parent(int(job["parent"]))
+    source, output, recipe = job["source"], Path(job["output"]), job["recipe"]
+    started = time.monotonic()
+    report(step="import")
+    export_model(source, output, recipe)
+    exported = time.monotonic()
+    if recipe["quantization"] is not None:
+        report(step="quantize", seconds=exported - started)
+        quantize_model(source, output, recipe)
+    quantized = time.monotonic()
+    report(step="verify", seconds=quantized - started)
+    found = verify_model(output, recipe)
+    report(
+        step="done",
+        seconds={
+            "export": exported - started,
+            "quantize": quantized - exported,
+            "verify": time.monotonic() - quantized,
+        },
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **found,
+    )
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent does, however that happens.
+
+    Args:
+        parent: Id of the parent process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+    def watch() -> None:
+        # The parent holds the other end of the standard input; it closes when the parent ends.
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def report(**values: Any) -> None:
+    """Tell the parent about a step."""
+    print(REPORT_MARK + json.dumps(values), flush=True)
+
+
+def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
+    """Convert a checkpoint to OpenVINO, with its tokenizer."""
+    from optimum.exporters.openvino import main_export
+    from optimum.intel import OVConfig
+
+    quantization = make_quantization_config(recipe, output)
+    if quantization is None:
+        ov_config = OVConfig(dtype=recipe["weight_format"])
+    else:
+        # Without it, Optimum would quantize large models by a rule of its own.
+        ov_config = OVConfig(quantization_config=quantization)
+    report(step="export")
+    main_export(
+        source,
+        output,
+        task=recipe["task"],
+        library_name="transformers",
+        trust_remote_code=recipe["trust_remote_code"],
+        local_files_only=True,
+        convert_tokenizer=True,
+        ov_config=ov_config,
+    )
+
+
+def make_quantization_config(recipe: dict[str, Any], output: Path) -> Any:
+    """Return Optimum's configuration object for a recipe, or None."""
+    from optimum.intel import OVMixedQuantizationConfig, OVQuantizationConfig, OVWeightQuantizationConfig
+
+    settings = recipe["quantization"]
+    if settings is None:
+        return None
+    settings = {name: value for name, value in settings.items() if name not in ("ignored_scopes", "weight_only")}
+    if "weight_quantization_config" in settings:
+        return OVMixedQuantizationConfig(**settings)
+    if recipe["quantization"].get("weight_only", True) and "smooth_quant_alpha" not in settings:
+        return OVWeightQuantizationConfig(**settings)
+    return OVQuantizationConfig(**settings)
+
+
+def quantize_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
+    """Quantize the OpenVINO model of a folder in place."""
+    from optimum.exporters.openvino.__main__ import _main_quantize
+
+    _main_quantize(
+        source,
+        task=recipe["task"],
+        library_name="transformers",
+        quantization_config=make_quantization_config(recipe, output),
+        output=output,
+        cache_dir=None,
+        trust_remote_code=recipe["trust_remote_code"],
+    )
+
+
+def verify_model(output: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Load the export and generate from it.
+
+    Returns:
+        What was found: `generated_tokens`, and `weights` with the share of each data type.
+
+    Raises:
+        RuntimeError: If something is missing or nothing is generated.
+    """
+    for name in ("openvino_tokenizer.xml", "openvino_detokenizer.xml"):
+        if not (output / name).is_file():
+            raise RuntimeError(f"The tokenizer was not converted: {name} is missing.")
+    generate = generate_with_genai if recipe["task"].startswith("text-generation") else generate_with_optimum
+    return {"generated_tokens": generate(output, recipe), "weights": count_weights(output)}
+
+
+def generate_with_genai(output: Path, recipe: dict[str, Any]) -> int:
+    """Return the number of tokens that OpenVINO GenAI generates from the export."""
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(str(output), "CPU")
+    tokens = pipeline.get_tokenizer().encode("The verification of an export", add_special_tokens=True)
+    config = openvino_genai.GenerationConfig(max_new_tokens=4, do_sample=False, ignore_eos=True)
+    return len(pipeline.generate(tokens, config).tokens[0])
+
+
+def generate_with_optimum(output: Path, recipe: dict[str, Any]) -> int:
+    """Return the number of tokens that Optimum generates from the export."""
+    import optimum.intel as classes
+    from transformers import AutoTokenizer
+
+    vision = recipe["task"] == "image-text-to-text"
+    kind = classes.OVModelForVisualCausalLM if vision else classes.OVModelForSeq2SeqLM
+    model = kind.from_pretrained(output, trust_remote_code=recipe["trust_remote_code"])
+    tokens = AutoTokenizer.from_pretrained(output)("The verification of an export", return_tensors="pt")
+    made = model.generate(**tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1)
+    return int(made.shape[-1] - (tokens["input_ids"].shape[-1] if vision else 1))
+
+
+def count_weights(output: Path) -> dict[str, float]:
+    """Return the share of the weights in each data type."""
+    import math
+
+    import openvino
+
+    counts: dict[str, int] = {}
+    for path in output.glob("openvino_*.xml"):
+        if "tokenizer" in path.name:
+            continue
+        for node in openvino.Core().read_model(path).get_ops():
+            if node.get_type_name() == "Constant" and len(node.shape) > 1:
+                kind = node.get_element_type().get_type_name()
+                counts[kind] = counts.get(kind, 0) + math.prod(node.shape)
+    total = sum(counts.values()) or 1
+    return {kind: round(count / total, 4) for kind, count in sorted(counts.items())}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,160 @@
+"""The export store: each export is made once, whole or not at all, and known to be good."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_logger, get_run_logger
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.errors import ExportError
+from prefect_huggingface.tasks.records import Export, Snapshot
+from prefect_huggingface.tasks.storage.export_process import run_export
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder
+from prefect_huggingface.tasks.storage.layout import export_name, exports_folder, find_export_folder, lock_path
+from prefect_huggingface.tasks.storage.leases import note_use
+from prefect_huggingface.tasks.storage.manifests import (
+    SCHEMA,
+    Manifest,
+    as_export,
+    describe_files,
+    file_state,
+    find_damage,
+    read_manifest,
+    remember_state,
+    write_manifest,
+)
+from prefect_huggingface.tasks.storage.recipes import Recipe, export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.storage.staging import discard, not_writable, open_staging, publish, sweep_staging
+from prefect_huggingface.tasks.storage.versions import export_versions
+
+
+def get_export(model: LocalModel, verify: bool = False) -> Export:
+    """Return the OpenVINO export of a model; make it if it is not there.
+
+    A folder or repository that holds an OpenVINO model is used as it is.
+
+    Args:
+        model: Model with backend "openvino".
+        verify: Check the hashes of an export that is there, also if nothing seems to have changed.
+
+    Raises:
+        ModelSourceError: If the model is a folder that is missing or holds no model.
+        DownloadError: If the model is on the Hub and cannot be had.
+        PlanError: If the export cannot succeed; nothing was started.
+        ExportError: If the export failed; nothing was published.
+    """
+    snapshot = get_snapshot(model)
+    if is_openvino_folder(file.path for file in snapshot.files):
+        return use_openvino_folder(snapshot)
+    recipe = resolve_recipe(model, snapshot)
+    versions = export_versions()
+    key = export_key(snapshot.commit, recipe, versions, SCHEMA)
+    store = model.store_path
+    found = find_export(store, key, verify=verify)
+    if found is not None:
+        return found
+    lock = FileLock(lock_path(store, key), timeout=model.get_store().lock_timeout_seconds)
+    try:
+        lock_path(store, key).parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            return find_export(store, key) or make_export(store, snapshot, recipe, versions, key)
+    except Timeout:
+        raise ExportError(
+            f"Another process has been making the export {key[:16]} for {lock.timeout:g} seconds. "
+            "Wait for it, or set a longer `lock_timeout_seconds` of the store."
+        ) from None
+    except OSError as error:
+        raise not_writable(store, error) from None
+
+
+def use_openvino_folder(snapshot: Snapshot) -> Export:
+    """Return the record of an OpenVINO model that was not made here."""
+    return Export(
+        key=snapshot.commit,
+        path=snapshot.path,
+        source=snapshot.repo_id or str(snapshot.path),
+        commit=snapshot.commit,
+        size_bytes=sum(file.size for file in snapshot.files),
+        reused=True,
+    )
+
+
+def find_export(store: Path, key: str, verify: bool = False) -> Export | None:
+    """Return an export of the store, or None if it is not there or is damaged. Note its use.
+
+    Args:
+        store: Folder of the store.
+        key: Key of the export.
+        verify: Check the hashes in any case.
+    """
+    folder = find_export_folder(store, key)
+    manifest = None if folder is None else read_manifest(folder)
+    if folder is None or manifest is None or manifest.key != key:
+        return None
+    damage = find_damage(folder, manifest, verify=verify)
+    if damage is not None:
+        run_log().warning("The export %s is damaged and is made anew. %s", folder.name, damage)
+        return None
+    note_use(folder)
+    return as_export(folder, manifest, reused=True)
+
+
+def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, versions: Mapping[str, str], key: str) -> Export:
+    """Make an export and publish it. The caller holds the lock of the key.
+
+    Raises:
+        ExportError: If the export failed; nothing was published.
+    """
+    log = run_log()
+    started = time.monotonic()
+    sweep_staging(store)
+    source = snapshot.repo_id or str(snapshot.path)
+    log.info("Exporting %s to OpenVINO in %s.", source, recipe.weight_format)
+    for note in recipe.notes:
+        log.info("%s", note)
+    with open_staging(store) as staging:
+        report = run_export(snapshot, recipe, staging.path, staging.descriptor, log)
+        output = staging.path / "output"
+        manifest = Manifest(
+            key=key,
+            source=source,
+            commit=snapshot.commit,
+            recipe=recipe.as_dict(),
+            versions=versions,
+            files=describe_files(output),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=_rounded({**report["seconds"], "total": time.monotonic() - started}),
+            peak_memory_bytes=report["peak_memory_bytes"],
+            weights=report["weights"],
+            notes=recipe.notes,
+        )
+        write_manifest(output, manifest)
+        folder = exports_folder(store) / export_name(source, recipe.weight_format, key)
+        old = find_export_folder(store, key)
+        if old is not None:
+            discard(store, old)
+        publish(output, folder)
+    remember_state(folder, file_state(folder, manifest))
+    log.info("Exported %s in %.1f s: %s.", source, manifest.seconds["total"], folder)
+    return as_export(folder, manifest, reused=False)
+
+
+def run_log() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """Return the logger of the Prefect run, so that the lines are in its log; outside a run, a plain one."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return get_logger(__name__)
+
+
+def _rounded(seconds: Mapping[str, Any]) -> dict[str, float]:
+    return {name: round(float(value), 3) for name, value in seconds.items()}

@@ -1,0 +1,120 @@
+"""Local folders as snapshots: a folder is known by the hash of its content, whatever its name is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.errors import ModelSourceError
+from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
+from prefect_huggingface.tasks.storage.folders import (
+    is_openvino_folder,
+    is_pickled_weight,
+    is_safe_weight,
+    list_files,
+)
+from prefect_huggingface.tasks.storage.layout import hash_cache_path
+from prefect_huggingface.tasks.storage.manifests import hash_file
+
+FileState = tuple[int, int, int, int]
+"""Size in bytes, times of the last change of content and of inode in nanoseconds, and number of the inode."""
+
+# A file that was written this short a time ago may be written again without a new time of change.
+SETTLED_SECONDS = 2.0
+
+_HASHES: dict[Path, dict[str, tuple[FileState, str]]] = {}
+_LOCK = threading.Lock()
+
+
+def snapshot_folder(model: LocalModel) -> Snapshot:
+    """Return the snapshot of a local folder. Its commit is `local-<sha256>` of what the files contain.
+
+    The hashes are remembered, so asking again reads no file that has not changed.
+
+    Args:
+        model: Model whose id is a folder, with a checkpoint or an OpenVINO model.
+
+    Raises:
+        ModelSourceError: If the folder is missing or holds no model that the backend can load.
+    """
+    folder = Path(model.model_id)
+    if not folder.is_dir():
+        raise ModelSourceError(f"Model folder {model.model_id!r} does not exist. Correct `model_id` of the block.")
+    names = list_files(folder)
+    _check_model_files(model, names)
+    hashes = _hash_files(folder, names, hash_cache_path(model.store_path, folder))
+    files = tuple(SnapshotFile(name, state[0], sha256=digest) for name, (state, digest) in hashes.items())
+    content = json.dumps([[file.path, file.size, file.sha256] for file in files])
+    commit = f"local-{hashlib.sha256(content.encode()).hexdigest()}"
+    return Snapshot(repo_id=None, commit=commit, path=folder, files=files)
+
+
+def _check_model_files(model: LocalModel, names: list[str]) -> None:
+    """Refuse a folder that holds no model, or not the kind that the backend loads."""
+    where = f"Folder {model.model_id!r}"
+    if is_openvino_folder(names):
+        if model.backend == "torch":
+            raise ModelSourceError(f"{where} holds an OpenVINO model. Set `backend='openvino'` to run it.")
+        return
+    if "config.json" not in names:
+        raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")
+    if any(is_safe_weight(name) for name in names):
+        return
+    if not any(is_pickled_weight(name) for name in names):
+        raise ModelSourceError(f"{where} holds no weights ('*.safetensors'). Download the model again.")
+    if not model.allow_pickle:
+        raise ModelSourceError(
+            f"{where} holds weights in pickle format only, and loading those can run any code. "
+            "Convert them to safetensors, or set `allow_pickle=True` if you trust them."
+        )
+
+
+def _hash_files(folder: Path, names: list[str], cache_path: Path) -> dict[str, tuple[FileState, str]]:
+    """Return state and sha256 of each file; read only the files that are not remembered as they are now."""
+    with _LOCK:
+        known = _HASHES.get(folder)
+    if known is None:
+        known = _read_cache(cache_path)
+    hashes = {}
+    for name in names:
+        state = _file_state(folder / name)
+        remembered = known.get(name)
+        if remembered is not None and remembered[0] == state:
+            hashes[name] = remembered
+        else:
+            hashes[name] = (state, hash_file(folder / name))
+    newest_safe = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+    settled = {name: entry for name, entry in hashes.items() if max(entry[0][1:3]) < newest_safe}
+    if settled != known:
+        with _LOCK:
+            _HASHES[folder] = settled
+        _write_cache(cache_path, settled)
+    return hashes
+
+
+def _file_state(path: Path) -> FileState:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _read_cache(path: Path) -> dict[str, tuple[FileState, str]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {name: ((*state,), digest) for name, (state, digest) in data.items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _write_cache(path: Path, hashes: dict[str, tuple[FileState, str]]) -> None:
+    # Without the cache the files are read again; a store that cannot be written to is not an error here.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        temporary.write_text(json.dumps(hashes), encoding="utf-8")
+        os.replace(temporary, path)
