@@ -129,6 +129,16 @@ def quantize_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
         cache_dir=None,
         trust_remote_code=recipe["trust_remote_code"],
     )
+    forget_source(output / "openvino_config.json")
+
+
+def forget_source(config_path: Path) -> None:
+    """Take the place of the source out of the configuration of an export; it is gone afterwards."""
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        quantization = config.get("quantization_config") or {}
+        quantization.update({name: None for name in ("tokenizer", "processor") if name in quantization})
+        config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def verify_model(output: Path, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -15,18 +15,6 @@ PICKLED_WEIGHTS = (".bin", ".pt", ".pth")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".mlmodel", ".ckpt", ".npz")
 DOCUMENTS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".pdf")
 NEVER_READ = (*DOCUMENTS, "training_args.bin", ".tmp", ".lock", ".part", ".incomplete")
-    ".md",
-    "training_args.bin",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".pdf",
-    ".tmp",
-    ".lock",
-    ".part",
-    ".incomplete",
-)
 FOLDERS_READ = ("additional_chat_templates",)
 
 

@@ -13,14 +13,6 @@ HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
 INTERMEDIATE = (
     "intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
 )  # fmt: skip
-    "intermediate_size",
-    "d_ff",
-    "n_inner",
-    "ffn_dim",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "ffn_hidden_size",
-)
 
 
 def input_sizes(config: Mapping[str, Any]) -> dict[str, int]:
