@@ -1,0 +1,103 @@
+"""How the local Hub sends a file, whole or in part, and what a fault makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from support.hub_faults import Fault, LoggedRequest
+from support.hub_repositories import BLOCK_BYTES, StoredFile
+
+
+class ConnectionCut(Exception):
+    """Raised inside the server so that it drops the connection in the middle of an answer."""
+
+
+class FileResponse:
+    """The answer to a GET or HEAD request for a file, with ranges."""
+
+    def __init__(self, file: StoredFile, request: Request, headers: dict[str, str]) -> None:
+        self.file = file
+        self.method = request.method
+        self.start, self.stop = 0, file.size
+        self.status_code = 200
+        self.headers = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **headers}
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+        if match:
+            self._set_range(int(match[1]), int(match[2]) + 1 if match[2] else file.size)
+
+    def _set_range(self, start: int, stop: int) -> None:
+        if start >= self.file.size:
+            self.status_code, self.start, self.stop = 416, 0, 0
+            self.headers["Content-Range"] = f"bytes */{self.file.size}"
+            return
+        self.status_code, self.start, self.stop = 206, start, min(stop, self.file.size)
+        self.headers["Content-Range"] = f"bytes {start}-{self.stop - 1}/{self.file.size}"
+
+
+def make_fault(response: Response | FileResponse, fault: Fault | None, entry: LoggedRequest) -> ASGIApp:
+    """Return the app that sends the response with its fault, and counts the bytes of the body."""
+    if isinstance(response, FileResponse) and fault is not None and fault.kind == "ignore_range":
+        response.start, response.stop, response.status_code = 0, response.file.size, 200
+        response.headers.pop("Content-Range", None)
+        entry.status = 200
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if isinstance(response, FileResponse):
+            size = response.stop - response.start
+            headers = [(k.lower().encode(), v.encode()) for k, v in response.headers.items()]
+            blocks = response.file.read(response.start, response.stop)
+        else:
+            size, headers, blocks = len(response.body), response.raw_headers, iter([bytes(response.body)])
+        if fault is not None and fault.kind == "truncate":
+            size = min(size, fault.after)
+        headers = [(k, v) for k, v in headers if k != b"content-length"] + [(b"content-length", b"%d" % size)]
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        if entry.method != "HEAD":
+            gone = asyncio.ensure_future(_wait_for_end(receive))
+            async for block in _disturb(blocks, fault, size):
+                if gone.done():
+                    return
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+                entry.bytes_sent += len(block)
+            gone.cancel()
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+async def _wait_for_end(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _disturb(blocks: object, fault: Fault | None, size: int) -> AsyncIterator[bytes]:
+    """Yield `size` bytes of a body, with the fault at its place."""
+    place = 0
+    limit = fault.after if fault is not None and fault.kind in ("cut", "stall_body") else size
+    for block in blocks:  # type: ignore[attr-defined]
+        if fault is not None and fault.kind == "corrupt" and place <= fault.after < place + len(block):
+            changed = bytearray(block)
+            changed[fault.after - place] ^= 0xFF
+            block = bytes(changed)
+        for start in range(0, len(block), BLOCK_BYTES):
+            piece = block[start : start + min(BLOCK_BYTES, limit - place)]
+            if piece:
+                yield piece
+            place += len(piece)
+            if place >= limit:
+                break
+        if place >= limit:
+            break
+    if fault is not None and fault.kind == "cut":
+        # Give the client time to read what it was sent, or it might see the reset first.
+        await asyncio.sleep(0.05)
+        raise ConnectionCut
+    if fault is not None and fault.kind == "stall_body":
+        await asyncio.sleep(fault.seconds)
+        raise ConnectionCut
