@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
 from prefect_huggingface.blocks.options import SAMPLING_FIELDS
-from prefect_huggingface.tasks.errors import SettingsError
+from prefect_huggingface.tasks.errors import GenerationError, SettingsError
 
 RENAMED = {
     "max_tokens": "max_new_tokens",
@@ -145,3 +145,45 @@ def _decide_sampling(options: dict[str, Any]) -> dict[str, Any]:
     elif "do_sample" not in options and any(name in options for name in SAMPLING_FIELDS):
         options["do_sample"] = True
     return options
+
+
+def merge_generation(defaults: Generation, call: Generation) -> Generation:
+    """Return the settings of one call put over the defaults. Stop strings add up, and the last length given counts.
+
+    Raises:
+        pydantic.ValidationError: If the two do not go together.
+    """
+    options = defaults.options.merged(call.options)
+    if call.options.stop:
+        stop = dict.fromkeys([*defaults.options.stop, *call.options.stop])
+        options = options.model_copy(update={"stop": list(stop)})
+    by_new_tokens = "max_new_tokens" in call.options.model_fields_set
+    if call.max_length is None and not by_new_tokens:
+        by_new_tokens = "max_new_tokens" in defaults.options.model_fields_set
+    max_length = None if by_new_tokens else call.max_length or defaults.max_length
+    return Generation(options, max_length, call.min_length or defaults.min_length)
+
+
+def fit_options(generation: Generation, prompt_tokens: Callable[[], int]) -> GenerationOptions:
+    """Return options that leave nothing to defaults, with total lengths made numbers of new tokens.
+
+    Args:
+        generation: All settings of the call.
+        prompt_tokens: Returns the number of tokens of the prompt; called only where a total length is set.
+
+    Raises:
+        GenerationError: If the prompt alone is as long as prompt and answer may be.
+    """
+    # Set explicitly, because the engine puts its own defaults under what is not set.
+    values = {name: getattr(generation.options, name) for name in GenerationOptions.model_fields}
+    if generation.max_length is not None:
+        values["max_new_tokens"] = generation.max_length - prompt_tokens()
+        if values["max_new_tokens"] < 1:
+            raise GenerationError(
+                f"`max_length` ({generation.max_length}) leaves no room for an answer: the prompt has "
+                f"{prompt_tokens()} tokens. Raise it, or set `max_new_tokens` instead.",
+                error_code="too_long",
+            )
+    if generation.min_length is not None:
+        values["min_new_tokens"] = max(0, min(generation.min_length - prompt_tokens(), values["max_new_tokens"]))
+    return GenerationOptions(**values)
