@@ -1,0 +1,112 @@
+"""A real Prefect server and real workers as processes of their own, as an operator starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+
+def free_port() -> int:
+    """Return a loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition, seconds: float, what: str, every: float = 0.2):
+    """Return the first true value of a condition.
+
+    Raises:
+        TimeoutError: If there is none in time.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(every)
+    raise TimeoutError(f"{what} took more than {seconds} s")
+
+
+class PrefectServices:
+    """One server and the processes that talk to it, all with a Prefect home of their own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.environment = {
+            **os.environ,
+            "PREFECT_HOME": str(home),
+            "PREFECT_API_URL": self.url,
+            "PREFECT_SERVER_API_PORT": str(self.port),
+            "PREFECT_UI_API_URL": self.url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+        }
+
+    def start(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start `prefect ARGUMENTS` in the background, its output in `<name>.log` of the home."""
+        log = (self.home / f"{name}.log").open("ab")
+        return subprocess.Popen(
+            [sys.executable, "-m", "prefect", *arguments],
+            env={**self.environment, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> str:
+        """Run `prefect ARGUMENTS` to its end and return what it prints."""
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", *arguments],
+            env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def is_healthy(self) -> bool:
+        """Whether the server answers."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def post(self, path: str, **body: object):
+        """Post to the server's API and return the answer."""
+        return httpx.post(f"{self.url}/{path}", json=body, timeout=30).raise_for_status().json()
+
+
+def stop_process(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+    """End a process and what it started, gently first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@contextmanager
+def prefect_services(home: Path) -> Iterator[PrefectServices]:
+    """Run a Prefect server until the block ends."""
+    home.mkdir(parents=True, exist_ok=True)
+    services = PrefectServices(home)
+    server = services.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(services.port))
+    try:
+        wait_until(services.is_healthy, 120, "the start of the Prefect server")
+        yield services
+    finally:
+        stop_process(server)
