@@ -135,7 +135,20 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
-    """What a batch came to: counts of rows, where the output is, and how fast it went."""
+    """What a batch came to: counts of rows, where the output is, and how fast it went.
+
+    Attributes:
+        rows: Number of rows of the input and of the output.
+        succeeded: Number of rows without an error; an answer that was cut off counts as well.
+        failed: Number of rows with an error.
+        destination: Where the output is.
+        generated_tokens: Number of tokens that this run generated.
+        seconds: Time of this run.
+        statuses: Number of rows by status.
+        resumed: Number of rows that an earlier run had finished.
+        shared: Number of rows that took the answer of another row with the same prompt.
+        errors_destination: Where the failed requests of the OpenAI batch format are.
+    """
 
     rows: int
     succeeded: int
@@ -144,6 +157,9 @@ class BatchSummary:
     generated_tokens: int = 0
     seconds: float = 0.0
     statuses: Mapping[str, int] = field(default_factory=dict)
+    resumed: int = 0
+    shared: int = 0
+    errors_destination: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
