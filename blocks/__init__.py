@@ -1,6 +1,7 @@
 """Blocks: what is to run. Typed, saved and secret-safe configuration that imports nothing heavy."""
 
 from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
+from prefect_huggingface.blocks.endpoint import InferenceEndpoint
 from prefect_huggingface.blocks.model import EngineOptions, LocalModel
 from prefect_huggingface.blocks.options import GenerationOptions, ResponseFormat
 from prefect_huggingface.blocks.quantization import QuantizationOptions
@@ -10,6 +11,7 @@ __all__ = [
     "EngineOptions",
     "GenerationOptions",
     "HuggingFaceCredentials",
+    "InferenceEndpoint",
     "LocalModel",
     "ModelStore",
     "QuantizationOptions",
