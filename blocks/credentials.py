@@ -52,6 +52,15 @@ class HuggingFaceCredentials(ConfigurationBlock):
             "When left empty, it is for the default Hub and is not for any other address."
         ),
     )
+    timeout_seconds: float = Field(
+        default=20,
+        gt=0,
+        title="Timeout (seconds)",
+        description="How long a request to the Hub may go without a byte before it is given up and tried again.",
+    )
+    max_attempts: int = Field(
+        default=5, ge=1, title="Attempts", description="How many attempts in a row may fail before an error is raised."
+    )
 
     @field_validator("token")
     @classmethod

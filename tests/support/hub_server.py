@@ -1,12 +1,12 @@
 """A local Hugging Face Hub: a real HTTP server that the unmodified `huggingface_hub` client accepts.
 
-It runs on two loopback ports, one for the Hub and one for the CDN, which is another host for the client. It knows users and
-their tokens, public, private and gated repositories, branches and tags, ranges and signed addresses that expire, and it
-makes the faults that it is told to make (see `hub_faults`). Uploads are not supported.
+It runs on two loopback ports, one for the Hub and one for the CDN, which is another host for the client. It knows users
+and their tokens, public, private and gated repositories, branches and tags, ranges and signed addresses that expire,
+and it makes the faults that it is told to make (see `hub_faults`). Uploads are not supported.
 
 To try it, put checkpoints into folders FOLDER/organisation/name and start it from the folder `tests`:
 
-    python -m support.hub_server FOLDER [--port 8090] [--token TOKEN] [--gated organisation/name] [--private organisation/name]
+    python -m support.hub_server FOLDER [--port 8090] [--token TOKEN] [--gated REPOSITORY] [--private REPOSITORY]
 
 Then use `HuggingFaceCredentials(endpoint="http://127.0.0.1:8090")`.
 """
@@ -37,7 +37,9 @@ from support.hub_faults import Fault, Journal, LoggedRequest
 from support.hub_repositories import Repository, StoredFile
 from support.hub_transfers import ConnectionCut, FileResponse, make_fault
 
-_API = re.compile(r"^/api/models/((?:[^/]+/)?[^/]+?)(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+))?)?(?:/(.*))?$")
+_API = re.compile(
+    r"^/api/models/((?:[^/]+/)?[^/]+?)(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+))?)?(?:/(.*))?$"
+)
 _RESOLVE = re.compile(r"^/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)$")
 _CDN = re.compile(r"^/lfs/([0-9a-f]{64})/(.+)$")
 
@@ -172,7 +174,9 @@ class LocalHub:
         entries = repository.tree(commit)
         page, headers = entries[start : start + self.page_size], {}
         if start + self.page_size < len(entries):
-            address = f"{self.endpoint}{request.scope['raw_path'].decode()}?recursive=True&cursor={start + self.page_size}"
+            address = (
+                f"{self.endpoint}{request.scope['raw_path'].decode()}?recursive=True&cursor={start + self.page_size}"
+            )
             headers["Link"] = f'<{address}>; rel="next"'
         return JSONResponse(page, headers=headers)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from support.hub_faults import Fault, LoggedRequest
-from support.hub_repositories import BLOCK_BYTES, StoredFile
+from support.hub_repositories import StoredFile
 
 
 class ConnectionCut(Exception):
@@ -53,7 +53,7 @@ def make_fault(response: Response | FileResponse, fault: Fault | None, entry: Lo
             headers = [(k.lower().encode(), v.encode()) for k, v in response.headers.items()]
             blocks = response.file.read(response.start, response.stop)
         else:
-            size, headers, blocks = len(response.body), response.raw_headers, iter([bytes(response.body)])
+            size, headers, blocks = len(response.body), response.raw_headers, iter((bytes(response.body),))
         if fault is not None and fault.kind == "truncate":
             size = min(size, fault.after)
         headers = [(k, v) for k, v in headers if k != b"content-length"] + [(b"content-length", b"%d" % size)]
@@ -76,28 +76,28 @@ async def _wait_for_end(receive: Receive) -> None:
         pass
 
 
-async def _disturb(blocks: object, fault: Fault | None, size: int) -> AsyncIterator[bytes]:
+async def _disturb(blocks: Iterator[bytes], fault: Fault | None, size: int) -> AsyncIterator[bytes]:
     """Yield `size` bytes of a body, with the fault at its place."""
+    kind = fault.kind if fault is not None else None
+    limit = fault.after if fault is not None and kind in ("cut", "stall_body") else size
     place = 0
-    limit = fault.after if fault is not None and fault.kind in ("cut", "stall_body") else size
-    for block in blocks:  # type: ignore[attr-defined]
-        if fault is not None and fault.kind == "corrupt" and place <= fault.after < place + len(block):
-            changed = bytearray(block)
-            changed[fault.after - place] ^= 0xFF
-            block = bytes(changed)
-        for start in range(0, len(block), BLOCK_BYTES):
-            piece = block[start : start + min(BLOCK_BYTES, limit - place)]
-            if piece:
-                yield piece
-            place += len(piece)
-            if place >= limit:
-                break
+    for block in blocks:
+        if fault is not None and kind == "corrupt":
+            block = _flip(block, fault.after - place)
+        block = block[: limit - place]
+        if block:
+            yield block
+        place += len(block)
         if place >= limit:
             break
-    if fault is not None and fault.kind == "cut":
-        # Give the client time to read what it was sent, or it might see the reset first.
-        await asyncio.sleep(0.05)
+    if fault is not None and kind in ("cut", "stall_body"):
+        # Before a cut, give the client time to read what it was sent, or it might see the reset first.
+        await asyncio.sleep(0.05 if kind == "cut" else fault.seconds)
         raise ConnectionCut
-    if fault is not None and fault.kind == "stall_body":
-        await asyncio.sleep(fault.seconds)
-        raise ConnectionCut
+
+
+def _flip(block: bytes, place: int) -> bytes:
+    """Return the block with one byte changed, if that byte is in it."""
+    if not 0 <= place < len(block):
+        return block
+    return block[:place] + bytes([block[place] ^ 0xFF]) + block[place + 1 :]

@@ -1,0 +1,165 @@
+"""The connection to one Hub: whom to ask, with which token, and how long to wait for an answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from prefect_huggingface.blocks import HuggingFaceCredentials
+from prefect_huggingface.tasks.hub_errors import InvalidTokenError, UntrustedHubError
+from prefect_huggingface.tasks.storage.hub.explanations import Subject
+from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+ETAG = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+LARGEST_REDIRECTION_COUNT = 5
+_LIBRARY = "prefect-huggingface"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where one file can be read now, and what it is.
+
+    Attributes:
+        url: Address, often a signed one that expires soon. A secret.
+        etag: sha256 of a large file, git blob sha1 of a small one.
+        size: Size in bytes.
+    """
+
+    url: str
+    etag: str
+    size: int
+
+    def __repr__(self) -> str:
+        return f"Location(etag={self.etag!r}, size={self.size})"
+
+
+class HubConnection:
+    """Requests to one Hub, with finite waits and with the token for no other host.
+
+    Args:
+        credentials: Token and address of the Hub. The token is read here, at the moment of use.
+        repo_id: Repository that all requests are about.
+
+    Raises:
+        InvalidTokenError: If the token is malformed.
+    """
+
+    def __init__(self, credentials: HuggingFaceCredentials, repo_id: str) -> None:
+        redact_client_logs()
+        self.endpoint = credentials.endpoint
+        self.repo_id = repo_id
+        self.timeout = credentials.timeout_seconds
+        self.attempts = credentials.max_attempts
+        self._token = _check_token(credentials.get_token(), repo_id)
+        self._client = httpx.Client(
+            timeout=self.timeout,
+            follow_redirects=True,
+            max_redirects=LARGEST_REDIRECTION_COUNT,
+            event_hooks={"request": [self._refuse_plain_http]},
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    def __enter__(self) -> HubConnection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def about(self, revision: str | None = None, path: str | None = None) -> Subject:
+        """Return the subject of a request, for the words of an error."""
+        return Subject(self.repo_id, self.endpoint, revision, self._token is not None, path)
+
+    def model_info(self, revision: str | None) -> ModelInfo:
+        """Ask what the repository holds at a revision, with sizes and hashes."""
+        from huggingface_hub import HfApi
+
+        # `False` stops the client from looking for a token by itself.
+        client = HfApi(endpoint=self.endpoint, token=self._token or False, library_name=_LIBRARY)
+        return client.model_info(self.repo_id, revision=revision, files_metadata=True, timeout=self.timeout)
+
+    def tree_page(self, commit: str, address: str | None) -> tuple[list[dict[str, Any]], str | None]:
+        """Ask for one page of the file tree; return its entries and the address of the next page."""
+        first = f"{self.endpoint}/api/models/{self.repo_id}/tree/{commit}?recursive=true"
+        response = self._client.get(address or first, headers=self._headers(address or first))
+        response.raise_for_status()
+        following = response.links.get("next", {}).get("url")
+        return response.json(), following
+
+    def locate(self, path: str, commit: str) -> Location:
+        """Ask where a file can be read now. The answer of an unsafe server is refused.
+
+        Raises:
+            UntrustedHubError: If the server names no safe hash, no size, or another commit.
+        """
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        url = hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.endpoint)
+        found = get_hf_file_metadata(
+            url, token=self._token or False, timeout=self.timeout, library_name=_LIBRARY, endpoint=self.endpoint
+        )
+        if found.etag is None or not ETAG.fullmatch(found.etag) or found.size is None or found.size < 0:
+            raise UntrustedHubError(
+                f"{self.endpoint!r} names no usable hash or size for {path!r}. Use another Hub address.",
+                **self.about(commit, path).fields(),
+            )
+        if found.commit_hash not in (None, commit):
+            raise UntrustedHubError(
+                f"{self.endpoint!r} answers with another commit than {commit!r}. Use another Hub address.",
+                **self.about(commit, path).fields(),
+            )
+        return Location(found.location, found.etag, found.size)
+
+    @contextmanager
+    def read(self, location: Location, start: int) -> Iterator[httpx.Response]:
+        """Open the content of a file from byte `start` on. The status of the answer is the caller's to check."""
+        headers = {**self._headers(location.url), "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        with self._client.stream("GET", location.url, headers=headers) as response:
+            yield response
+
+    def is_own(self, url: str) -> bool:
+        """Tell whether an address is of the Hub itself, and not of its storage or of anybody else."""
+        return _origin(url) == _origin(self.endpoint)
+
+    def _headers(self, url: str) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        token = self._token if self._token is not None and self.is_own(url) else False
+        return dict(build_hf_headers(token=token, library_name=_LIBRARY))
+
+    def _refuse_plain_http(self, request: httpx.Request) -> None:
+        if self.endpoint.startswith("https:") and request.url.scheme != "https":
+            raise UntrustedHubError(
+                f"{self.endpoint!r} sends files over plain http. Use another Hub address.", **self.about().fields()
+            )
+
+
+def _origin(url: str) -> tuple[str, str | None, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _check_token(token: str | None, repo_id: str) -> str | None:
+    """Return the token, or None. A token of the machine was not checked by the block."""
+    if token is None:
+        return None
+    if not token or not token.isascii() or any(c.isspace() or not c.isprintable() for c in token):
+        raise InvalidTokenError(
+            "The token of this machine is empty or holds white space or characters that are not ASCII. "
+            "Correct HF_TOKEN or log in again.",
+            repo_id=repo_id,
+        )
+    return token
