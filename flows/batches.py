@@ -1,0 +1,157 @@
+"""The flow that puts a table through a model."""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.logging import get_logger
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.artifacts import ProgressReport
+from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
+from prefect_huggingface.tasks.batching.monitors import BatchMonitor
+from prefect_huggingface.tasks.batching.plans import check_free
+from prefect_huggingface.tasks.batching.publications import Publication
+from prefect_huggingface.tasks.batching.runs import BatchRun, WhenRunning, check_failures, hold_journal, open_run
+from prefect_huggingface.tasks.batching.shards import ShardSettings
+from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, publish_artifacts, summarize
+from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
+from prefect_huggingface.tasks.records import BatchSummary
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.tables import TableFormat
+
+logger = get_logger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+@flow(name="batch-inference", task_runner=ThreadPoolTaskRunner(max_workers=4))
+def batch_inference(
+    model: LocalModel,
+    source: str,
+    destination: str,
+    prompt: str | None = None,
+    options: GenerationOptions | None = None,
+    source_format: TableFormat | None = None,
+    messages_column: str | None = None,
+    system: str | None = None,
+    option_columns: list[str] | None = None,
+    columns: list[str] | None = None,
+    output_prefix: str = "",
+    timings: bool = False,
+    shards: Annotated[int, Field(ge=1, le=10_000)] = 1,
+    in_flight: Annotated[int, Field(ge=1)] | None = None,
+    deduplicate: bool = True,
+    ordered: bool = True,
+    max_failures: Annotated[float, Field(gt=0)] | None = None,
+    retry_failed: bool = False,
+    keep_journal: KeepJournal = "failed",
+    when_running: WhenRunning = "refuse",
+    show_progress: bool = True,
+) -> BatchSummary:
+    """Put every row of a table through a model and write the answers beside the rows.
+
+    Finished rows are kept in a journal beside the destination. Killed and started again with the same parameters, the
+    batch goes on where it was, and its output is the same as without the interruption.
+
+    Args:
+        model: Model to use.
+        source: Input: a JSONL, CSV, Parquet or Arrow file, a folder or a pattern of such files, or an fsspec URL.
+        destination: Output file or URL. Its ending tells the format. It must not exist.
+        prompt: Template over the columns, such as "What is the capital of {country}?". Other braces are doubled.
+        options: Generation options, put over those of the model.
+        source_format: Format of the input where the file names do not tell it.
+        messages_column: Column with a list of chat messages, in place of the prompt.
+        system: Template of a system message.
+        option_columns: Columns that hold the generation option of the same name for each row.
+        columns: Columns of the input to keep in the output. All when left empty.
+        output_prefix: Text before the names of the columns that are added.
+        timings: Fill the column `seconds`. Times differ from run to run, and with them the bytes of the output.
+        shards: Number of parts that free workers take one by one. Several times the number of workers is good.
+        in_flight: Number of rows that are in the engine at once. The engine's own number when left empty.
+        deduplicate: Generate equal prompts once.
+        ordered: Generate rows with a shared beginning together.
+        max_failures: Give up when more rows than this have failed; below 1 it is a share of all rows.
+        retry_failed: Generate the rows that failed in an earlier run again. Needs its journal.
+        keep_journal: Whether the journal stays at the end: always, never, or if rows failed.
+        when_running: What to do while another run works on the same destination: refuse or wait.
+        show_progress: Show a progress bar and a closing table in the terminal.
+
+    Returns:
+        Counts, and where the output is.
+
+    Raises:
+        BatchError: If the batch cannot start or go on.
+        TableError: If the input cannot be read or the output cannot be written.
+    """
+    began = time.monotonic()
+    journal = Journal.beside(destination)
+    replace = retry_failed and journal.read_job() is not None
+    if not replace:
+        check_free(destination)
+    plan = plan_batch(
+        model, source, destination, prompt, options, source_format=source_format, messages_column=messages_column,
+        system=system, option_columns=option_columns or (), columns=columns, output_prefix=output_prefix,
+        timings=timings,
+    )  # fmt: skip
+    with hold_journal(journal, when_running):
+        run = open_run(journal, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))
+        monitor = BatchMonitor(journal, plan.job.table.rows, run.finished)
+        if run.finished:
+            logger.info("%d of %d rows are finished already, %d are left.", *_counts(plan, run))
+        _run_shards(model, plan, run, monitor, max_failures, show_progress)
+        publication: Publication = publish_batch(plan, journal.place.url, replace)
+        tokens, seconds = monitor.measure().tokens, time.monotonic() - began
+        summary = summarize(plan.output.destination, publication, run.finished, tokens, seconds)
+        publish_artifacts(summary, publication, monitor, journal)
+        if not is_kept(keep_journal, summary):
+            journal.remove()
+    if show_progress:
+        print_summary(summary)
+    return summary
+
+
+def _counts(plan: BatchPlan, run: BatchRun) -> tuple[int, int, int]:
+    rows = plan.job.table.rows
+    return run.finished, rows, rows - run.finished
+
+
+def _run_shards(
+    model: LocalModel, plan: BatchPlan, run: BatchRun, monitor: BatchMonitor, max_failures: float | None, show: bool
+) -> None:
+    """Hand the shards to the workers and watch them. Whatever happens, they end and commit what is finished."""
+    rows = plan.job.table.rows
+    report = ProgressReport("batch-progress", f"{rows:,} rows")
+    finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
+    futures = [run_shard.submit(model, run.journal.place.url, shard) for shard in run.shards]
+    for future in futures:
+        future.add_done_callback(finished.put)
+    with ProgressBar("rows", rows, show) as bar:
+        try:
+            pending = len(futures)
+            while pending:
+                try:
+                    future = finished.get(timeout=POLL_SECONDS)
+                    pending -= 1
+                    future.result()
+                except queue.Empty:
+                    pass
+                progress = monitor.measure()
+                bar.update(progress)
+                report.update(progress.share, describe(progress))
+                check_failures(progress.failed, rows, max_failures)
+        except BaseException as exc:
+            run.journal.request_stop(type(exc).__name__)
+            for future in futures:
+                future.wait()
+            raise
+        finally:
+            progress = monitor.measure()
+            bar.update(progress)
+            report.update(progress.share, describe(progress), final=True)

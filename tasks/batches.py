@@ -1,0 +1,98 @@
+"""Tasks of a batch: plan it, run its shards, publish its output, and look at its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.batching.identities import identify_model, is_greedy, name_model
+from prefect_huggingface.tasks.batching.jobs import BatchJob, get_versions
+from prefect_huggingface.tasks.batching.plans import choose_columns, plan_job, plan_output
+from prefect_huggingface.tasks.batching.publications import Output, Publication, get_fields, publish_output
+from prefect_huggingface.tasks.batching.shards import Shard, ShardResult, process_shard
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.tables import TableFormat
+
+ENGINE_TAG = "hugging-face-engine"
+"""Tag of the tasks that load a model. A concurrency limit on it keeps a machine from loading two by accident."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What a batch will do: its job and its output, all checked."""
+
+    job: BatchJob
+    output: Output
+
+
+def check_batch(
+    model: LocalModel,
+    source: str,
+    destination: str,
+    prompt: str | None,
+    options: GenerationOptions | None = None,
+    *,
+    source_format: TableFormat | None = None,
+    messages_column: str | None = None,
+    system: str | None = None,
+    option_columns: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
+    output_prefix: str = "",
+    timings: bool = False,
+) -> BatchPlan:
+    """Check a batch in the order of cost: the destination, the input and its columns, then the model.
+
+    The model is prepared if it has to be: downloaded, exported.
+
+    Raises:
+        BatchError: If the parts do not go together.
+        TableError: If the input cannot be read.
+        ModelSourceError: If there is no model.
+    """
+    output = plan_output(source, destination, output_prefix, timings)
+    job = plan_job(source, source_format, prompt, messages_column, system, option_columns, options)
+    fields = get_fields([model.options.model_dump(mode="json"), job.options])
+    output = choose_columns(job.table, output, columns, fields)
+    job = replace(
+        job,
+        model=identify_model(model),
+        versions=get_versions(model.backend),
+        greedy=is_greedy(model, options, job.option_columns),
+        served_names=name_model(model),
+    )
+    return BatchPlan(job, output)
+
+
+def infer_shard(model: LocalModel, journal: str, shard: Shard) -> ShardResult:
+    """Generate the rows of a shard with the engine of this process.
+
+    Args:
+        model: Model to use.
+        journal: Path or URL of the journal.
+        shard: Rows to generate; those that are in the journal are left out.
+    """
+    from prefect_huggingface.tasks.engines.cache import load_engine
+    from prefect_huggingface.tasks.storage.places import Place
+
+    return process_shard(load_engine(model), Journal(Place.of(journal)), shard)
+
+
+def publish_rows(plan: BatchPlan, journal: str, replace: bool = False) -> Publication:
+    """Write the output of a finished batch and publish it."""
+    from prefect_huggingface.tasks.storage.places import Place
+
+    return publish_output(plan.job, Journal(Place.of(journal)), plan.output, replace)
+
+
+_settings: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+plan_batch = task(name="plan-batch", **_settings)(check_batch)
+run_shard = task(name="run-shard", tags=[ENGINE_TAG], task_run_name="rows-{shard.start}-{shard.stop}", **_settings)(
+    infer_shard
+)
+publish_batch = task(name="publish-batch", **_settings)(publish_rows)

@@ -1,0 +1,120 @@
+"""Checking a batch before anything expensive starts: the input, the template, the output, the journal."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.prompts import PromptRows
+from prefect_huggingface.tasks.batching.publications import Output
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journals import SUFFIX
+from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.storage.tables import Table, TableFormat, get_format, inspect_table
+
+
+def plan_output(source: str, destination: str, prefix: str = "", timings: bool = False) -> Output:
+    """Check where the output goes, before the input is read.
+
+    Raises:
+        BatchError: If the destination is a part of the input, or a folder.
+        TableError: If its format is not known.
+    """
+    place = Place.of(destination)
+    format, compression = get_format(place.name)
+    if compression:
+        raise BatchError(f"`destination` must not be compressed, got {destination!r}. Use Parquet for a small output.")
+    if place.is_folder():
+        raise BatchError(f"`destination` must be a file, got the folder {destination!r}. Add a file name.")
+    _check_apart(Place.of(source), place)
+    return Output(place.url, format, prefix=prefix, timings=timings)
+
+
+def _check_apart(source: Place, destination: Place) -> None:
+    """Refuse an output that the next run would read as input."""
+    inside = source.is_folder() and f"{destination.url}/".startswith(f"{source.url}/")
+    if inside or source == destination or fnmatch.fnmatchcase(destination.url, source.url):
+        raise BatchError(
+            f"`destination` {destination.url!r} is within the input {source.url!r}, so the next run would read it. "
+            "Choose another folder."
+        )
+
+
+def plan_job(
+    source: str,
+    format: TableFormat | None,
+    prompt: str | None,
+    messages_column: str | None = None,
+    system: str | None = None,
+    option_columns: Sequence[str] = (),
+    options: GenerationOptions | None = None,
+) -> BatchJob:
+    """Look at the input and check that it has what the prompt needs. The model is added by the caller.
+
+    Raises:
+        BatchError: If the prompt does not fit the columns.
+        TableError: If the input cannot be read, or is empty.
+    """
+    given = options.model_dump(mode="json", exclude_unset=True) if options else {}
+    if (prompt is None) == (messages_column is None):
+        raise BatchError(
+            f"Exactly one of `prompt` and `messages_column` must be given, got {prompt!r} and {messages_column!r}."
+        )
+    unknown = [name for name in option_columns if name not in GenerationOptions.model_fields]
+    if unknown:
+        raise BatchError(f"`option_columns` must be named as generation options, got {unknown!r}. Rename the columns.")
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "messages_column": messages_column,
+        "system": system,
+        "option_columns": tuple(option_columns),
+        "options": given,
+    }
+    needed = PromptRows(BatchJob(Table(source, "jsonl", (), ()), **fields)).columns
+    table = inspect_table(source, format)
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise BatchError(
+            f"The input {source!r} has no column {', '.join(map(repr, missing))}. "
+            f"Its columns are {', '.join(map(repr, table.columns))}. Correct the prompt or the input."
+        )
+    return BatchJob(table, **fields)
+
+
+def choose_columns(table: Table, output: Output, columns: Sequence[str] | None, fields: Mapping[str, str]) -> Output:
+    """Return the output with its columns.
+
+    Raises:
+        BatchError: If a column is not there, or would be there twice.
+    """
+    missing = [name for name in columns or () if name not in table.columns]
+    if missing:
+        raise BatchError(f"`columns` names {missing!r}, but the input has {list(table.columns)!r}. Correct them.")
+    chosen = Output(
+        output.destination, output.format, tuple(columns) if columns is not None else None, output.prefix,
+        output.timings, dict(fields),
+    )  # fmt: skip
+    kept = table.columns if columns is None else columns
+    twice = sorted(set(kept) & set(chosen.added))
+    if twice:
+        raise BatchError(
+            f"The input has columns {twice!r} that the output adds. Set `output_prefix`, 'new_' for instance, "
+            "or leave them out with `columns`."
+        )
+    return chosen
+
+
+def check_free(destination: str) -> None:
+    """Check that there is nothing where the output goes.
+
+    Raises:
+        BatchError: If there is something.
+    """
+    if Place.of(destination).exists():
+        raise BatchError(
+            f"`destination` {destination!r} exists already, and nothing is overwritten. "
+            f"Choose another name, or move it away (and {SUFFIX!r} beside it)."
+        )

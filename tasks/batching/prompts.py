@@ -1,0 +1,156 @@
+"""Rows to requests: templates over the columns, columns of chat messages, options of single rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.records import Request
+
+
+@dataclass(frozen=True, slots=True)
+class RowProblem:
+    """Why a row cannot be asked: a status, and a sentence that says what to do."""
+
+    status: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowRequest:
+    """The request of a row, and the text that tells whether two requests are the same."""
+
+    request: Request
+    text: str
+
+
+class Template:
+    """An f-string template over columns, with the rules of `langchain_core`, rendered fast.
+
+    Args:
+        text: Template such as "What is the capital of {country}?". Braces that are no field are doubled.
+
+    Raises:
+        BatchError: If it is no template.
+    """
+
+    def __init__(self, text: str) -> None:
+        from langchain_core.prompts.string import get_template_variables
+
+        try:
+            self.columns = tuple(get_template_variables(text, "f-string"))
+        except ValueError as exc:
+            raise BatchError(f"`prompt` must be a template, got {text!r}: {exc}. Correct it.") from None
+        self._render = text.format_map
+
+    def render(self, row: Mapping[str, Any]) -> str | RowProblem:
+        """Return the text for a row, or what the row lacks."""
+        for name in self.columns:
+            value = row.get(name)
+            if value is None or value != value:  # NaN is not equal to itself
+                what = "null" if value is None and name in row else "not there" if value is None else "NaN"
+                return RowProblem("missing_value", f"Column {name!r} is {what}. Fill it in, or leave the row out.")
+        try:
+            return self._render(row)
+        except (ValueError, TypeError) as exc:
+            return RowProblem("missing_value", f"The prompt cannot be made of the row: {exc}. Correct its value.")
+
+
+RequestMaker = Callable[[int, Mapping[str, Any]], RowRequest | RowProblem]
+"""Makes the request of a row, given its number and its values."""
+
+
+class PromptRows:
+    """Makes requests of a template or of a column of messages.
+
+    Args:
+        job: What to do with the rows.
+    """
+
+    def __init__(self, job: BatchJob) -> None:
+        self._prompt = Template(job.prompt) if job.prompt is not None else None
+        self._system = Template(job.system) if job.system is not None else None
+        self._messages = job.messages_column
+        self._options = GenerationOptions(**job.options) if job.options else None
+        self._option_columns = job.option_columns
+        self._known: dict[str, GenerationOptions | None | RowProblem] = {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every row must have."""
+        templates = [template.columns for template in (self._prompt, self._system) if template]
+        own = (self._messages,) if self._messages else ()
+        return tuple(dict.fromkeys([*(name for names in templates for name in names), *own, *self._option_columns]))
+
+    def __call__(self, number: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
+        """Return the request of a row."""
+        options: GenerationOptions | None | RowProblem = self._options
+        suffix = ""
+        if self._option_columns:
+            given = {name: row[name] for name in self._option_columns if row.get(name) not in (None, "")}
+            suffix = json.dumps(given, sort_keys=True, default=str)
+            options = self._row_options(given, suffix)
+            if isinstance(options, RowProblem):
+                return options
+        if self._prompt is not None and self._system is None:
+            prompt = self._prompt.render(row)
+            if isinstance(prompt, RowProblem):
+                return prompt
+            return RowRequest(Request(prompt=prompt, options=options, id=number), prompt + suffix)
+        messages = self._conversation(row)
+        if isinstance(messages, RowProblem):
+            return messages
+        text = json.dumps(messages, ensure_ascii=False, default=str) + suffix
+        return RowRequest(Request(messages=messages, options=options, id=number), text)
+
+    def _conversation(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]] | RowProblem:
+        messages: list[Mapping[str, Any]] = []
+        if self._system is not None:
+            system = self._system.render(row)
+            if isinstance(system, RowProblem):
+                return system
+            messages.append({"role": "system", "content": system})
+        if self._prompt is not None:
+            prompt = self._prompt.render(row)
+            if isinstance(prompt, RowProblem):
+                return prompt
+            return [*messages, {"role": "user", "content": prompt}]
+        given = _read_messages(row.get(self._messages or ""))
+        if given is None:
+            return RowProblem(
+                "invalid_prompt",
+                f"Column {self._messages!r} holds no list of messages. "
+                "Write [{'role': 'user', 'content': '...'}], or its JSON.",
+            )
+        return [*messages, *given]
+
+    def _row_options(self, given: dict[str, Any], key: str) -> GenerationOptions | None | RowProblem:
+        if key not in self._known:
+            if len(self._known) > 10_000:
+                self._known.clear()
+            try:
+                own = GenerationOptions(**given)
+                self._known[key] = self._options.merged(own) if self._options else own
+            except ValidationError as exc:
+                first = exc.errors(include_url=False)[0]
+                where = ".".join(map(str, first["loc"]))
+                self._known[key] = RowProblem("invalid_option", f"Option {where!r}: {first['msg']}. Correct the row.")
+        return self._known[key]
+
+
+def _read_messages(value: Any) -> list[Mapping[str, Any]] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if not isinstance(value, list) or not value:
+        return None
+    return value if all(isinstance(item, dict) and "role" in item for item in value) else None

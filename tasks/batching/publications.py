@@ -1,0 +1,184 @@
+"""From the journal to the output table: rows in input order, checked to be complete, published by a rename."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journal_rows import JournalRows
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.storage.table_schemas import get_schema
+from prefect_huggingface.tasks.storage.table_writers import open_writer
+from prefect_huggingface.tasks.storage.tables import Chunk, TableFormat, read_chunks
+
+OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
+SAMPLE_ROWS = 20
+LENGTH_BOUNDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where and how the output is written.
+
+    Attributes:
+        destination: File or URL.
+        format: Format of the file.
+        columns: Columns of the input to keep, or None for all.
+        prefix: Put before the names of the columns that are added.
+        timings: Whether the column `seconds` is filled. Times differ from run to run.
+        fields: Columns for the values of structured answers, with their JSON types.
+    """
+
+    destination: str
+    format: TableFormat
+    columns: tuple[str, ...] | None = None
+    prefix: str = ""
+    timings: bool = False
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of the columns that are added."""
+        return tuple(self.prefix + name for name in (*OUTPUT_COLUMNS, *self.fields))
+
+
+@dataclass(slots=True)
+class Publication:
+    """What was published.
+
+    Attributes:
+        rows: Number of rows.
+        statuses: Number of rows by status.
+        failed: Number of rows with an error.
+        generated_tokens: Number of tokens in all answers.
+        shared: Number of rows that took the answer of another row.
+        lengths: Number of rows by the number of their tokens, see `LENGTH_BOUNDS`.
+        samples: First rows.
+        failures: First rows that failed.
+        errors_destination: Where the failed requests are, in the OpenAI batch format.
+    """
+
+    rows: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    failed: int = 0
+    generated_tokens: int = 0
+    shared: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    errors_destination: str | None = None
+
+    def count(self, chunk: Chunk, answers: Any) -> None:
+        """Count the answers of a chunk, and keep its first rows as samples."""
+        import pyarrow.compute as pc
+
+        self.rows += answers.num_rows
+        for item in pc.value_counts(answers["status"]).to_pylist():
+            self.statuses[item["values"]] += item["counts"]
+        self.failed += answers.num_rows - answers["error"].null_count
+        self.generated_tokens += pc.sum(answers["generated_tokens"]).as_py() or 0
+        self.shared += pc.sum(answers["shared"]).as_py() or 0
+        for item in pc.value_counts(answers["generated_tokens"]).to_pylist():
+            self.lengths[max(bound for bound in LENGTH_BOUNDS if bound <= item["values"])] += item["counts"]
+        if len(self.samples) < SAMPLE_ROWS:
+            self.samples += _samples(chunk, answers.slice(0, SAMPLE_ROWS - len(self.samples)))
+        if len(self.failures) < SAMPLE_ROWS and answers["error"].null_count < answers.num_rows:
+            failed = answers.filter(pc.is_valid(answers["error"])).slice(0, SAMPLE_ROWS - len(self.failures))
+            self.failures += _samples(chunk, failed)
+
+
+def _samples(chunk: Chunk, answers: Any) -> list[dict[str, Any]]:
+    names = ("row", "completion", "status", "generated_tokens", "error")
+    return [
+        {**chunk.rows[answer["row"] - chunk.first], **{name: answer[name] for name in names}}
+        for answer in answers.select(names).to_pylist()
+    ]
+
+
+def publish_output(job: BatchJob, journal: Journal, output: Output, replace: bool = False) -> Publication:
+    """Write the output table from the input and the journal.
+
+    Args:
+        job: Job of the journal.
+        journal: Journal with all rows of the job.
+        output: Where and how to write it.
+        replace: Whether an output that is there may be replaced.
+
+    Raises:
+        BatchError: If the journal lacks a row.
+        TableError: If the input has changed, or the destination was taken meanwhile.
+    """
+    publication = Publication()
+    rows = JournalRows(journal, job.key, journal.check(job.key))
+    needs_schema = output.format != "jsonl"
+    schema = get_schema(job.table) if needs_schema else None
+    with (
+        Place.of(output.destination).published(replace) as path,
+        open_writer(path, output.format, output.columns, output.added, schema, _added_schema(output)) as writer,
+    ):
+        for chunk in read_chunks(job.table):
+            answers = rows.take(chunk.first, chunk.first + len(chunk))
+            if answers.num_rows != len(chunk):
+                missing = len(chunk) - answers.num_rows
+                raise BatchError(
+                    f"The journal {journal.place.url!r} lacks {missing} rows from row {chunk.first} on. Start again."
+                )
+            publication.count(chunk, answers)
+            writer.write(chunk, _added_columns(answers, output))
+        writer.close()
+    return publication
+
+
+def _added_schema(output: Output) -> Any:
+    import pyarrow as pa
+
+    kinds = {"prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64()}
+    json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+    own = [(output.prefix + name, kinds.get(name, pa.string())) for name in OUTPUT_COLUMNS]
+    fields = [(output.prefix + name, json_kinds.get(kind, pa.string())) for name, kind in output.fields.items()]
+    return pa.schema([*own, *fields])
+
+
+def _added_columns(answers: Any, output: Output) -> dict[str, Any]:
+    import pyarrow as pa
+
+    columns = {output.prefix + name: answers[name].combine_chunks() for name in OUTPUT_COLUMNS}
+    if not output.timings:
+        columns[f"{output.prefix}seconds"] = pa.nulls(answers.num_rows, pa.float64())
+    if output.fields:
+        values = [_parsed(details) for details in answers["details"].to_pylist()]
+        schema = _added_schema(output)
+        for name in output.fields:
+            kind = schema.field(output.prefix + name).type
+            columns[output.prefix + name] = pa.array([_typed(value.get(name), kind) for value in values], kind)
+    return columns
+
+
+def _parsed(details: str | None) -> Mapping[str, Any]:
+    parsed = json.loads(details).get("parsed") if details else None
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    import pyarrow as pa
+
+    if value is None or not pa.types.is_string(kind):
+        return value
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
+    """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
+    fields: dict[str, str] = {}
+    for each in options:
+        schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
+        properties = schema.get("properties")
+        if isinstance(properties, dict):
+            fields = {name: str(kind.get("type", "string")) for name, kind in properties.items()}
+    return fields

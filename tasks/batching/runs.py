@@ -1,0 +1,148 @@
+"""One run of a batch: taking the journal, cutting the rows into shards, and deciding when to give up."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from prefect_huggingface.tasks.batching.jobs import BatchJob, check_same_job
+from prefect_huggingface.tasks.batching.shards import Shard, ShardSettings
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journal_rows import JournalRows
+from prefect_huggingface.tasks.storage.journals import Journal
+
+WhenRunning = Literal["refuse", "wait"]
+LEAST_SHARD_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """One run of a batch.
+
+    Attributes:
+        journal: Its journal.
+        epoch: Its number.
+        attempt: Its random name.
+        finished: Number of rows that were finished before it.
+        shards: Parts of it that have rows left.
+    """
+
+    journal: Journal
+    epoch: int
+    attempt: str
+    finished: int
+    shards: tuple[Shard, ...]
+
+
+@contextmanager
+def hold_journal(journal: Journal, when_running: WhenRunning) -> Iterator[None]:
+    """Own the journal for the time of the block, so that two runs of a job do not work at once.
+
+    The lock of a local journal ends with the process that holds it, however it ends. On other places there is none.
+
+    Raises:
+        BatchError: If another run owns it and `when_running` is "refuse".
+    """
+    if not journal.place.is_local:
+        yield
+        return
+    from pathlib import Path
+
+    Path(journal.place.url).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{journal.place.url}/lock", timeout=0 if when_running == "refuse" else -1)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BatchError(
+            f"Another run works on {journal.place.url!r}. Wait for its end, or set `when_running='wait'`."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run(
+    journal: Journal, job: BatchJob, shards: int = 1, retry_failed: bool = False, settings: ShardSettings | None = None
+) -> BatchRun:
+    """Take over a journal, or begin it, and cut the rows that are left into shards.
+
+    Args:
+        journal: Journal beside the destination.
+        job: Job to do.
+        shards: Number of shards.
+        retry_failed: Whether rows that failed in an earlier run are generated again.
+        settings: How the shards go through their rows.
+
+    Raises:
+        BatchError: If the journal belongs to another job.
+    """
+    record = journal.read_job()
+    if record is None:
+        record = {**job.as_dict(), "created": time.time()}
+        journal.write_job(record)
+    check_same_job(job, record, journal.place.url)
+    epoch = int(journal.read_attempt().get("epoch", 0)) + 1
+    attempt = uuid.uuid4().hex
+    journal.write_attempt({"id": attempt, "epoch": epoch, "began": time.time()})
+    settings = settings or ShardSettings()
+    retry_before = epoch if retry_failed else 0
+    cut = cut_shards(job.table.rows, shards)
+    finished = count_finished(journal, job, cut, retry_before)
+    left = tuple(
+        Shard(start, stop, attempt, epoch, retry_before, settings)
+        for (start, stop), done in zip(cut, finished, strict=True)
+        if done < stop - start
+    )
+    return BatchRun(journal, epoch, attempt, sum(finished), left)
+
+
+def cut_shards(rows: int, shards: int) -> list[tuple[int, int]]:
+    """Return the ranges of rows of even shards; none is very small."""
+    number = max(1, min(shards, rows // LEAST_SHARD_ROWS))
+    bounds = [rows * index // number for index in range(number + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def count_finished(journal: Journal, job: BatchJob, cut: list[tuple[int, int]], retry_before: int) -> list[int]:
+    """Return for each range how many of its rows are in the journal and are not to be generated again."""
+    import pyarrow.compute as pc
+
+    sweep = JournalRows(journal, job.key, journal.check(job.key))
+    counts = []
+    for start, stop in cut:
+        count = 0
+        for first in range(start, stop, 50_000):
+            rows = sweep.take(first, min(first + 50_000, stop))
+            again = pc.and_(pc.is_valid(rows["error"]), pc.less(rows["epoch"], retry_before))
+            count += rows.num_rows - (pc.sum(again).as_py() or 0)
+        counts.append(count)
+    return counts
+
+
+def check_failures(failed: int, rows: int, max_failures: float | None) -> None:
+    """End a batch that is hopeless.
+
+    Args:
+        failed: Number of rows that failed so far.
+        rows: Number of rows of the batch.
+        max_failures: Number of failures that is too many when passed; below 1 a share of all rows.
+
+    Raises:
+        BatchError: If too many failed.
+    """
+    if max_failures is None:
+        return
+    limit = max_failures if max_failures >= 1 else max_failures * rows
+    if failed > limit:
+        raise BatchError(
+            f"{failed} of {rows} rows failed, more than `max_failures` ({max_failures:g}) allows. What is "
+            "finished is in the journal. Look at the errors, then start again to go on, with `retry_failed=True` for "
+            "the failed rows."
+        )

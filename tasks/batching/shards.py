@@ -1,0 +1,171 @@
+"""One shard: a range of rows that one worker runs through one engine, committing as it goes."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from prefect_huggingface.tasks.batching.feeds import RowFeed
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
+from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.storage.answer_index import AnswerIndex
+from prefect_huggingface.tasks.storage.journal_rows import JournalRows
+from prefect_huggingface.tasks.storage.journal_writers import JournalWriter
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.tables import Chunk, read_chunks
+
+STOP_CHECK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSettings:
+    """How a shard goes through its rows. None of it changes the output.
+
+    Attributes:
+        in_flight: Upper limit of requests that are queued or running, or None for the engine's own.
+        deduplicate: Whether equal prompts are generated once.
+        ordered: Whether rows with a shared beginning are generated together.
+    """
+
+    in_flight: int | None = None
+    deduplicate: bool = True
+    ordered: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of rows of a batch.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        attempt: Run that it belongs to.
+        epoch: Number of that run.
+        retry_before: Rows that failed in a run before this one are generated again.
+        settings: How to go through the rows.
+    """
+
+    start: int
+    stop: int
+    attempt: str
+    epoch: int
+    retry_before: int = 0
+    settings: ShardSettings = ShardSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What a shard came to: its rows that are in the journal, and whether these are all of it."""
+
+    start: int
+    stop: int
+    finished: int
+    complete: bool
+
+
+def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult:
+    """Generate the rows of a shard that are not in the journal yet.
+
+    It ends early, with what is finished committed, when the journal asks for it.
+    """
+    record = journal.read_job() or {}
+    job = BatchJob.from_dict(record)
+    spans = [span for span in journal.check(job.key) if span.last >= shard.start and span.first < shard.stop]
+    should_stop = _StopCheck(journal, shard.attempt)
+    done = _Done(JournalRows(journal, job.key, spans), shard.retry_before, should_stop)
+    finished = 0
+    with ExitStack() as stack:
+        writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch, shard.start))
+        index = stack.enter_context(AnswerIndex()) if shard.settings.deduplicate and job.greedy else None
+
+        def commit(answers: list[tuple[object, ...]]) -> None:
+            nonlocal finished
+            finished += len(answers)
+            writer.add(answers)
+
+        feed = RowFeed(make_requests(job), commit, index, shard.settings.ordered)
+        chunks = done.skip(read_chunks(job.table, shard.start, shard.stop), feed)
+        in_flight = shard.settings.in_flight or engine.in_flight
+        for completion in run_requests(engine, feed.requests(chunks), in_flight, should_stop):
+            feed.finish(completion)
+    finished += done.rows
+    return ShardResult(shard.start, shard.stop, finished, finished == shard.stop - shard.start)
+
+
+def make_requests(job: BatchJob) -> RequestMaker:
+    """Return what makes the requests of a job's rows."""
+    return PromptRows(job)
+
+
+def run_requests(
+    engine: Engine, requests: Iterable[Request], in_flight: int, should_stop: Callable[[], bool]
+) -> Iterator[Completion]:
+    """Yield completions as they finish, like `Engine.generate`, until there are no more or it has to stop.
+
+    It looks for a stop also while every request takes long.
+    """
+    finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
+    pending: set[Future[Completion]] = set()
+    source = iter(requests)
+    try:
+        while not should_stop():
+            for request in itertools.islice(source, in_flight - len(pending)):
+                future = engine.submit(request)
+                pending.add(future)
+                future.add_done_callback(finished.put)
+            if not pending:
+                return
+            try:
+                future = finished.get(timeout=STOP_CHECK_SECONDS)
+            except queue.Empty:
+                continue
+            pending.remove(future)
+            yield future.result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+class _StopCheck:
+    """Asks the journal at most twice a second."""
+
+    def __init__(self, journal: Journal, attempt: str) -> None:
+        self._journal, self._attempt = journal, attempt
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + STOP_CHECK_SECONDS
+        return self._journal.is_stopped(self._attempt)
+
+
+class _Done:
+    """The rows of a shard that an earlier run has finished."""
+
+    def __init__(self, sweep: JournalRows, retry_before: int, should_stop: Callable[[], bool]) -> None:
+        self._sweep, self._retry_before, self._should_stop = sweep, retry_before, should_stop
+        self.rows = 0
+
+    def skip(self, chunks: Iterable[Chunk], feed: RowFeed) -> Iterator[tuple[Chunk, set[int]]]:
+        """Yield each chunk with the numbers of its rows that are done, and let the feed learn their answers."""
+        for chunk in chunks:
+            if self._should_stop():
+                return
+            done = set()
+            for row in self._sweep.take(chunk.first, chunk.first + len(chunk)).to_pylist():
+                if row["error"] is None:
+                    feed.learn(row)
+                elif row["epoch"] < self._retry_before:
+                    continue
+                done.add(row["row"])
+            self.rows += len(done)
+            yield chunk, done

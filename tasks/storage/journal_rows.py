@@ -1,0 +1,67 @@
+"""Going through the rows of a journal in the order of the input, a range at a time, with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prefect_huggingface.tasks.storage.journals import Journal, SegmentSpan
+from prefect_huggingface.tasks.storage.segments import segment_schema
+
+
+class JournalRows:
+    """A sweep over the rows of a journal. Ranges are taken in ascending order.
+
+    Only the segments that overlap the current range are in memory: rows finish within a bounded window, so these are
+    few, whatever the number of rows.
+
+    Args:
+        journal: Journal to read.
+        job: Key of its job.
+        spans: Where its segments lie, from `Journal.check`.
+    """
+
+    def __init__(self, journal: Journal, job: str, spans: Iterable[SegmentSpan]) -> None:
+        self._journal, self._job = journal, job
+        self._waiting = sorted(spans, key=lambda span: (span.first, span.name), reverse=True)
+        self._open: list[Any] = []
+
+    def take(self, start: int, stop: int) -> Any:
+        """Return the committed rows from `start` up to, and without, `stop`, as a `pyarrow.Table` sorted by row.
+
+        It has the columns of a segment and the epoch. A row of a later epoch replaces one of an earlier. Rows before
+        `stop` cannot be taken any more.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        while self._waiting and self._waiting[-1].first < stop:
+            span = self._waiting.pop()
+            table = self._journal.load(span.name, self._job)
+            epoch = pa.array([span.name.epoch] * table.num_rows, pa.int32())
+            self._open.append(table.append_column("epoch", epoch))
+        taken, kept = [], []
+        for table in self._open:
+            rows = table["row"]
+            inside = table.filter(pc.and_(pc.greater_equal(rows, start), pc.less(rows, stop)))
+            rest = table.filter(pc.greater_equal(rows, stop))
+            taken += [inside] if inside.num_rows else []
+            kept += [rest] if rest.num_rows else []
+        self._open = kept
+        if not taken:
+            return segment_schema().append(pa.field("epoch", pa.int32())).empty_table()
+        return _latest(pa.concat_tables(taken).combine_chunks())
+
+
+def _latest(table: Any) -> Any:
+    """Sort by row and keep of each row the one with the latest epoch."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = table.sort_by([("row", "ascending"), ("epoch", "descending")])
+    if table.num_rows > 1:
+        rows = table["row"].combine_chunks()
+        is_first = pc.not_equal(rows[1:], rows[:-1])
+        if not pc.all(is_first).as_py():
+            table = table.filter(pa.concat_arrays([pa.array([True]), is_first]))
+    return table

@@ -1,0 +1,227 @@
+"""Places: files and folders on this machine or behind any fsspec URL, with one small set of operations.
+
+A place is its URL and nothing else, so that it travels between processes. Credentials come from the environment or from
+fsspec's own configuration, never from the URL's user.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from prefect_huggingface.tasks.errors import TableError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file or a folder, local or remote.
+
+    Attributes:
+        url: Absolute path of the local file system, or a URL with its protocol.
+    """
+
+    url: str
+
+    @classmethod
+    def of(cls, location: str | os.PathLike[str]) -> Place:
+        """Return the place of a path or URL. A relative path counts from the current folder."""
+        text = os.fspath(location)
+        protocol, separator, rest = text.partition("://")
+        if separator and protocol not in ("file", "local"):
+            return cls(text.rstrip("/"))
+        return cls(os.path.abspath(os.path.expanduser(rest if separator else text)))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the place is on the local file system."""
+        return "://" not in self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> Place:
+        """Folder of the place."""
+        return Place(self.url.rpartition("/")[0] or "/")
+
+    def beside(self, suffix: str) -> Place:
+        """Return the place whose name has a suffix more."""
+        return Place(self.url + suffix)
+
+    def child(self, name: str) -> Place:
+        """Return a place in this folder."""
+        return Place(f"{self.url.rstrip('/')}/{name}")
+
+    def exists(self) -> bool:
+        """Tell whether there is a file or folder."""
+        if self.is_local:
+            return os.path.lexists(self.url)
+        system, path = _file_system(self.url)
+        _forget(system)
+        return bool(system.exists(path))
+
+    def is_folder(self) -> bool:
+        """Tell whether there is a folder."""
+        if self.is_local:
+            return os.path.isdir(self.url)
+        system, path = _file_system(self.url)
+        return bool(system.isdir(path))
+
+    def info(self) -> dict[str, Any]:
+        """Return what the file system says about the file, at least its size in bytes."""
+        system, path = _file_system(self.url)
+        return dict(system.info(path))
+
+    def open(self, compression: str | None = None) -> IO[bytes]:
+        """Open the file for reading bytes.
+
+        Args:
+            compression: Name of an fsspec compression, or None for the bytes as they are.
+        """
+        if self.is_local and compression is None:
+            return open(self.url, "rb")
+        import fsspec
+
+        opened: IO[bytes] = fsspec.open(self.url, "rb", compression=compression).open()
+        return opened
+
+    def read(self) -> bytes:
+        """Return the whole content."""
+        with self.open() as file:
+            return file.read()
+
+    def write(self, content: bytes) -> None:
+        """Write the whole content at once: a reader sees all of it or nothing.
+
+        Locally it is written to a temporary name, made durable and renamed; elsewhere it is put as a single object.
+        """
+        if not self.is_local:
+            system, path = _file_system(self.url)
+            system.pipe_file(path, content)
+            return
+        os.makedirs(os.path.dirname(self.url), exist_ok=True)
+        temporary = f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.url)
+        sync_folder(os.path.dirname(self.url))
+
+    def names(self) -> list[str]:
+        """Return the sorted names in this folder; a folder that does not exist has none."""
+        if self.is_local:
+            return sorted(os.listdir(self.url)) if os.path.isdir(self.url) else []
+        system, path = _file_system(self.url)
+        _forget(system)
+        try:
+            return sorted(str(found).rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def remove(self) -> None:
+        """Remove the file, or the folder with all that is in it, if it is there."""
+        import shutil
+
+        if self.is_local:
+            if os.path.isdir(self.url):
+                shutil.rmtree(self.url, ignore_errors=True)
+            else:
+                Path(self.url).unlink(missing_ok=True)
+            return
+        system, path = _file_system(self.url)
+        if self.exists():
+            system.rm(path, recursive=True)
+
+    @contextmanager
+    def published(self, replace: bool = False) -> Iterator[Path]:
+        """Yield a local file to write to, and publish it at this place when the block ends without an error.
+
+        Args:
+            replace: Whether a file that is there may be replaced.
+
+        Raises:
+            TableError: If the place was taken meanwhile.
+        """
+        folder = os.path.dirname(self.url) if self.is_local else None
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+        temporary = Path(folder or tempfile.gettempdir()) / f".{self.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+        # Unlike `mkstemp`, this gives the file the permissions that the user's mask asks for.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield temporary
+            self._publish(temporary, replace)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _publish(self, temporary: Path, replace: bool) -> None:
+        if not replace and self.exists():
+            raise TableError(f"{self.url!r} exists already. Choose another destination, or move the file away.")
+        if not self.is_local:
+            system, path = _file_system(self.url)
+            system.put_file(str(temporary), path)
+            return
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.url)
+        sync_folder(os.path.dirname(self.url))
+
+
+def sync_folder(folder: str) -> None:
+    """Make renames within a local folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_places(source: str) -> list[Place]:
+    """Return the files that a path, folder, glob pattern or URL of one stands for, sorted by name.
+
+    Files whose name starts with a dot or an underscore are left out of folders and patterns.
+    """
+    place = Place.of(source)
+    if not any(character in place.url for character in "*?[") or place.exists():
+        return _files_in(place) if place.is_folder() else [place]
+    system, path = _file_system(place.url)
+    found = sorted(str(name) for name in system.glob(path))
+    return [each for each in (_like(place, name) for name in found) if _is_data(each) and not each.is_folder()]
+
+
+def _files_in(folder: Place) -> list[Place]:
+    return [place for place in map(folder.child, folder.names()) if _is_data(place) and not place.is_folder()]
+
+
+def _is_data(place: Place) -> bool:
+    return not place.name.startswith((".", "_"))
+
+
+def _like(pattern: Place, path: str) -> Place:
+    if pattern.is_local:
+        return Place(path)
+    system, _ = _file_system(pattern.url)
+    return Place(str(system.unstrip_protocol(path)))
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        system, path = fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as exc:
+        raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
+    return system, path
+
+
+def _forget(system: Any) -> None:
+    # Listings are cached by fsspec, while other processes write to the same folder.
+    system.invalidate_cache()
