@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "skipped", "er
 
 ErrorCode = Literal[
     "empty_prompt", "too_long", "invalid_option", "invalid_prompt", "schema_invalid", "out_of_cache", "deadline",
-    "cancelled", "engine_error",
+    "cancelled", "engine_error", "unauthorized", "not_found", "rate_limited", "unavailable", "bad_answer",
 ]  # fmt: skip
 
 
