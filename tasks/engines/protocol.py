@@ -8,10 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
+
+if TYPE_CHECKING:
+    from prefect_huggingface.tasks.engines.prompts import PromptWriter
 
 OnText = Callable[[str], None]
 """Called in the engine's thread with each new piece of text; it must return quickly."""
@@ -22,6 +25,9 @@ class Engine(ABC):
 
     # How many requests `generate` keeps in flight, so that the batches of the engine stay full.
     in_flight: int = 64
+
+    # Writes the prompts of the model; None where a server does it. It tells what the chat template can do.
+    prompts: PromptWriter | None = None
 
     @abstractmethod
     def submit(self, request: Request, on_text: OnText | None = None) -> Future[Completion]:
