@@ -17,6 +17,7 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.langchain.chat_prompts import render_messages
 from prefect_huggingface.tasks.langchain.generation_settings import (
     Generation,
     fit_options,
@@ -67,23 +68,42 @@ class EngineLLM(BaseLLM):
 
         Args:
             engine: Engine that will get it; it counts tokens where a total length is set.
-            prompt: Plain text, or, beside `messages`, what the chat template made of them.
+            prompt: Text to go on from, or None with `messages`.
             call: Keyword arguments of the call.
             stop: Further stop strings.
             messages: Conversation, in place of the prompt.
             request_id: Name of the request.
             tools: Functions that the model may call.
         """
-        settings = dict(call)
-        images = tuple(settings.pop("images", ()))
+        generation = self.read_call(call, stop)
+
+        def count() -> int:
+            text = prompt if messages is None else render_messages(engine, messages, tools)
+            return engine.count_tokens(text or "")
+
+        options = fit_options(generation, count)
+        return Request(prompt, messages, options, request_id, tuple(call.get("images", ())), tuple(tools))
+
+    def read_call(self, call: Mapping[str, Any], stop: Sequence[str] | None = None) -> Generation:
+        """Return the generation settings of a call, over those of the LLM.
+
+        Args:
+            call: Keyword arguments of the call.
+            stop: Further stop strings.
+
+        Raises:
+            SettingsError: If an argument is unknown.
+            pydantic.ValidationError: If a value is out of its range.
+        """
+        settings = {name: value for name, value in call.items() if name != "images"}
         settings = {**(settings.pop("pipeline_kwargs", None) or {}), **settings}
         generation = merge_generation(self._generation, read_generation(settings, self.task))
-        if stop:
-            stops = read_generation({"stop": stop})
-            generation = merge_generation(generation, stops)
-        options = fit_options(generation, lambda: engine.count_tokens(prompt or ""))
-        text = prompt if messages is None else None
-        return Request(text, messages, options, request_id, images, tuple(tools))
+        return merge_generation(generation, read_generation({"stop": stop})) if stop else generation
+
+    @property
+    def concurrency(self) -> int:
+        """Number of calls that are run side by side, so that the batches of the engine are full."""
+        return self.batch_size or self.get_engine().in_flight
 
     def get_num_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""
@@ -101,10 +121,7 @@ class EngineLLM(BaseLLM):
         if not return_exceptions:
             return super().batch(inputs, config, **kwargs)
         # Each row is a call of its own, so that only a bad one fails. The engine puts the calls together again.
-        limit = self.batch_size or self.get_engine().in_flight
-        configs = get_config_list(config, len(inputs))
-        for one in configs:
-            one.setdefault("max_concurrency", limit)
+        configs = concurrent_configs(config, len(inputs), self.concurrency)
         return Runnable.batch(self, inputs, configs, return_exceptions=True, **kwargs)  # type: ignore[arg-type]
 
     async def abatch(
@@ -197,3 +214,13 @@ def _to_chunk(piece: str | Completion) -> GenerationChunk:
     if isinstance(piece, str):
         return GenerationChunk(text=piece)
     return GenerationChunk(text="", generation_info=generation_info(piece))
+
+
+def concurrent_configs(
+    config: RunnableConfig | list[RunnableConfig] | None, length: int, limit: int
+) -> list[RunnableConfig]:
+    """Return one configuration for each input, with a limit of calls at once where none is set."""
+    configs = get_config_list(config, length)
+    for one in configs:
+        one["max_concurrency"] = one.get("max_concurrency") or limit
+    return configs

@@ -55,7 +55,6 @@ class HuggingFacePipeline(EngineLLM):
     model_kwargs: dict[str, Any] | None = None
     pipeline_kwargs: dict[str, Any] | None = None
 
-    _generation: Generation = PrivateAttr()
     _pipeline_engine: Engine | None = PrivateAttr(default=None)
 
     def __init__(
