@@ -1,0 +1,103 @@
+"""What the engines on Transformers do with a request before and after the model: prompt, tokens, checks, completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
+from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.sampling import TokenChooser
+from prefect_huggingface.tasks.engines.threads import fail
+from prefect_huggingface.tasks.engines.tokenization import TransformersTokenizer, context_length_of, end_tokens
+from prefect_huggingface.tasks.records import Completion
+
+logger = get_logger(__name__)
+
+
+class TextJobs:
+    """Makes jobs of requests, and completions of jobs.
+
+    Attributes:
+        tokenizer: Tokenizer of the model.
+        end_ids: Tokens that end an answer.
+        context_length: Number of tokens of prompt and answer together, or None where it is not known.
+    """
+
+    def __init__(self, loaded: Any, tokenizer: Any, writer: PromptWriter, defaults: GenerationOptions) -> None:
+        self._writer = writer
+        self._defaults = defaults
+        self.tokenizer = TransformersTokenizer(tokenizer)
+        self.end_ids = end_tokens(loaded, tokenizer)
+        self.context_length = context_length_of(loaded.config)
+
+    def make(self, submission: Submission) -> Job | None:
+        """Return the job of a request, or None where it is completed already.
+
+        Raises:
+            RequestError: If the request cannot be worked on.
+        """
+        options = resolve_options(self._defaults, submission.request)
+        job = self._job(submission, options)
+        if job is None:
+            submission.complete(Completion("", "skipped", seconds=submission.seconds, request_id=submission.request.id))
+        return job
+
+    def _job(self, submission: Submission, options: GenerationOptions) -> Job | None:
+        """Return the job of a request, or None where it is to be skipped."""
+        prompt = self._writer.write(submission.request)
+        ids = self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
+        fitting = fit_context(ids, options, self.context_length)
+        if fitting is None:
+            return None
+        return self.job_of(submission, options, fitting, echo=prompt.text if options.echo else "")
+
+    def job_of(
+        self,
+        submission: Submission,
+        options: GenerationOptions,
+        prompt_ids: Sequence[int],
+        echo: str = "",
+        seen_ids: Sequence[int] | None = None,
+    ) -> Job:
+        """Return a job with its answers.
+
+        Args:
+            submission: Request with its future.
+            options: Options of the request over those of the model.
+            prompt_ids: Tokens of the prompt.
+            echo: Text to put before each answer.
+            seen_ids: Tokens that the repetition penalty counts; those of the prompt where they are left out.
+        """
+        if options.deadline_seconds is not None:
+            submission.deadline = submission.submitted_at + options.deadline_seconds
+        job = Job(submission, options, prompt_ids, self.end_ids, echo)
+        for index in range(options.n):
+            chooser = TokenChooser(options, prompt_ids if seen_ids is None else seen_ids, self.end_ids, index)
+            job.answers.append(Answer(job, index, self.tokenizer.decode, chooser))
+        if echo and submission.on_text is not None:
+            submission.on_text(echo)
+        return job
+
+    def take(self, answer: Answer, token: int, logprob: float | None) -> None:
+        """Give an answer its next token. An error of the receiver of its text ends this request alone."""
+        try:
+            answer.take(token, logprob)
+        except Exception as exc:
+            logger.warning("The receiver of the text of request %r failed.", answer.job.submission.request.id)
+            answer.job.fail(RequestError("engine_error", f"`on_text` failed: {type(exc).__name__}: {exc}. Correct it."))
+
+    def complete(self, job: Job) -> None:
+        """Set the result of a job whose answers are at their end."""
+        submission = job.submission
+        if job.error is not None:
+            counts = {"prompt_tokens": len(job.prompt_ids), "generated_tokens": job.generated_tokens}
+            fail(submission, job.error.code, str(job.error), **counts)
+        elif submission.closed.is_set() and job.answers[0].finish_reason == "cancelled":
+            fail(submission, "cancelled", "The engine was closed before the request was done. Load the engine again.")
+        else:
+            submission.complete(job.completion())
