@@ -74,6 +74,7 @@ class HuggingFacePipeline(EngineLLM):
         else:
             _check_one_source(pipeline, model, model_id, model_kwargs)
             generation = pipeline_settings(pipeline) if model is None else Generation(model.options)
+            kwargs.setdefault("batch_size", getattr(pipeline, "_batch_size", None))
         if model is not None and "chat_template" not in model.model_fields_set:
             # Prompts of LangChain's LLMs are plain text; its chat models send messages, which are always templated.
             model = model.model_copy(update={"chat_template": "never"})

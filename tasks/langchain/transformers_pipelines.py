@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefect_huggingface.blocks.options import SAMPLING_FIELDS
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.generation_settings import Generation, read_generation
 
 PARAMETERS = ("_preprocess_params", "_forward_params", "_postprocess_params")
 # Values that the pipeline puts there itself.
-OWN_NAMES = ("assistant_model", "assistant_tokenizer", "tokenizer", "prefix", "prefix_length")
+OWN_NAMES = (
+    "assistant_model", "assistant_tokenizer", "tokenizer", "prefix", "prefix_length", "pad_token_id",
+    "transformers_version", "_from_model_config",
+)  # fmt: skip
 
 
 def pipeline_settings(pipeline: Any) -> Generation:
-    """Return the generation settings that a pipeline was made with. Its built-in defaults, which sample, do not count.
+    """Return the generation settings that a pipeline was made with.
+
+    Its built-in defaults, which sample, do not count, nor do those of the model.
 
     Raises:
         SettingsError: If the object is no pipeline, or has a setting that is unknown here.
     """
     if not hasattr(pipeline, "_forward_params") or not hasattr(pipeline, "model"):
         raise SettingsError(f"`pipeline` must be a pipeline of Transformers, got {type(pipeline)!r}. Correct it.")
-    given: dict[str, Any] = {}
+    given = _configured(pipeline)
     for name in PARAMETERS:
         given |= getattr(pipeline, name, {})
     for name in OWN_NAMES:
@@ -30,6 +36,21 @@ def pipeline_settings(pipeline: Any) -> Generation:
     if "return_type" in given:
         given |= _echo_of(given.pop("return_type"))
     return read_generation(given, pipeline.task)
+
+
+def _configured(pipeline: Any) -> dict[str, Any]:
+    """Return what the generation configuration of a pipeline has over its defaults and those of the model."""
+    config = getattr(pipeline, "generation_config", None)
+    prepare = getattr(pipeline.model, "_prepare_generation_config", None)
+    if config is None or prepare is None:
+        return {}
+    # The same call made the configuration, from the arguments of the pipeline and these defaults.
+    defaults = prepare(type(pipeline)._default_generation_config)[0].to_dict()
+    values = config.to_dict()
+    given = {name: value for name, value in values.items() if value != defaults.get(name)}
+    if any(name in given for name in SAMPLING_FIELDS):
+        given["temperature"] = values.get("temperature")
+    return given
 
 
 def _stop_of(eos_token_id: Any, tokenizer: Any) -> dict[str, Any]:
