@@ -18,5 +18,10 @@ STATUSES = {
     "deadline": "The answer took longer than the row was given.",
     "out_of_cache": "The engine had no memory left for the row.",
     "engine_error": "The engine failed on the row.",
+    "unauthorized": "The endpoint does not accept the token, or asks for one.",
+    "not_found": "The endpoint has no such model or route.",
+    "rate_limited": "The endpoint took no more requests, however long they waited.",
+    "unavailable": "The endpoint could not be reached, or did not wake up in time.",
+    "bad_answer": "The endpoint did not answer as an inference server does, or its answer was too large.",
 }
 """What each status means. "ok" and "length" are the statuses without an error."""
