@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,9 @@ from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.storage import exporter
 from prefect_huggingface.tasks.storage.recipes import Recipe
+
+RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
+"""Logger of a Prefect run, or a plain one."""
 
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL", re.IGNORECASE)
 TAIL_LINES = 40
@@ -42,7 +44,7 @@ class ExportReport:
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
 
 
-def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int, log: logging.Logger) -> dict[str, Any]:
+def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int, log: RunLog) -> dict[str, Any]:
     """Make an export in a child process, without network and without a token.
 
     Args:
@@ -53,7 +55,7 @@ def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int, 
         log: Receives the output of the child line by line.
 
     Returns:
-        What the child reports at its end: `seconds`, `peak_memory_bytes`, `weights`, `generated_tokens`.
+        What the child reports at its end: `seconds`, `peak_memory_bytes`, `weights`.
 
     Raises:
         ExportOutOfMemoryError: If the child was killed, most likely for want of memory.
@@ -106,7 +108,7 @@ def link_source(snapshot: Snapshot, folder: Path) -> Path:
 def child_environment(recipe: Recipe, work: Path) -> dict[str, str]:
     """Return the environment of the child: that of this process without secrets, offline."""
     kept = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
-    kept = {name: value for name, value in kept.items() if not name.startswith(("PREFECT_", "OPENVINO_LOG"))}
+    kept = {name: value for name, value in kept.items() if not name.startswith("PREFECT_")}
     temporary = str(work / "tmp")
     return {
         **kept,
@@ -123,7 +125,7 @@ def child_environment(recipe: Recipe, work: Path) -> dict[str, str]:
     }
 
 
-def _follow(stream: IO[bytes], report: ExportReport, log: logging.Logger) -> None:
+def _follow(stream: IO[bytes], report: ExportReport, log: RunLog) -> None:
     """Read the output of the child to its end; log its lines, and its progress bars every few seconds."""
     last_progress = 0.0
     for line, is_progress in _lines(stream):
@@ -148,7 +150,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
         yield pending.decode("utf-8", "replace"), False
 
 
-def _note_step(values: dict[str, Any], report: ExportReport, log: logging.Logger) -> None:
+def _note_step(values: dict[str, Any], report: ExportReport, log: RunLog) -> None:
     report.step = str(values.pop("step"))
     if report.step == "done":
         report.done = values
@@ -189,10 +191,3 @@ def _failure(snapshot: Snapshot, report: ExportReport, code: int) -> ExportError
         exit_code=code,
         step=report.step,
     )
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free space of the disk that a folder is on or will be on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

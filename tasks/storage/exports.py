@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from prefect.logging import get_logger, get_run_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
-from prefect_huggingface.tasks.storage.export_process import run_export
+from prefect_huggingface.tasks.storage.export_process import RunLog, run_export
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 from prefect_huggingface.tasks.storage.layout import export_name, exports_folder, find_export_folder, lock_path
 from prefect_huggingface.tasks.storage.leases import note_use
@@ -148,7 +147,7 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, versions: Mappi
     return as_export(folder, manifest, reused=False)
 
 
-def run_log() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+def run_log() -> RunLog:
     """Return the logger of the Prefect run, so that the lines are in its log; outside a run, a plain one."""
     try:
         return get_run_logger()
