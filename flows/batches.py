@@ -42,6 +42,7 @@ def batch_inference(
     messages_column: str | None = None,
     system: str | None = None,
     option_columns: list[str] | None = None,
+    id_column: str | None = None,
     columns: list[str] | None = None,
     output_prefix: str = "",
     timings: bool = False,
@@ -70,6 +71,7 @@ def batch_inference(
         messages_column: Column with a list of chat messages, in place of the prompt.
         system: Template of a system message.
         option_columns: Columns that hold the generation option of the same name for each row.
+        id_column: Column whose values must be unique.
         columns: Columns of the input to keep in the output. All when left empty.
         output_prefix: Text before the names of the columns that are added.
         timings: Fill the column `seconds`. Times differ from run to run, and with them the bytes of the output.
@@ -98,7 +100,7 @@ def batch_inference(
     plan = plan_batch(
         model, source, destination, prompt, options, source_format=source_format, messages_column=messages_column,
         system=system, option_columns=option_columns or (), columns=columns, output_prefix=output_prefix,
-        timings=timings,
+        timings=timings, id_column=id_column,
     )  # fmt: skip
     with hold_journal(journal, when_running):
         run = open_run(journal, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))

@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.batching.identities import identify_model, is_greedy, name_model
 from prefect_huggingface.tasks.batching.jobs import BatchJob, get_versions
-from prefect_huggingface.tasks.batching.plans import choose_columns, plan_job, plan_output
+from prefect_huggingface.tasks.batching.plans import check_ids, choose_columns, plan_job, plan_output
 from prefect_huggingface.tasks.batching.publications import Output, Publication, get_fields, publish_output
 from prefect_huggingface.tasks.batching.shards import Shard, ShardResult, process_shard
 from prefect_huggingface.tasks.storage.journals import Journal
@@ -44,6 +44,7 @@ def check_batch(
     columns: Sequence[str] | None = None,
     output_prefix: str = "",
     timings: bool = False,
+    id_column: str | None = None,
 ) -> BatchPlan:
     """Check a batch in the order of cost: the destination, the input and its columns, then the model.
 
@@ -56,6 +57,8 @@ def check_batch(
     """
     output = plan_output(source, destination, output_prefix, timings)
     job = plan_job(source, source_format, prompt, messages_column, system, option_columns, options)
+    if id_column:
+        check_ids(job.table, id_column)
     fields = get_fields([model.options.model_dump(mode="json"), job.options])
     output = choose_columns(job.table, output, columns, fields)
     job = replace(

@@ -99,9 +99,10 @@ class RowFeed:
         if self._learnt:
             index.add(self._learnt)
             self._learnt = []
+        new = [each for each in window if not each.shareable]
+        window = [each for each in window if each.shareable]
         digests = [blake2b(each.text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for each in window]
         known = index.find(digests)
-        new: list[RowRequest] = []
         answers: Answers = []
         for each, digest in zip(window, digests, strict=True):
             row = int(each.request.id or 0)

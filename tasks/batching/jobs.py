@@ -31,6 +31,7 @@ class BatchJob:
         versions: Versions of the packages that generate.
         greedy: Whether equal prompts have equal answers.
         served_names: Names under which requests in the OpenAI format may call the model.
+        duplicate_rows: Rows of the OpenAI format whose id an earlier row has.
     """
 
     table: Table
@@ -43,6 +44,7 @@ class BatchJob:
     versions: Mapping[str, str] = field(default_factory=dict)
     greedy: bool = True
     served_names: tuple[str, ...] = ()
+    duplicate_rows: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -77,7 +79,7 @@ class BatchJob:
             TableFile(file["url"], file["rows"], file["digest"], tuple(tuple(mark) for mark in file["marks"]))
             for file in table["files"]
         )
-        for name in ("option_columns", "served_names"):
+        for name in ("option_columns", "served_names", "duplicate_rows"):
             fields[name] = tuple(fields[name])
         return cls(table=Table(table["source"], table["format"], files, tuple(table["columns"])), **fields)
 

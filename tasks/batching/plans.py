@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows
 from prefect_huggingface.tasks.batching.publications import Output
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals import SUFFIX
 from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.storage.row_ids import find_duplicates
 from prefect_huggingface.tasks.storage.tables import Table, TableFormat, get_format, inspect_table
+
+MAX_DUPLICATES = 10_000
 
 
 def plan_output(source: str, destination: str, prefix: str = "", timings: bool = False) -> Output:
@@ -59,9 +64,12 @@ def plan_job(
         TableError: If the input cannot be read, or is empty.
     """
     given = options.model_dump(mode="json", exclude_unset=True) if options else {}
-    if (prompt is None) == (messages_column is None):
+    if prompt is None and messages_column is None:
+        return _plan_openai_job(source, format, system, option_columns, given)
+    if format == "openai" or (prompt is not None and messages_column is not None):
         raise BatchError(
-            f"Exactly one of `prompt` and `messages_column` must be given, got {prompt!r} and {messages_column!r}."
+            f"Only one of `prompt` ({prompt!r}), `messages_column` ({messages_column!r}) and the OpenAI format can say "
+            "what to ask. Leave the others out."
         )
     unknown = [name for name in option_columns if name not in GenerationOptions.model_fields]
     if unknown:
@@ -82,6 +90,41 @@ def plan_job(
             f"Its columns are {', '.join(map(repr, table.columns))}. Correct the prompt or the input."
         )
     return BatchJob(table, **fields)
+
+
+def _plan_openai_job(
+    source: str, format: TableFormat | None, system: str | None, option_columns: Sequence[str], options: dict[str, Any]
+) -> BatchJob:
+    """Plan a batch whose lines are whole requests."""
+    if format not in (None, "jsonl", "openai"):
+        raise BatchError(f"The rows of {source!r} say nothing to ask. Give a `prompt` or a `messages_column`.")
+    if system is not None or option_columns:
+        raise BatchError("`system` and `option_columns` do not go with requests in the OpenAI format. Leave them out.")
+    table = inspect_table(source, "openai")
+    if not set(OpenAIRows.columns) <= set(table.columns):
+        raise BatchError(
+            f"The rows of {source!r} say nothing to ask: they have {list(table.columns)!r}. Give a `prompt` or a "
+            "`messages_column`, or requests with custom_id, url and body."
+        )
+    duplicates = tuple(number for number, _ in itertools.islice(find_duplicates(table, "custom_id"), MAX_DUPLICATES))
+    if len(duplicates) == MAX_DUPLICATES:
+        raise BatchError(f"{source!r} has {MAX_DUPLICATES} or more repeated `custom_id`s. Make them unique.")
+    return BatchJob(table, options=options, duplicate_rows=duplicates)
+
+
+def check_ids(table: Table, column: str) -> None:
+    """Check that a column has no value twice.
+
+    Raises:
+        BatchError: With the first rows that repeat one.
+    """
+    if column not in table.columns:
+        raise BatchError(f"`id_column` {column!r} is not in the input. Its columns are {list(table.columns)!r}.")
+    repeated = [
+        f"row {number + 1} ({value!r})" for number, value in itertools.islice(find_duplicates(table, column), 5)
+    ]
+    if repeated:
+        raise BatchError(f"The ids in {column!r} occur twice: {', '.join(repeated)}. Make them unique.")
 
 
 def choose_columns(table: Table, output: Output, columns: Sequence[str] | None, fields: Mapping[str, str]) -> Output:

@@ -25,10 +25,17 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True)
 class RowRequest:
-    """The request of a row, and the text that tells whether two requests are the same."""
+    """The request of a row.
+
+    Attributes:
+        request: What to generate.
+        text: What tells whether two requests are the same.
+        shareable: Whether requests with the same text have the same answer.
+    """
 
     request: Request
     text: str
+    shareable: bool = True
 
 
 class Template:
@@ -48,6 +55,8 @@ class Template:
             self.columns = tuple(get_template_variables(text, "f-string"))
         except ValueError as exc:
             raise BatchError(f"`prompt` must be a template, got {text!r}: {exc}. Correct it.") from None
+        if "" in self.columns:
+            raise BatchError(f"`prompt` must be a template that names the columns, got {text!r}. Write {{column}}.")
         self._render = text.format_map
 
     def render(self, row: Mapping[str, Any]) -> str | RowProblem:
@@ -79,6 +88,7 @@ class PromptRows:
         self._system = Template(job.system) if job.system is not None else None
         self._messages = job.messages_column
         self._options = GenerationOptions(**job.options) if job.options else None
+        self._greedy = job.greedy
         self._option_columns = job.option_columns
         self._known: dict[str, GenerationOptions | None | RowProblem] = {}
 
@@ -99,16 +109,17 @@ class PromptRows:
             options = self._row_options(given, suffix)
             if isinstance(options, RowProblem):
                 return options
+        greedy = self._greedy and not (options is not None and options.do_sample)
         if self._prompt is not None and self._system is None:
             prompt = self._prompt.render(row)
             if isinstance(prompt, RowProblem):
                 return prompt
-            return RowRequest(Request(prompt=prompt, options=options, id=number), prompt + suffix)
+            return RowRequest(Request(prompt=prompt, options=options, id=number), prompt + suffix, greedy)
         messages = self._conversation(row)
         if isinstance(messages, RowProblem):
             return messages
         text = json.dumps(messages, ensure_ascii=False, default=str) + suffix
-        return RowRequest(Request(messages=messages, options=options, id=number), text)
+        return RowRequest(Request(messages=messages, options=options, id=number), text, greedy)
 
     def _conversation(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]] | RowProblem:
         messages: list[Mapping[str, Any]] = []

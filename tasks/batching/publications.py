@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journal_rows import JournalRows
 from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.openai_batches import OpenAIBatchWriter, errors_place
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.table_schemas import get_schema
 from prefect_huggingface.tasks.storage.table_writers import open_writer
@@ -115,24 +118,49 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
         TableError: If the input has changed, or the destination was taken meanwhile.
     """
     publication = Publication()
-    rows = JournalRows(journal, job.key, journal.check(job.key))
-    needs_schema = output.format != "jsonl"
-    schema = get_schema(job.table) if needs_schema else None
-    with (
-        Place.of(output.destination).published(replace) as path,
-        open_writer(path, output.format, output.columns, output.added, schema, _added_schema(output)) as writer,
-    ):
-        for chunk in read_chunks(job.table):
-            answers = rows.take(chunk.first, chunk.first + len(chunk))
-            if answers.num_rows != len(chunk):
-                missing = len(chunk) - answers.num_rows
-                raise BatchError(
-                    f"The journal {journal.place.url!r} lacks {missing} rows from row {chunk.first} on. Start again."
-                )
+    place = Place.of(output.destination)
+    with ExitStack() as stack:
+        path = stack.enter_context(place.published(replace))
+        if job.table.format == "openai":
+            errors = errors_place(place)
+            publication.errors_destination = errors.url
+            # An earlier attempt may have published the errors and not yet the responses.
+            write = _openai_writer(stack, path, stack.enter_context(errors.published(True)), job, journal, output)
+        else:
+            write = _table_writer(stack, path, job, output)
+        for chunk, answers in _answered(job, journal):
             publication.count(chunk, answers)
-            writer.write(chunk, _added_columns(answers, output))
-        writer.close()
+            write(chunk, answers)
     return publication
+
+
+def _answered(job: BatchJob, journal: Journal) -> Iterator[tuple[Chunk, Any]]:
+    rows = JournalRows(journal, job.key, journal.check(job.key))
+    for chunk in read_chunks(job.table):
+        answers = rows.take(chunk.first, chunk.first + len(chunk))
+        if answers.num_rows != len(chunk):
+            missing = len(chunk) - answers.num_rows
+            raise BatchError(
+                f"The journal {journal.place.url!r} lacks {missing} rows from row {chunk.first + 1} on. Start again."
+            )
+        yield chunk, answers
+
+
+def _table_writer(stack: ExitStack, path: Path, job: BatchJob, output: Output) -> Callable[[Chunk, Any], None]:
+    schema = get_schema(job.table) if output.format != "jsonl" else None
+    writer = stack.enter_context(
+        open_writer(path, output.format, output.columns, output.added, schema, _added_schema(output))
+    )
+    return lambda chunk, answers: writer.write(chunk, _added_columns(answers, output))
+
+
+def _openai_writer(
+    stack: ExitStack, path: Path, errors: Path, job: BatchJob, journal: Journal, output: Output
+) -> Callable[[Chunk, Any], None]:
+    created = (journal.read_job() or {}).get("created", 0) if output.timings else 0
+    writer = OpenAIBatchWriter(path, errors, job.key, int(created))
+    stack.callback(writer.close)
+    return writer.write
 
 
 def _added_schema(output: Output) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from prefect_huggingface.tasks.batching.feeds import RowFeed
 from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.records import Completion, Request
@@ -83,7 +84,7 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
     finished = 0
     with ExitStack() as stack:
         writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch, shard.start))
-        index = stack.enter_context(AnswerIndex()) if shard.settings.deduplicate and job.greedy else None
+        index = stack.enter_context(AnswerIndex()) if shard.settings.deduplicate else None
 
         def commit(answers: list[tuple[object, ...]]) -> None:
             nonlocal finished
@@ -101,7 +102,7 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
 
 def make_requests(job: BatchJob) -> RequestMaker:
     """Return what makes the requests of a job's rows."""
-    return PromptRows(job)
+    return OpenAIRows(job) if job.table.format == "openai" else PromptRows(job)
 
 
 def run_requests(

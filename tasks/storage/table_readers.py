@@ -20,6 +20,8 @@ MARK_ROWS = 50_000  # JSONL rows between two remembered byte offsets
 SAMPLE_ROWS = 1000  # JSONL rows whose columns are looked at
 MAX_CELL = 2**31 - 1
 
+_decode = json.JSONDecoder().decode
+
 
 class Reader(ABC):
     """Reads one file of one format."""
@@ -89,7 +91,7 @@ class JsonLinesReader(Reader):
 
 def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
     try:
-        row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+        row = _decode(line.removeprefix(b"\xef\xbb\xbf").decode())
     except (ValueError, RecursionError) as exc:
         return {}, f"is no JSON: {exc}. Correct the line."
     if not isinstance(row, dict):

@@ -1,0 +1,186 @@
+"""A shard generates each row that is left once, shares equal prompts, survives bad rows and stops when it has to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
+from prefect_huggingface.tasks.batching.publications import publish_output
+from prefect_huggingface.tasks.batching.runs import count_finished, cut_shards, open_run
+from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings, process_shard
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journals import Journal
+from support.instant_engines import InstantEngine
+
+PROMPT = "What is the capital of {country}?"
+
+
+class Batch:
+    """One batch in a folder."""
+
+    def __init__(self, folder: Path, lines: list[str], prompt: str = PROMPT) -> None:
+        self.source, self.destination = folder / "in.jsonl", folder / "out.jsonl"
+        self.source.write_text("".join(f"{line}\n" for line in lines))
+        self.journal = Journal.beside(str(self.destination))
+        self.job: BatchJob = plan_job(str(self.source), None, prompt)
+
+    def run(
+        self, engine: InstantEngine, shards: int = 1, settings: ShardSettings | None = None, retry: bool = False
+    ) -> list[ShardResult]:
+        run = open_run(self.journal, self.job, shards, retry, settings)
+        return [process_shard(engine, self.journal, shard) for shard in run.shards]
+
+    def publish(self, replace: bool = False) -> list[dict[str, Any]]:
+        output = plan_output(str(self.source), str(self.destination))
+        publish_output(self.job, self.journal, output, replace)
+        return [json.loads(line) for line in self.destination.read_text().splitlines()]
+
+
+def countries(number: int, repeat: int = 1) -> list[str]:
+    return [json.dumps({"country": f"Land {index // repeat}"}) for index in range(number)]
+
+
+def recording(**arguments: Any) -> InstantEngine:
+    engine = InstantEngine(**arguments)
+    engine.prompts = []
+    return engine
+
+
+@pytest.mark.parametrize("shards", [1, 7])
+def test_every_row_once_in_order(tmp_path: Path, shards: int) -> None:
+    batch, engine = Batch(tmp_path, countries(10_000)), recording()
+    results = batch.run(engine, shards)
+
+    assert all(result.complete for result in results)
+    assert len(results) == shards
+    assert len(engine.prompts or ()) == len(set(engine.prompts or ())) == 10_000
+    rows = batch.publish()
+    assert [row["country"] for row in rows] == [f"Land {index}" for index in range(10_000)]
+    assert list(rows[0]) == [
+        "country", "completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error",
+    ]  # fmt: skip
+    assert {row["status"] for row in rows} == {"ok"}
+    assert rows[3]["completion"] != rows[4]["completion"]
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_equal_prompts_are_generated_once_over_the_whole_input(tmp_path: Path, deduplicate: bool) -> None:
+    lines = [json.dumps({"country": f"Land {index % 700}"}) for index in range(20_000)]
+    batch, engine = Batch(tmp_path, lines), recording()
+    batch.run(engine, settings=ShardSettings(deduplicate=deduplicate))
+
+    assert len(engine.prompts or ()) == (700 if deduplicate else 20_000)
+    rows = batch.publish()
+    assert all(rows[index]["completion"] == rows[index % 700]["completion"] for index in range(20_000))
+    assert batch.journal.count().tokens == 3 * (700 if deduplicate else 20_000)
+
+
+def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, [json.dumps({"country": f"Land {index % 50}"}) for index in range(5000)])
+    process_shard(InstantEngine(), batch.journal, open_run(batch.journal, batch.job, shards=2).shards[0])
+    assert batch.journal.count().rows == 2500
+    engine = recording()
+    batch.run(engine)
+
+    assert engine.prompts == []  # all fifty prompts were answered before the restart
+    assert len(batch.publish()) == 5000
+
+
+def test_bad_rows_are_rows(tmp_path: Path) -> None:
+    lines = ['{"country": "Peru"}', '{"country": ', '{"town": 1}', '{"country": null}', '{"country": NaN}']
+    lines += ['{"country": ""}', '{"country": "Peru"}']
+    batch = Batch(tmp_path, lines, "{country}")
+    batch.run(InstantEngine("Lima"))
+    rows = batch.publish()
+
+    statuses = ["ok", "malformed", "missing_value", "missing_value", "missing_value", "empty_prompt", "ok"]
+    assert [row["status"] for row in rows] == statuses
+    assert "Row 2 of 'in.jsonl'" in rows[1]["error"]
+    assert rows[1]["completion"] is None
+    assert rows[4]["country"] is None  # JSON has no NaN
+
+
+def test_a_stop_ends_a_shard_soon_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, countries(5000))
+    run = open_run(batch.journal, batch.job)
+    results: list[ShardResult] = []
+    engine = recording(seconds=0.05)
+    thread = threading.Thread(
+        target=lambda: results.append(process_shard(engine, batch.journal, run.shards[0])), daemon=True
+    )
+    thread.start()
+    time.sleep(1.5)
+    batch.journal.request_stop("test")
+    began = time.monotonic()
+    thread.join(10)
+
+    assert time.monotonic() - began < 3
+    assert not results[0].complete
+    assert 0 < results[0].finished == batch.journal.count().rows < 5000
+    with pytest.raises(BatchError, match="lacks"):
+        batch.publish()
+    assert not batch.destination.exists()
+    batch.run(InstantEngine())
+    assert len(batch.publish()) == 5000
+
+
+def test_a_shard_of_an_older_run_gives_way(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, countries(100))
+    old = open_run(batch.journal, batch.job).shards[0]
+    open_run(batch.journal, batch.job)
+    assert process_shard(InstantEngine(), batch.journal, old).finished == 0
+
+
+def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
+    lines = [json.dumps({"country": "Land" if index % 10 else "  "}) + " " * index for index in range(200)]
+    batch = Batch(tmp_path, lines, "{country}")
+    batch.run(InstantEngine())
+    assert sum(row["status"] == "empty_prompt" for row in batch.publish()) == 20
+    assert batch.run(InstantEngine()) == []  # without being asked, nothing is generated again
+
+    class Forgiving(InstantEngine):
+        def _answer(self, future: Any, request: Any) -> None:
+            super()._answer(future, type(request)(prompt=f"{request.prompt}x", id=request.id))
+
+    engine = Forgiving()
+    engine.prompts = []
+    batch.run(engine, retry=True)
+    rows = batch.publish(replace=True)
+    assert set(engine.prompts) == {"  x"}
+    assert {row["status"] for row in rows} == {"ok"}
+    assert len(rows) == 200
+
+
+def test_the_journal_of_another_job_is_refused(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, countries(20))
+    batch.run(InstantEngine())
+    other = plan_job(str(batch.source), None, "Where is {country}?")
+    with pytest.raises(BatchError, match=r'prompt: "What is the capital of .* there, "Where is'):
+        open_run(batch.journal, other)
+    batch.source.write_text('{"country": "New"}\n')
+    with pytest.raises(BatchError, match="input: "):
+        open_run(batch.journal, plan_job(str(batch.source), None, PROMPT))
+
+
+def test_shards_cover_all_rows_and_none_is_tiny() -> None:
+    assert cut_shards(100, 3) == [(0, 33), (33, 66), (66, 100)]
+    assert cut_shards(10, 8) == [(0, 10)]
+    assert len(cut_shards(1_000_000, 1000)) == 1000
+
+
+def test_another_number_of_shards_goes_on_as_well(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, countries(1000))
+    run = open_run(batch.journal, batch.job, 4)
+    process_shard(InstantEngine(), batch.journal, run.shards[1])
+    assert count_finished(batch.journal, batch.job, cut_shards(1000, 2), 0) == [250, 0]
+    engine = recording()
+    batch.run(engine, 3)
+    assert len(engine.prompts or ()) == 750
+    assert len(batch.publish()) == 1000
