@@ -29,6 +29,7 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", 
 
 import pytest  # noqa: E402
 
+from support.hub_server import LocalHub  # noqa: E402
 from support.tiny_models import make_tiny_llama  # noqa: E402
 
 
@@ -53,6 +54,20 @@ def tiny_llama(session_folder: Path) -> Path:
 def bundled_model() -> Path:
     """Folder of the model that comes with the project."""
     return Path(__file__).parent.parent / "deployments" / "quickstart" / "model"
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[LocalHub]:
+    """One local Hub for the whole session; tests use it through `hub`."""
+    with LocalHub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: LocalHub) -> LocalHub:
+    """The local Hub without repositories, users, faults and logged requests."""
+    hub_server.clear()
+    return hub_server
 
 
 @pytest.fixture(scope="session")

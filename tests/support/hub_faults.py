@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Place = Literal["api", "resolve", "cdn"]
-Kind = Literal["status", "stall", "cut", "stall_body", "truncate", "corrupt", "ignore_range"]
+Kind = Literal["status", "stall", "cut", "stall_body", "truncate", "corrupt", "ignore_range", "headers"]
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Fault:
     Attributes:
         kind: "status" answers with `status`; "stall" answers nothing; "cut" ends the connection after `after` bytes of
             the body; "stall_body" stops there and keeps the connection; "truncate" ends the answer there as if it were
-            whole; "corrupt" changes the byte there; "ignore_range" sends the whole file whatever was asked for.
+            whole; "corrupt" changes the byte there; "ignore_range" sends the whole file whatever was asked for;
+            "headers" puts other headers into the answer.
         place: Which server and route: the API, the resolve route of the Hub, or the CDN.
         path: Regular expression that the path of the request must contain. CDN paths end with the file's name.
         method: Method of the request, or None for all.
@@ -27,7 +30,7 @@ class Fault:
         skip: How many matching requests pass before.
         after: Byte of the answer's body where it happens.
         status: Status code of "status".
-        headers: Headers of "status".
+        headers: Headers of "status" and "headers".
         seconds: How long a stall lasts.
     """
 
@@ -41,12 +44,19 @@ class Fault:
     status: int = 500
     headers: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 600.0
+    is_over: bool = False
+
+    async def stall(self) -> None:
+        """Wait for the length of the stall, or until the faults are cleared."""
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end and not self.is_over:
+            await asyncio.sleep(0.02)
 
     def matches(self, place: str, method: str, path: str) -> bool:
         """Tell whether the fault is for a request, and count it."""
         if place != self.place or self.method not in (None, method) or not re.search(self.path, path):
             return False
-        if method == "HEAD" and self.kind not in ("status", "stall"):
+        if method == "HEAD" and self.kind not in ("status", "stall", "headers"):
             return False
         if self.skip:
             self.skip -= 1
@@ -92,6 +102,8 @@ class Journal:
     def clear(self) -> None:
         """Forget all faults and requests."""
         with self._lock:
+            for fault in self.faults:
+                fault.is_over = True
             self.requests.clear()
             self.faults.clear()
 

@@ -65,6 +65,7 @@ class Repository:
         references: Commit of each branch and tag.
         tags: Those references that are tags.
         licence: Licence that the model card names.
+        lists_files: Whether the description holds the files; for very large repositories it does not.
         lists_hashes: Whether the file list holds sizes and hashes; some mirrors leave them out.
     """
 
@@ -76,6 +77,7 @@ class Repository:
     references: dict[str, str] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)
     licence: str = "apache-2.0"
+    lists_files: bool = True
     lists_hashes: bool = True
 
     def commit(self, files: Mapping[str, bytes | Path], branch: str = "main") -> str:
@@ -105,7 +107,7 @@ class Repository:
             "_id": "0" * 24, "id": self.name, "modelId": self.name, "sha": commit, "private": self.private,
             "gated": self.gated, "disabled": False, "downloads": 0, "likes": 0, "library_name": "transformers",
             "tags": [f"license:{self.licence}"], "cardData": {"license": self.licence},
-            "siblings": [self._sibling(n, f, blobs) for n, f in self.commits[commit].items()],
+            "siblings": [self._sibling(n, f, blobs) for n, f in self.commits[commit].items() if self.lists_files],
         }  # fmt: skip
 
     def _sibling(self, name: str, file: StoredFile, blobs: bool) -> dict[str, object]:

@@ -14,7 +14,6 @@ Then use `HuggingFaceCredentials(endpoint="http://127.0.0.1:8090")`.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import hmac
 import logging
@@ -75,6 +74,14 @@ class LocalHub:
         repository.commit(files or {})
         return repository
 
+    def clear(self) -> None:
+        """Forget repositories, users, faults and requests."""
+        self.repositories.clear()
+        self.users.clear()
+        self.signatures.clear()
+        self.journal.clear()
+        self.signature_seconds, self.page_size = 3600.0, 1000
+
     def fault(self, kind: Any, place: Any = "cdn", **options: Any) -> Fault:
         """Tell the server to make a fault; see `Fault` for the options."""
         fault = Fault(kind, place, **options)
@@ -97,6 +104,7 @@ class LocalHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.journal.clear()
         for server in self._servers:
             server.should_exit = True
         for thread in self._threads:
@@ -120,8 +128,8 @@ class LocalHub:
         entry = LoggedRequest(place, request.method, unquote(path), request.headers.get("range"), token)
         fault = self.journal.note(entry)
         if fault is not None and fault.kind == "stall":
-            await asyncio.sleep(fault.seconds)
-            return
+            await fault.stall()
+            raise ConnectionCut
         if fault is not None and fault.kind == "status":
             response: Response | FileResponse = Response(status_code=fault.status, headers=dict(fault.headers))
         else:

@@ -42,22 +42,21 @@ class FileResponse:
 
 def make_fault(response: Response | FileResponse, fault: Fault | None, entry: LoggedRequest) -> ASGIApp:
     """Return the app that sends the response with its fault, and counts the bytes of the body."""
-    if isinstance(response, FileResponse) and fault is not None and fault.kind == "ignore_range":
+    if fault is not None and fault.kind == "ignore_range" and isinstance(response, FileResponse):
         response.start, response.stop, response.status_code = 0, response.file.size, 200
         response.headers.pop("Content-Range", None)
         entry.status = 200
+    if fault is not None and fault.kind == "headers":
+        response.headers.update(fault.headers)
+    size, blocks = _body(response)
+    if fault is not None and fault.kind == "truncate":
+        size = min(size, fault.after)
+    headers = {**{k.lower(): v for k, v in response.headers.items()}, "content-length": str(size)}
+    start = {"type": "http.response.start", "status": response.status_code}
+    start["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if isinstance(response, FileResponse):
-            size = response.stop - response.start
-            headers = [(k.lower().encode(), v.encode()) for k, v in response.headers.items()]
-            blocks = response.file.read(response.start, response.stop)
-        else:
-            size, headers, blocks = len(response.body), response.raw_headers, iter((bytes(response.body),))
-        if fault is not None and fault.kind == "truncate":
-            size = min(size, fault.after)
-        headers = [(k, v) for k, v in headers if k != b"content-length"] + [(b"content-length", b"%d" % size)]
-        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        await send(start)
         if entry.method != "HEAD":
             gone = asyncio.ensure_future(_wait_for_end(receive))
             async for block in _disturb(blocks, fault, size):
@@ -69,6 +68,12 @@ def make_fault(response: Response | FileResponse, fault: Fault | None, entry: Lo
         await send({"type": "http.response.body", "body": b""})
 
     return app
+
+
+def _body(response: Response | FileResponse) -> tuple[int, Iterator[bytes]]:
+    if isinstance(response, FileResponse):
+        return response.stop - response.start, response.file.read(response.start, response.stop)
+    return len(response.body), iter((bytes(response.body),))
 
 
 async def _wait_for_end(receive: Receive) -> None:
@@ -90,9 +95,12 @@ async def _disturb(blocks: Iterator[bytes], fault: Fault | None, size: int) -> A
         place += len(block)
         if place >= limit:
             break
-    if fault is not None and kind in ("cut", "stall_body"):
-        # Before a cut, give the client time to read what it was sent, or it might see the reset first.
-        await asyncio.sleep(0.05 if kind == "cut" else fault.seconds)
+    if fault is not None and kind == "stall_body":
+        await fault.stall()
+        raise ConnectionCut
+    if kind == "cut":
+        # Give the client time to read what it was sent, or it might see the reset first.
+        await asyncio.sleep(0.05)
         raise ConnectionCut
 
 
