@@ -128,10 +128,8 @@ def _check_placement(given: Mapping[str, Any]) -> None:
 
 def _read_fields(given: dict[str, Any], backend: str) -> dict[str, Any]:
     """Return the fields of the block, other than id, task, backend and options."""
-    fields: dict[str, Any] = {}
-    for name in TOKEN_NAMES:
-        if name in given:
-            fields["credentials"] = credentials_of(given.pop(name))
+    tokens = [given.pop(name) for name in TOKEN_NAMES if name in given]
+    fields: dict[str, Any] = {"credentials": credentials_of(tokens[0] if tokens else None)}
     if "cache_dir" in given:
         fields["store"] = ModelStore(path=given.pop("cache_dir"))
     fields |= read_quantization({name: given.pop(name) for name in list(given) if name in QUANTIZATION}, backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, get_args
@@ -18,18 +19,23 @@ EIGHT_BIT_VALUES = (("group_size", -1), ("ratio", 1.0))
 RECIPE_NAMES = frozenset(QuantizationOptions.model_fields) - {"awq", "quant_mode"}
 
 
-def credentials_of(token: Any) -> HuggingFaceCredentials:
-    """Return the credentials that a `token` argument means.
+def credentials_of(token: Any) -> HuggingFaceCredentials | None:
+    """Return the credentials that a `token` argument means, None where everything is as usual.
+
+    They are for the Hub in `HF_ENDPOINT`, as they are for LangChain, or for the default Hub.
 
     Args:
-        token: A token, True for the token of the machine, False for none. An empty text means the default.
+        token: A token, True for the token of the machine, False for none. An empty text and None mean the default.
     """
+    endpoint = os.environ.get("HF_ENDPOINT")
+    fields: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     if isinstance(token, bool):
-        return HuggingFaceCredentials(use_ambient_token=token)
-    text = token.get_secret_value() if isinstance(token, SecretStr) else str(token)
-    # A token that was pasted or read from a file often ends in a line break.
-    text = text.strip()
-    return HuggingFaceCredentials(token=SecretStr(text)) if text else HuggingFaceCredentials()
+        fields["use_ambient_token"] = token
+    elif token is not None:
+        text = token.get_secret_value() if isinstance(token, SecretStr) else str(token)
+        # A token that was pasted or read from a file often ends in a line break.
+        fields |= {"token": SecretStr(text.strip())} if text.strip() else {}
+    return HuggingFaceCredentials(**fields) if fields else None
 
 
 def read_quantization(given: Mapping[str, Any], backend: str) -> dict[str, Any]:
