@@ -43,7 +43,7 @@ def engine_of_pipeline(pipeline: Any) -> Engine:
 
 
 def prompt_writer(tokenizer: Any) -> PromptWriter:
-    """Return what writes the prompts of a tokenizer of Transformers: plain ones as they are, messages by its template."""
+    """Return what writes the prompts of a tokenizer of Transformers: plain ones as they are, messages by template."""
     tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(tokenizer, name, None))}
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):

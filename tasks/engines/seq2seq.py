@@ -18,7 +18,7 @@ from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context
 from prefect_huggingface.tasks.engines.text_jobs import TextJobs
 from prefect_huggingface.tasks.engines.tokenization import pad_token
-from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes
+from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes, free_cached_memory, is_out_of_memory
 from prefect_huggingface.tasks.engines.whole_batches import padded_inputs, prepare_model, run_beams, run_whole_batch
 from prefect_huggingface.tasks.errors import EngineError
 
@@ -78,19 +78,17 @@ class Seq2SeqEngine(AnswerEngine):
         self._leave()
 
     def _run(self, answers: list[Answer]) -> None:
-        import torch
-
         try:
             inputs = padded_inputs([answer.job.prompt_ids for answer in answers], self._model, left=False)
             run_whole_batch(self._model, answers, inputs, self._jobs.take)
-        except torch.OutOfMemoryError:
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
             self._make_room(answers)
 
     def _make_room(self, answers: list[Answer]) -> None:
         """Go on with fewer answers at once after the memory ran out."""
-        import torch
-
-        torch.accelerator.empty_cache()
+        free_cached_memory()
         self._sizes.lower(len(answers))
         # An answer that has begun may have been streamed, and a decoder cannot be fed with its tokens again.
         untouched = [answer for answer in answers if not answer.tokens and answer.finish_reason is None]

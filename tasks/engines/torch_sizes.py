@@ -97,3 +97,18 @@ def _expected_bytes_per_token(loaded: Any) -> int:
         * size
         * getattr(loaded.dtype, "itemsize", 4)
     )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error of torch says that the memory ran out. On a CPU it has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_cached_memory() -> None:
+    """Give the memory that torch keeps for later back to the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -25,7 +25,7 @@ from prefect_huggingface.tasks.engines.sampling import choose_tokens, log_probab
 from prefect_huggingface.tasks.engines.text_jobs import TextJobs
 from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.tokenization import pad_token
-from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes
+from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes, free_cached_memory, is_out_of_memory
 from prefect_huggingface.tasks.engines.whole_batches import padded_inputs, prepare_model, run_beams, run_whole_batch
 
 logger = get_logger(__name__)
@@ -87,7 +87,9 @@ class TorchTextEngine(AnswerEngine):
                 self._at_once = len(self._batch.answers)
                 if self._batch.answers:
                     self._advance(self._batch.answers, self._batch.step())
-        except torch.OutOfMemoryError:
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
             self._make_room()
         self._leave()
 
@@ -140,10 +142,8 @@ class TorchTextEngine(AnswerEngine):
 
     def _make_room(self) -> None:
         """Go on with fewer answers at once after the memory ran out; the others go on from where they are later."""
-        import torch
-
         answers = self._batch.clear()
-        torch.accelerator.empty_cache()
+        free_cached_memory()
         self._waiting.extendleft(reversed(answers))
         if self._at_once > 1:
             self._sizes.lower(self._at_once)
