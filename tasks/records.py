@@ -81,6 +81,7 @@ class Request:
         id: Name of the request, returned with its completion.
         images: Paths or URLs of images, for image-text-to-text models.
         tools: Functions that the model may call, as JSON schemas in the form of OpenAI; the chat template shows them.
+        chat_template: Whether a plain prompt is put into the chat template, where the model's setting does not fit.
     """
 
     prompt: str | None = None
@@ -89,6 +90,7 @@ class Request:
     id: int | str | None = None
     images: Sequence[str] = ()
     tools: Sequence[Mapping[str, Any]] = ()
+    chat_template: Literal["auto", "always", "never"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

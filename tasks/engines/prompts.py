@@ -70,7 +70,7 @@ class PromptWriter:
             raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
         if request.messages is not None:
             return self._from_messages(check_messages(request.messages), request.tools)
-        return self._from_text(request.prompt, request.tools)
+        return self._from_text(request.prompt, request.tools, request.chat_template or self._use)
 
     def _from_messages(self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> Prompt:
         if self.template is None:
@@ -81,37 +81,41 @@ class PromptWriter:
             )
         return Prompt(self.template.render(messages, tools), add_special_tokens=False)
 
-    def _from_text(self, text: Any, tools: Sequence[Mapping[str, Any]]) -> Prompt:
+    def _from_text(self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse) -> Prompt:
         check_text(text)
-        if self._use != "never" and self.template is None and self._use == "always":
+        if self.template is None and use == "always":
             raise RequestError(
                 "invalid_prompt",
                 "The model has no chat template to put the prompt into. Set `chat_template` to 'auto' or 'never'.",
             )
-        if self._wants_template(text):
+        shows_template = self.template is not None and self._shows_template(text)
+        if self.template is not None and (use == "always" or (use == "auto" and not shows_template)):
             return self._from_messages([{"role": "user", "content": text}], tools)
-        has_start = bool(self._start_token) and text.startswith(self._start_token or "")
-        return Prompt(text, add_special_tokens=not has_start)
-
-    def _wants_template(self, text: str) -> bool:
-        if self.template is None or self._use == "never":
-            return False
-        return self._use == "always" or not self._shows_template(text)
+        starts = bool(self._start_token) and text.startswith(self._start_token or "")
+        # A templated text gets a start token only where the template itself writes one.
+        return Prompt(text, add_special_tokens=not starts and (not shows_template or self._starts_itself))
 
     def _shows_template(self, text: str) -> bool:
         """Tell whether a text has been put into the template already."""
         marks, frame = self._marks
         return any(mark in text for mark in marks) or (bool(frame) and all(part in text for part in frame))
 
+    @property
+    def _starts_itself(self) -> bool:
+        return bool(self._start_token) and self._rendered_probe.startswith(self._start_token or "")
+
+    @cached_property
+    def _rendered_probe(self) -> str:
+        assert self.template is not None
+        try:
+            return self.template.render([{"role": "user", "content": PROBE}])
+        except RequestError:
+            return ""
+
     @cached_property
     def _marks(self) -> tuple[list[str], list[str]]:
         """Return what shows that a text was templated: marks of which one is enough, and parts that occur together."""
-        assert self.template is not None
-        try:
-            rendered = self.template.render([{"role": "user", "content": PROBE}])
-        except RequestError:
-            return [], []
-        before, _, after = rendered.partition(PROBE)
+        before, _, after = self._rendered_probe.partition(PROBE)
         marks = re.findall(r"<[|｜][^<>|｜]+[|｜]>|<(?:start|end)_of_turn>|<\|[^<>|]+>|\[/?INST\]", before + after)
         marks = [mark for mark in marks if mark != self._start_token]
         before_lines = before.removeprefix(self._start_token or "").strip().splitlines()

@@ -1,0 +1,213 @@
+"""The engines of this process: loaded once, shared by all, and bounded in memory.
+
+Engines are kept in the order of their last use. Before a model is loaded, and after it, those that nobody uses are
+closed until the resident memory of the process is within the budget. An engine is in use while somebody holds what
+`load_engine` gave out, or while it works on a request.
+
+The table belongs to this module and not to any task: Prefect sends tasks to workers by value, and what a task's own
+module holds would be copied with them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.cache_entries import EngineEntry, EngineKey, SharedEngine, source_mark
+from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
+from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+logger = get_logger(__name__)
+
+BUDGET_VARIABLE = "PREFECT_HUGGINGFACE_MEMORY_GB"
+DEFAULT_SHARE_OF_MEMORY = 0.8
+GIB = 2**30
+WEIGHT_SUFFIXES = (".bin", ".safetensors", ".pt", ".pth")
+
+_ENGINES = "prefect_huggingface.tasks.engines"
+ENGINE_CLASSES = {
+    ("openvino", "text-generation"): f"{_ENGINES}.openvino_text:OpenVINOTextEngine",
+    ("openvino", "text2text-generation"): f"{_ENGINES}.seq2seq:OpenVINOSeq2SeqEngine",
+    ("openvino", "summarization"): f"{_ENGINES}.seq2seq:OpenVINOSeq2SeqEngine",
+    ("openvino", "translation"): f"{_ENGINES}.seq2seq:OpenVINOSeq2SeqEngine",
+    ("openvino", "image-text-to-text"): f"{_ENGINES}.openvino_images:OpenVINOImageEngine",
+    ("torch", "text-generation"): f"{_ENGINES}.torch_text:TorchTextEngine",
+    ("torch", "text2text-generation"): f"{_ENGINES}.seq2seq:TorchSeq2SeqEngine",
+    ("torch", "summarization"): f"{_ENGINES}.seq2seq:TorchSeq2SeqEngine",
+    ("torch", "translation"): f"{_ENGINES}.seq2seq:TorchSeq2SeqEngine",
+    ("torch", "image-text-to-text"): f"{_ENGINES}.torch_images:TorchImageEngine",
+}
+
+
+class EngineCache:
+    """Engines of one process by what they run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._keys: dict[str, EngineKey] = {}
+        # Loading measures the memory, so that only one model is loaded at a time.
+        self._loading = threading.Lock()
+        self._entries: dict[EngineKey, EngineEntry] = {}
+        self._budget: int | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """Resident memory that this process may take."""
+        if self._budget is not None:
+            return self._budget
+        given = os.environ.get(BUDGET_VARIABLE)
+        return int(float(given) * GIB) if given else int(DEFAULT_SHARE_OF_MEMORY * total_bytes())
+
+    def set_budget(self, size_bytes: int | None) -> None:
+        """Set the resident memory that this process may take, or None for the default."""
+        self._budget = size_bytes
+
+    def get(self, model: LocalModel) -> Engine:
+        """Return the engine of a model; load it first where needed."""
+        mark = source_mark(model)
+        with self._lock:
+            lock = self._locks.setdefault(mark, threading.Lock())
+        with lock:
+            # What is loaded needs no look into the store.
+            known = self._keys.get(mark)
+            found = None if known is None else self._lend(known, model)
+            if found is not None:
+                return found
+            key = self._keys[mark] = EngineKey.of(model, ENGINE_CLASSES)
+            with self._loading:
+                return self._lend(key, model) or self._load(key, model)
+
+    def unload(self, keys: Iterable[EngineKey] | None = None) -> int:
+        """Close engines, also those in use, and return how many there were."""
+        with self._lock:
+            wanted = list(self._entries) if keys is None else [key for key in keys if key in self._entries]
+            entries = [self._entries.pop(key) for key in wanted]
+        for entry in entries:
+            entry.close()
+        give_back_memory()
+        return len(entries)
+
+    def _lend(self, key: EngineKey, model: LocalModel) -> SharedEngine | None:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is None:
+                return None
+            # The last one in the dictionary is the last one used.
+            self._entries[key] = entry
+            return entry.lend(model)
+
+    def _load(self, key: EngineKey, model: LocalModel) -> SharedEngine:
+        self._make_room(weight_bytes(key.path), key)
+        # The engine has no defaults of its own: callers with different options share it.
+        entry = EngineEntry(key, load_class(key), model.model_copy(update={"options": GenerationOptions()}))
+        with self._lock:
+            self._entries[key] = entry
+            shared = entry.lend(model)
+        self._make_room(0, None)
+        return shared
+
+    def _make_room(self, needed: int, key: EngineKey | None) -> None:
+        """Close idle engines until the memory is within the budget.
+
+        Raises:
+            EngineError: If a model does not fit beside the engines that are in use.
+        """
+        while resident_bytes() + needed > self.budget_bytes:
+            entry = self._take_idle()
+            if entry is None:
+                break
+            logger.info("Closing the engine of %s to keep within the memory budget.", entry.key.path)
+            entry.close()
+            give_back_memory()
+        else:
+            return
+        in_use = ", ".join(sorted({str(other.path) for other in self._entries if other != key}))
+        if key is None or not in_use:
+            logger.warning(
+                "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
+                (resident_bytes() + needed) / GIB, self.budget_bytes / GIB,
+            )  # fmt: skip
+            return
+        raise EngineError(
+            f"{str(key.path)!r} needs about {needed / GIB:.2f} GiB, and with it the process would take more than its "
+            f"budget of {self.budget_bytes / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
+            f"raise {BUDGET_VARIABLE}."
+        )
+
+    def _take_idle(self) -> EngineEntry | None:
+        """Take out the engine whose last use is the longest ago, of those that nobody uses."""
+        with self._lock:
+            idle = next((key for key, entry in self._entries.items() if not entry.in_use), None)
+            return None if idle is None else self._entries.pop(idle)
+
+
+def load_class(key: EngineKey) -> type[Engine]:
+    """Return the class of the engine of a key."""
+    module, name = key.engine.split(":")
+    try:
+        found: type[Engine] = getattr(import_module(module), name)
+    except ModuleNotFoundError as exc:
+        raise EngineError(f"The package {exc.name!r} is missing. Install it with pip.") from exc
+    return found
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the size of the weights in a folder."""
+    return sum(file.stat().st_size for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+
+
+_cache = EngineCache()
+
+
+def _forget_after_fork() -> None:
+    # The threads of the engines do not live in the child.
+    global _cache
+    _cache = EngineCache()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def load_engine(model: LocalModel) -> Engine:
+    """Return the engine of a model. It is loaded once per process and shared by all callers.
+
+    The model is downloaded and exported first where needed. Models that differ only in their generation options share
+    an engine. Keep the result as long as it is used, and close nothing: an engine that nobody holds is closed when its
+    memory is needed.
+
+    Args:
+        model: Model, backend, device and options.
+
+    Raises:
+        ModelSourceError: If the model is a folder that is missing or holds no model.
+        DownloadError: If the model is on the Hub and cannot be had.
+        ExportError: If the OpenVINO export failed.
+        EngineError: If the model cannot be loaded with these settings, or does not fit into the memory.
+    """
+    return _cache.get(model)
+
+
+def unload_engines() -> int:
+    """Close all engines of this process, also those in use, and return how many there were."""
+    return _cache.unload()
+
+
+def set_memory_budget(size_gb: float | None) -> None:
+    """Set how much resident memory this process may take.
+
+    Args:
+        size_gb: Size in units of 2^30 bytes. None for `PREFECT_HUGGINGFACE_MEMORY_GB`, or else 80 % of the machine.
+    """
+    _cache.set_budget(None if size_gb is None else int(size_gb * GIB))

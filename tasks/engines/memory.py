@@ -1,0 +1,51 @@
+"""How much memory there is and how much this process uses, as the kernel sees it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from contextlib import suppress
+from pathlib import Path
+
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_bytes() -> int:
+    """Return the memory that is free for this process, within the limit of its container."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for limit_file, used_file in CGROUP_FILES:
+        with suppress(OSError, ValueError):
+            limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())
+            available = min(available, max(limit - used, 0))
+    return available
+
+
+def total_bytes() -> int:
+    """Return the memory of the machine, or the limit of the container where that is lower."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    for limit_file, _ in CGROUP_FILES:
+        with suppress(OSError, ValueError):
+            total = min(total, int(Path(limit_file).read_text()))
+    return total
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def give_back_memory() -> None:
+    """Give memory that is free inside this process back to the system."""
+    gc.collect()
+    # Only the C library of GNU keeps freed memory and has a call to release it.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,48 @@
+"""Forms of answers, as grammars of OpenVINO GenAI. Answers are validated afterwards by `answer_forms`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from prefect_huggingface.blocks import ResponseFormat
+from prefect_huggingface.tasks.engines.failures import RequestError
+
+
+def check_format(response_format: ResponseFormat) -> None:
+    """Refuse a form that no answer can have.
+
+    Raises:
+        RequestError: If the JSON schema is not one.
+    """
+    if response_format.json_schema is None:
+        return
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    schema = response_format.json_schema
+    try:
+        validator_for(schema).check_schema(schema)
+    except SchemaError as exc:
+        place = "/".join(str(part) for part in exc.absolute_path) or "its top"
+        raise RequestError(
+            "invalid_option", f"`json_schema` is not a JSON schema, at {place}: {exc.message}. Correct it."
+        ) from exc
+
+
+def structured_output(response_format: ResponseFormat) -> Any:
+    """Return the grammar for a form in the terms of OpenVINO GenAI."""
+    from openvino_genai import StructuredOutputConfig
+
+    if response_format.json_schema is not None:
+        return StructuredOutputConfig(json_schema=json.dumps(response_format.json_schema))
+    if response_format.regex is not None:
+        return StructuredOutputConfig(regex=response_format.regex)
+    choices = "|".join(_escape(choice) for choice in response_format.choices or ())
+    return StructuredOutputConfig(regex=f"({choices})")
+
+
+def _escape(text: str) -> str:
+    # The grammar engine knows fewer escapes than Python.
+    return re.sub(r"([\\.^$*+?{}\[\]|()/])", r"\\\1", text)

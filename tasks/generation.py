@@ -1,0 +1,105 @@
+"""Tasks that put prompts and conversations through a model and give back the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.records import Completion, Message, Request
+
+logger = get_logger(__name__)
+
+
+def complete_prompts(
+    model: LocalModel, prompts: Sequence[str], options: GenerationOptions | None = None
+) -> list[Completion]:
+    """Generate one completion for each prompt.
+
+    The model is loaded once per process and then reused. A prompt that fails gives a completion with its error, and the
+    others go on.
+
+    Args:
+        model: Model to use. It is downloaded and exported first where needed.
+        prompts: N prompts, in order. A single string is not a list of prompts.
+        options: Options over those of the model.
+
+    Returns:
+        N completions, in the order of the prompts.
+
+    Raises:
+        EngineError: If the model cannot be loaded.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"`prompts` must be a list of texts, got {prompts!r}. Put it into a list.")
+    return _run(model, [Request(prompt, options=options) for prompt in prompts])
+
+
+def complete_conversations(
+    model: LocalModel, conversations: Sequence[Sequence[Message]], options: GenerationOptions | None = None
+) -> list[Completion]:
+    """Generate the next message of the assistant for each conversation.
+
+    The chat template of the model is applied once.
+
+    Args:
+        model: Model to use; it must have a chat template.
+        conversations: N lists of messages with `role` and `content`.
+        options: Options over those of the model.
+
+    Returns:
+        N completions, in the order of the conversations.
+
+    Raises:
+        EngineError: If the model cannot be loaded.
+    """
+    if conversations and isinstance(conversations[0], dict):
+        raise TypeError("`conversations` must be a list of lists of messages, got messages. Put them into a list.")
+    return _run(model, [Request(messages=messages, options=options) for messages in conversations])
+
+
+def stream_completion(model: LocalModel, prompt: str, options: GenerationOptions | None = None) -> Iterator[str]:
+    """Yield the text of one completion piece by piece as it is generated. The log shows it line by line.
+
+    Args:
+        model: Model to use.
+        prompt: Text to go on from.
+        options: Options over those of the model.
+
+    Raises:
+        GenerationError: If the request fails, as soon as it does.
+        EngineError: If the model cannot be loaded.
+    """
+    yield from _shown(load_engine(model).stream(Request(prompt, options=options)))
+
+
+def _run(model: LocalModel, requests: Sequence[Request]) -> list[Completion]:
+    if not requests:
+        return []
+    engine = load_engine(model)
+    found: list[Completion | None] = [None] * len(requests)
+    for completion in engine.generate(replace(request, id=place) for place, request in enumerate(requests)):
+        found[int(completion.request_id or 0)] = replace(completion, request_id=None)
+    return [completion for completion in found if completion is not None]
+
+
+def _shown(pieces: Iterable[str]) -> Iterator[str]:
+    """Pass pieces on and log their text, one entry per line."""
+    line = ""
+    for piece in pieces:
+        yield piece
+        *lines, line = (line + piece).split("\n")
+        for whole in lines:
+            logger.info("%s", whole)
+    if line:
+        logger.info("%s", line)
+
+
+generate_text = task(name="generate-text", cache_policy=NO_CACHE)(complete_prompts)
+generate_chat = task(name="generate-chat", cache_policy=NO_CACHE)(complete_conversations)
+stream_text = task(name="stream-text", cache_policy=NO_CACHE)(stream_completion)
