@@ -62,7 +62,7 @@ def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int, 
         ExportError: If the child failed.
     """
     job = work / "job.json"
-    content = {"source": str(link_source(snapshot, work / "model")), "output": str(work / "output")}
+    content = {"source": str(link_source(snapshot, recipe, work / "model")), "output": str(work / "output")}
     job.write_text(json.dumps({**content, "recipe": recipe.as_dict(), "parent": os.getpid()}), encoding="utf-8")
     (work / "tmp").mkdir()
     process = subprocess.Popen(
@@ -86,10 +86,11 @@ def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int, 
     raise _failure(snapshot, report, code)
 
 
-def link_source(snapshot: Snapshot, folder: Path) -> Path:
+def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
     """Make a folder of links to the files of a snapshot, under a name that says nothing.
 
-    Optimum chooses recipes by the name of the folder and by the name in `config.json`; both are neutral here.
+    Optimum chooses settings by the name of the folder and by the name in `config.json`. The name in `config.json` is
+    that of the repository where the recipe has such settings, and else there is none.
     """
     folder.mkdir()
     for file in snapshot.files:
@@ -100,6 +101,8 @@ def link_source(snapshot: Snapshot, folder: Path) -> Path:
     if config_path.exists():
         config = json.loads(config_path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
+        if (recipe.quantization or {}).get("ignored_scopes"):
+            config["_name_or_path"] = snapshot.repo_id
         config_path.unlink()
         config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder

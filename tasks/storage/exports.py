@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -15,10 +16,11 @@ from prefect.logging import get_logger, get_run_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
+from prefect_huggingface.tasks.storage.export_plans import ExportPlan, check_plan, make_plan
 from prefect_huggingface.tasks.storage.export_process import RunLog, run_export
-from prefect_huggingface.tasks.storage.folders import is_openvino_folder
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.layout import export_name, exports_folder, find_export_folder, lock_path
-from prefect_huggingface.tasks.storage.leases import note_use
+from prefect_huggingface.tasks.storage.leases import hold_export, note_use
 from prefect_huggingface.tasks.storage.manifests import (
     SCHEMA,
     Manifest,
@@ -30,10 +32,14 @@ from prefect_huggingface.tasks.storage.manifests import (
     remember_state,
     write_manifest,
 )
+from prefect_huggingface.tasks.storage.openvino_folders import check_precision
 from prefect_huggingface.tasks.storage.recipes import Recipe, export_key, resolve_recipe
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.storage.source_weights import measure_weights
 from prefect_huggingface.tasks.storage.staging import discard, not_writable, open_staging, publish, sweep_staging
 from prefect_huggingface.tasks.storage.versions import export_versions
+
+FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def get_export(model: LocalModel, verify: bool = False) -> Export:
@@ -51,21 +57,39 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
         PlanError: If the export cannot succeed; nothing was started.
         ExportError: If the export failed; nothing was published.
     """
+    repo_id = None if model.is_local else model.model_id
+    recipe, versions, store = resolve_recipe(model, repo_id), export_versions(), model.store_path
+    commit = known_commit_of(model)
+    if commit is not None:
+        # The source may have been evicted since; what was made from it is enough.
+        found = find_export(store, export_key(commit, recipe, versions, SCHEMA), verify=verify)
+        if found is not None:
+            return found
     snapshot = get_snapshot(model)
     if is_openvino_folder(file.path for file in snapshot.files):
-        return use_openvino_folder(snapshot)
-    recipe = resolve_recipe(model, snapshot)
-    versions = export_versions()
+        return use_openvino_folder(model, snapshot)
     key = export_key(snapshot.commit, recipe, versions, SCHEMA)
-    store = model.store_path
-    found = find_export(store, key, verify=verify)
-    if found is not None:
-        return found
-    lock = FileLock(lock_path(store, key), timeout=model.get_store().lock_timeout_seconds)
+    return find_export(store, key, verify=verify) or make_once(model, snapshot, recipe, key)
+
+
+def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -> Export:
+    """Make an export, or wait for the process that is making it.
+
+    Raises:
+        PlanError: If the export cannot succeed; nothing was started.
+        ExportError: If the export failed, or another process takes too long.
+    """
+    store, path = model.store_path, lock_path(model.store_path, key)
+    plan = make_plan(
+        model, recipe, snapshot.commit, key, read_json(snapshot.path / "config.json"),
+        measure_weights(snapshot.path, [file.path for file in snapshot.files]),
+    )  # fmt: skip
+    check_plan(plan)
+    lock = FileLock(path, timeout=model.get_store().lock_timeout_seconds)
     try:
-        lock_path(store, key).parent.mkdir(parents=True, exist_ok=True)
-        with lock:
-            return find_export(store, key) or make_export(store, snapshot, recipe, versions, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock, hold_export(snapshot.path):
+            return find_export(store, key) or make_export(store, snapshot, recipe, plan)
     except Timeout:
         raise ExportError(
             f"Another process has been making the export {key[:16]} for {lock.timeout:g} seconds. "
@@ -75,8 +99,20 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
         raise not_writable(store, error) from None
 
 
-def use_openvino_folder(snapshot: Snapshot) -> Export:
-    """Return the record of an OpenVINO model that was not made here."""
+def known_commit_of(model: LocalModel) -> str | None:
+    """Return the commit of a model on the Hub where it is known without asking, else None."""
+    if not model.is_local and model.revision is not None and FULL_COMMIT.fullmatch(model.revision):
+        return model.revision
+    return None
+
+
+def use_openvino_folder(model: LocalModel, snapshot: Snapshot) -> Export:
+    """Return the record of an OpenVINO model that is used as it is.
+
+    Raises:
+        PlanError: If it would have to be quantized once more for the weight format of the model.
+    """
+    check_precision(model, snapshot)
     return Export(
         key=snapshot.commit,
         path=snapshot.path,
@@ -107,8 +143,8 @@ def find_export(store: Path, key: str, verify: bool = False) -> Export | None:
     return as_export(folder, manifest, reused=True)
 
 
-def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, versions: Mapping[str, str], key: str) -> Export:
-    """Make an export and publish it. The caller holds the lock of the key.
+def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan) -> Export:
+    """Make an export and publish it. The caller holds the lock of its key.
 
     Raises:
         ExportError: If the export failed; nothing was published.
@@ -118,27 +154,29 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, versions: Mappi
     sweep_staging(store)
     source = snapshot.repo_id or str(snapshot.path)
     log.info("Exporting %s to OpenVINO in %s.", source, recipe.weight_format)
-    for note in recipe.notes:
+    for note in plan.notes:
         log.info("%s", note)
+    for warning in plan.warnings:
+        log.warning("%s", warning)
     with open_staging(store) as staging:
         report = run_export(snapshot, recipe, staging.path, staging.descriptor, log)
         output = staging.path / "output"
         manifest = Manifest(
-            key=key,
+            key=plan.key,
             source=source,
             commit=snapshot.commit,
             recipe=recipe.as_dict(),
-            versions=versions,
+            versions=export_versions(),
             files=describe_files(output),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=_rounded({**report["seconds"], "total": time.monotonic() - started}),
             peak_memory_bytes=report["peak_memory_bytes"],
             weights=report["weights"],
-            notes=recipe.notes,
+            notes=plan.notes,
         )
         write_manifest(output, manifest)
-        folder = exports_folder(store) / export_name(source, recipe.weight_format, key)
-        old = find_export_folder(store, key)
+        folder = exports_folder(store) / export_name(source, recipe.weight_format, plan.key)
+        old = find_export_folder(store, plan.key)
         if old is not None:
             discard(store, old)
         publish(output, folder)

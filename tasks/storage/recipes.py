@@ -10,9 +10,7 @@ from typing import Any
 
 from prefect_huggingface.blocks import LocalModel, QuantizationOptions
 from prefect_huggingface.tasks.errors import PlanError
-from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.storage import recommendations
-from prefect_huggingface.tasks.storage.folders import read_json
 from prefect_huggingface.tasks.storage.layer_sizes import group_size_notes
 
 EXPORT_TASKS = {
@@ -25,7 +23,6 @@ EXPORT_TASKS = {
 GROUP_SIZES = {"int4": 128, "nf4": 128, "mxfp4": 32, "cb4": -1}
 DATA_AWARE = ("awq", "scale_estimation", "gptq", "lora_correction")
 ONLY_FOUR_BITS = ("group_size", "ratio", "backup_precision", "sensitivity_metric", "all_layers", *DATA_AWARE)
-NO_DATA_NEEDED = (None, "auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +53,44 @@ class Recipe:
         }
 
 
-def resolve_recipe(model: LocalModel, snapshot: Snapshot) -> Recipe:
-    """Decide every setting of the export of a model. Imports nothing heavy and reads only `config.json`.
+def resolve_recipe(model: LocalModel, repo_id: str | None) -> Recipe:
+    """Decide every setting of the export of a model. Imports nothing heavy and reads no file of the model.
 
     Args:
         model: Model with its weight format and quantization options.
-        snapshot: Files of the model.
+        repo_id: Repository of the model, None for a local folder. A known repository may have a recommended recipe.
 
     Raises:
-        PlanError: If the options do not fit each other or the model.
+        PlanError: If the options do not fit each other.
     """
     options = model.quantization or QuantizationOptions()
     weight_format = options.quant_mode or model.weight_format or "int8"
-    recommended = _recommended(model, snapshot, options, weight_format)
-    if weight_format in ("fp32", "fp16"):
-        _refuse_options(model, weight_format, ("sym", "dataset", "num_samples", *ONLY_FOUR_BITS))
-        quantization = None
-    elif options.quant_mode is not None:
-        quantization = _full_quantization(model, options, recommended)
-    elif weight_format == "int8":
-        _refuse_options(model, weight_format, ONLY_FOUR_BITS)
-        quantization = _eight_bits(options, recommended)
-    else:
-        quantization = _four_bits(model, weight_format, options, recommended)
-    config = read_json(snapshot.path / "config.json")
-    notes = [*_recommendation_notes(snapshot, weight_format, recommended), *_size_notes(config, quantization)]
-    ignored = recommendations.recommended_options(recommendations.IGNORED_SCOPES, snapshot.repo_id)
+    recommended = _recommended(repo_id, options, weight_format)
+    quantization = _quantization(model, options, weight_format, recommended)
+    ignored = recommendations.recommended_options(recommendations.IGNORED_SCOPES, repo_id)
     if quantization is not None and ignored:
-        quantization = {**quantization, "ignored_scopes": ignored}
-    return Recipe(EXPORT_TASKS[model.task], weight_format, quantization, model.trust_remote_code, tuple(notes))
+        quantization = {**quantization, "ignored_scopes": dict(ignored)}
+    notes: tuple[str, ...] = ()
+    if recommended is not None:
+        notes = (f"The recipe is the one that optimum-intel recommends for {repo_id!r} in {weight_format}.",)
+    return Recipe(EXPORT_TASKS[model.task], weight_format, quantization, model.trust_remote_code, notes)
+
+
+def recipe_notes(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a recipe means for a model, in sentences.
+
+    Args:
+        recipe: Every setting.
+        config: Content of `config.json` of the model.
+
+    Raises:
+        PlanError: If the group size does not divide a layer and must not be adjusted.
+    """
+    yield from recipe.notes
+    settings = dict(recipe.quantization or {})
+    settings = settings.get("weight_quantization_config", settings)
+    if settings.get("bits") == 4:
+        yield from group_size_notes(config, int(settings.get("group_size", 128)), settings.get("group_size_fallback"))
 
 
 def export_key(commit: str, recipe: Recipe, versions: Mapping[str, str], schema: int) -> str:
@@ -94,9 +100,7 @@ def export_key(commit: str, recipe: Recipe, versions: Mapping[str, str], schema:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _recommended(
-    model: LocalModel, snapshot: Snapshot, options: QuantizationOptions, weight_format: str
-) -> Mapping[str, Any] | None:
+def _recommended(repo_id: str | None, options: QuantizationOptions, weight_format: str) -> Mapping[str, Any] | None:
     """Return the recommended options where the user leaves the choice; fallbacks and modes leave it."""
     chosen = options.model_fields_set - {"quant_mode", "group_size_fallback"}
     if chosen:
@@ -106,7 +110,23 @@ def _recommended(
         table = tables.get(weight_format)
     else:
         table = recommendations.INT8_FULL if options.quant_mode == "int8" else None
-    return recommendations.recommended_options(table, snapshot.repo_id) if table else None
+    return recommendations.recommended_options(table, repo_id) if table else None
+
+
+def _quantization(
+    model: LocalModel, options: QuantizationOptions, weight_format: str, recommended: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return the arguments for the quantization in a weight format, None for one without."""
+    if options.quant_mode is not None:
+        return _full_quantization(model, options, recommended)
+    _refuse_options(model, weight_format, ("smooth_quant_alpha",))
+    if weight_format in ("fp32", "fp16"):
+        _refuse_options(model, weight_format, ("sym", "dataset", "num_samples", *ONLY_FOUR_BITS))
+        return None
+    if weight_format == "int8":
+        _refuse_options(model, weight_format, ("dataset", "num_samples", *ONLY_FOUR_BITS))
+        return _eight_bits(options, recommended)
+    return _four_bits(model, weight_format, options, recommended)
 
 
 def _eight_bits(options: QuantizationOptions, recommended: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -189,17 +209,3 @@ def _check_data(quantization: Mapping[str, Any]) -> None:
             raise PlanError(f"`{name}` needs calibration data. Set `dataset` to texts of yours or 'auto'.")
     if quantization.get("gptq") and quantization.get("lora_correction"):
         raise PlanError("`gptq` and `lora_correction` exclude each other. Leave one out.")
-
-
-def _recommendation_notes(
-    snapshot: Snapshot, weight_format: str, recommended: Mapping[str, Any] | None
-) -> Iterator[str]:
-    if recommended is not None:
-        yield f"The recipe is the one that optimum-intel recommends for {snapshot.repo_id!r} in {weight_format}."
-
-
-def _size_notes(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> Iterator[str]:
-    settings = dict(quantization or {})
-    settings = settings.get("weight_quantization_config", settings)
-    if settings.get("bits") == 4:
-        yield from group_size_notes(config, int(settings.get("group_size", 128)), settings.get("group_size_fallback"))
