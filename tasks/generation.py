@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.engines.cache import load_engine
 from prefect_huggingface.tasks.records import Completion, Message, Request
 
@@ -17,7 +17,7 @@ logger = get_logger(__name__)
 
 
 def complete_prompts(
-    model: LocalModel, prompts: Sequence[str], options: GenerationOptions | None = None
+    model: LocalModel | InferenceEndpoint, prompts: Sequence[str], options: GenerationOptions | None = None
 ) -> list[Completion]:
     """Generate one completion for each prompt.
 
@@ -25,7 +25,7 @@ def complete_prompts(
     others go on.
 
     Args:
-        model: Model to use. It is downloaded and exported first where needed.
+        model: Model to use, which is downloaded and exported first where needed, or an endpoint.
         prompts: N prompts, in order. A single string is not a list of prompts.
         options: Options over those of the model.
 
@@ -41,14 +41,16 @@ def complete_prompts(
 
 
 def complete_conversations(
-    model: LocalModel, conversations: Sequence[Sequence[Message]], options: GenerationOptions | None = None
+    model: LocalModel | InferenceEndpoint,
+    conversations: Sequence[Sequence[Message]],
+    options: GenerationOptions | None = None,
 ) -> list[Completion]:
     """Generate the next message of the assistant for each conversation.
 
     The chat template of the model is applied once.
 
     Args:
-        model: Model to use; it must have a chat template.
+        model: Model to use, with a chat template, or an endpoint.
         conversations: N lists of messages with `role` and `content`.
         options: Options over those of the model.
 
@@ -63,11 +65,13 @@ def complete_conversations(
     return _run(model, [Request(messages=messages, options=options) for messages in conversations])
 
 
-def stream_completion(model: LocalModel, prompt: str, options: GenerationOptions | None = None) -> Iterator[str]:
+def stream_completion(
+    model: LocalModel | InferenceEndpoint, prompt: str, options: GenerationOptions | None = None
+) -> Iterator[str]:
     """Yield the text of one completion piece by piece as it is generated. The log shows it line by line.
 
     Args:
-        model: Model to use.
+        model: Model or endpoint to use.
         prompt: Text to go on from.
         options: Options over those of the model.
 
@@ -78,7 +82,7 @@ def stream_completion(model: LocalModel, prompt: str, options: GenerationOptions
     yield from _shown(load_engine(model).stream(Request(prompt, options=options)))
 
 
-def _run(model: LocalModel, requests: Sequence[Request]) -> list[Completion]:
+def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> list[Completion]:
     if not requests:
         return []
     engine = load_engine(model)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.engines.cache_entries import EngineEntry, EngineKey, SharedEngine, source_mark
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.protocol import Engine
@@ -180,7 +180,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def load_engine(model: LocalModel) -> Engine:
+def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
     """Return the engine of a model. It is loaded once per process and shared by all callers.
 
     The model is downloaded and exported first where needed. Models that differ only in their generation options share
@@ -188,7 +188,7 @@ def load_engine(model: LocalModel) -> Engine:
     memory is needed.
 
     Args:
-        model: Model, backend, device and options.
+        model: Model, backend, device and options; or an endpoint, which is asked nothing before the first request.
 
     Raises:
         ModelSourceError: If the model is a folder that is missing or holds no model.
@@ -196,12 +196,18 @@ def load_engine(model: LocalModel) -> Engine:
         ExportError: If the OpenVINO export failed.
         EngineError: If the model cannot be loaded with these settings, or does not fit into the memory.
     """
+    if isinstance(model, InferenceEndpoint):
+        from prefect_huggingface.tasks.engines.endpoint_cache import load_endpoint
+
+        return load_endpoint(model)
     return _cache.get(model)
 
 
 def unload_engines() -> int:
     """Close all engines of this process, also those in use, and return how many there were."""
-    return _cache.unload()
+    from prefect_huggingface.tasks.engines.endpoint_cache import unload_endpoints
+
+    return _cache.unload() + unload_endpoints()
 
 
 def set_memory_budget(size_gb: float | None) -> None:

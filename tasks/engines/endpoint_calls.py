@@ -67,14 +67,20 @@ def make_call(request: Request, options: GenerationOptions, endpoint: InferenceE
         raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
     if request.prompt is not None:
         check_text(request.prompt)
-    as_text = request.messages is None and endpoint.send_prompts_as != "chat" and server.dialect == "tgi"
-    if endpoint.send_prompts_as == "text" and server.dialect != "tgi":
-        raise refusal("send_prompts_as", "text", "speaks OpenAI's chat protocol", "Set it to 'chat'")
     for name in NOWHERE:
         _refuse_set(name, options)
-    if as_text:
+    if request.messages is None and _goes_as_text(request, endpoint, server):
         return _text_call(request, options, server)
     return _chat_call(request, options, endpoint, server)
+
+
+def _goes_as_text(request: Request, endpoint: InferenceEndpoint, server: Server) -> bool:
+    """Tell whether a plain prompt goes to the route for raw text, and not as a message of a chat."""
+    wishes = {"always": "chat", "never": "text"}
+    wish = wishes.get(request.chat_template or "auto", endpoint.send_prompts_as)
+    if wish == "text" and server.dialect != "tgi":
+        raise refusal("send_prompts_as", "text", "speaks OpenAI's chat protocol", "Set it to 'chat'")
+    return wish != "chat" and server.dialect == "tgi"
 
 
 def _text_call(request: Request, options: GenerationOptions, server: Server) -> Call:
