@@ -16,7 +16,8 @@ from prefect.logging import get_logger, get_run_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
-from prefect_huggingface.tasks.storage.export_plans import ExportPlan, check_plan, make_plan
+from prefect_huggingface.tasks.storage.eviction import evict
+from prefect_huggingface.tasks.storage.export_plans import ExportPlan, check_plan, gigabytes, make_plan
 from prefect_huggingface.tasks.storage.export_process import RunLog, run_export
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.layout import export_name, exports_folder, find_export_folder, lock_path
@@ -89,7 +90,12 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock, hold_export(snapshot.path):
-            return find_export(store, key) or make_export(store, snapshot, recipe, plan)
+            found = find_export(store, key)
+            if found is not None:
+                return found
+            made = make_export(store, snapshot, recipe, plan)
+            keep_within_budget(model, made)
+            return made
     except Timeout:
         raise ExportError(
             f"Another process has been making the export {key[:16]} for {lock.timeout:g} seconds. "
@@ -97,6 +103,18 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -
         ) from None
     except OSError as error:
         raise not_writable(store, error) from None
+
+
+def keep_within_budget(model: LocalModel, made: Export) -> None:
+    """Remove the least recently used models beyond the size limit of the store, but not what was just made."""
+    limit = model.get_store().max_size_gb
+    if limit is None:
+        return
+    report = evict(model.store_path, int(limit * 1e9), keep=[made.path])
+    for entry in report.removed:
+        run_log().info("Removed %s %s (%s) from the store.", entry.kind, entry.name, gigabytes(entry.size_bytes))
+    if report.kept_bytes > limit * 1e9:
+        run_log().warning("The store holds %s, more than its %g GB.", gigabytes(report.kept_bytes), limit)
 
 
 def known_commit_of(model: LocalModel) -> str | None:

@@ -1,0 +1,130 @@
+"""Tasks that make OpenVINO exports, tell beforehand what that would take, and keep the store small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.tasks.errors import PlanError
+from prefect_huggingface.tasks.records import Export
+from prefect_huggingface.tasks.storage.eviction import PruneReport, StoredModel, evict, list_models
+from prefect_huggingface.tasks.storage.export_plans import ExportPlan, make_plan
+from prefect_huggingface.tasks.storage.exports import find_export, get_export
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
+from prefect_huggingface.tasks.storage.hub import plan_snapshot
+from prefect_huggingface.tasks.storage.manifests import SCHEMA
+from prefect_huggingface.tasks.storage.openvino_folders import check_precision
+from prefect_huggingface.tasks.storage.recipes import export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.storage.source_weights import SourceWeights, estimate_weights, measure_weights
+from prefect_huggingface.tasks.storage.versions import export_versions
+
+__all__ = ["ExportPlan", "export_to_openvino", "list_store", "plan_export", "prune_store"]
+
+
+def export_model(model: LocalModel, verify: bool = False) -> Export:
+    """Return the OpenVINO export of a model; download and export it if it is not there.
+
+    The export is made once, whoever asks and however often, and it is checked before it is there. A folder or
+    repository that holds an OpenVINO model is used as it is.
+
+    Args:
+        model: Model with backend "openvino", its weight format and its store.
+        verify: Check the hashes of an export that is there, also if nothing seems to have changed.
+
+    Returns:
+        Where the export is, and how it was made.
+
+    Raises:
+        PlanError: If the export cannot succeed; nothing was started.
+        ModelSourceError: If the model is a folder that is missing or holds no model.
+        DownloadError: If the model is on the Hub and cannot be had.
+        ExportError: If the export failed; nothing was published.
+    """
+    _check_backend(model)
+    return get_export(model, verify=verify)
+
+
+def plan_model(model: LocalModel) -> ExportPlan:
+    """Return what an export would be and would take. Nothing is downloaded or made.
+
+    Args:
+        model: Model with backend "openvino".
+
+    Returns:
+        The plan. Its `problems` say why the export cannot succeed, if it cannot.
+
+    Raises:
+        PlanError: If the options of the model do not fit each other.
+        ModelSourceError: If the model is a folder that is missing or holds no model.
+        DownloadError: If the Hub cannot tell what the model is.
+    """
+    _check_backend(model)
+    recipe = resolve_recipe(model, None if model.is_local else model.model_id)
+    commit, names, config, weights = _describe_source(model)
+    key = export_key(commit, recipe, export_versions(), SCHEMA)
+    plan = make_plan(model, recipe, commit, key, config, weights)
+    if is_openvino_folder(names):
+        return replace(plan, key=commit, recipe={}, notes=(), disk_bytes=0, memory_bytes=0, problems=(), warnings=())
+    found = find_export(model.store_path, key)
+    return plan if found is None else replace(plan, path=found.path, problems=(), warnings=())
+
+
+def list_stored(store: ModelStore | None = None) -> list[StoredModel]:
+    """Return the exports and snapshots of a store, the least recently used first.
+
+    Args:
+        store: The store. When left out, the default store.
+    """
+    return list_models((store or ModelStore()).path)
+
+
+def prune_stored(store: ModelStore | None = None, max_size_gb: float | None = None) -> PruneReport:
+    """Remove the least recently used models of a store until it is within a size. What is in use stays.
+
+    Args:
+        store: The store. When left out, the default store.
+        max_size_gb: Size to come down to, in units of 10^9 bytes. When left out, the size limit of the store; 0 removes
+            everything that is not in use.
+
+    Raises:
+        PlanError: If neither a size nor a size limit of the store is given.
+    """
+    store = store or ModelStore()
+    limit = store.max_size_gb if max_size_gb is None else max_size_gb
+    if limit is None:
+        raise PlanError(f"Store {str(store.path)!r} has no size limit. Give `max_size_gb`; 0 removes all that is idle.")
+    return evict(store.path, int(limit * 1e9))
+
+
+def _describe_source(model: LocalModel) -> tuple[str, list[str], Mapping[str, Any], SourceWeights]:
+    """Return commit, files, configuration and weights of a model, as far as they are known without a download."""
+    if not model.is_local:
+        planned = plan_snapshot(model)
+        names = [file.path for file in planned.files]
+        if not planned.complete:
+            size = sum(file.size or 0 for file in planned.files)
+            return planned.commit, names, {}, estimate_weights(size)
+    snapshot = get_snapshot(model)
+    names = [file.path for file in snapshot.files]
+    if is_openvino_folder(names):
+        check_precision(model, snapshot)
+    config = read_json(snapshot.path / "config.json")
+    return snapshot.commit, names, config, measure_weights(snapshot.path, names)
+
+
+def _check_backend(model: LocalModel) -> None:
+    if model.backend != "openvino":
+        raise PlanError(f"An export is for backend 'openvino', got {model.backend!r}. Leave out the export.")
+
+
+_SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE}
+export_to_openvino = task(name="export-to-openvino", **_SETTINGS)(export_model)
+plan_export = task(name="plan-export", **_SETTINGS)(plan_model)
+list_store = task(name="list-store", **_SETTINGS)(list_stored)
+prune_store = task(name="prune-store", **_SETTINGS)(prune_stored)
