@@ -35,7 +35,7 @@ def hub_model(hub: LocalHub, store: Path, model_id: str = "org/model", **options
         settings["token"] = token
     return LocalModel(
         model_id=model_id,
-        store=ModelStore(path=store, **options.pop("store", {})),
+        store=ModelStore(path=store, **options.pop("store_settings", {})),
         credentials=HuggingFaceCredentials(endpoint=hub.endpoint, **settings),
         **{"backend": "torch", **options},
     )

@@ -52,6 +52,7 @@ class LocalHub:
         journal: Faults to make and requests that were seen.
         signature_seconds: How long a signed address of the CDN is valid.
         signatures: Every signature that was given out.
+        contents: What the CDN sends for each sha256.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -62,7 +63,7 @@ class LocalHub:
         self.signatures: set[str] = set()
         self.page_size = 1000
         self._secret = secrets.token_bytes(16)
-        self._blobs: dict[str, StoredFile] = {}
+        self.contents: dict[str, StoredFile] = {}
         self._sockets = [_listen(port), _listen(0)]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in self._sockets)
         self._servers: list[uvicorn.Server] = []
@@ -79,6 +80,7 @@ class LocalHub:
         self.repositories.clear()
         self.users.clear()
         self.signatures.clear()
+        self.contents.clear()
         self.journal.clear()
         self.signature_seconds, self.page_size = 3600.0, 1000
 
@@ -215,7 +217,7 @@ class LocalHub:
         return Response(status_code=302, headers={**headers, "Location": self._sign(file, unquote(file_path))})
 
     def _sign(self, file: StoredFile, name: str) -> str:
-        self._blobs[file.sha256] = file
+        self.contents.setdefault(file.sha256, file)
         expires = f"{time.time() + self.signature_seconds:.3f}"
         signature = self._signature(file.sha256, expires)
         self.signatures.add(signature)
@@ -226,13 +228,13 @@ class LocalHub:
 
     def _blob(self, path: str, request: Request) -> Response | FileResponse:
         match, query = _CDN.match(path), request.query_params
-        file = self._blobs.get(match.group(1)) if match else None
-        expires = query.get("Expires", "0")
-        if file is None or not hmac.compare_digest(query.get("Signature", ""), self._signature(file.sha256, expires)):
+        sha256, expires = match.group(1) if match else "", query.get("Expires", "0")
+        file = self.contents.get(sha256)
+        if file is None or not hmac.compare_digest(query.get("Signature", ""), self._signature(sha256, expires)):
             return Response("<Error><Code>SignatureDoesNotMatch</Code></Error>", 403)
         if time.time() > float(expires):
             return Response("<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>", 403)
-        return FileResponse(file, request, {"ETag": f'"{file.sha256}"'})
+        return FileResponse(file, request, {"ETag": f'"{sha256}"'})
 
 
 def _references(repository: Repository) -> dict[str, object]:

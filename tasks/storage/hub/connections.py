@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 
@@ -103,23 +103,38 @@ class HubConnection:
         Raises:
             UntrustedHubError: If the server names no safe hash, no size, or another commit.
         """
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.endpoint)
-        found = get_hf_file_metadata(
-            url, token=self._token or False, timeout=self.timeout, library_name=_LIBRARY, endpoint=self.endpoint
-        )
-        if found.etag is None or not ETAG.fullmatch(found.etag) or found.size is None or found.size < 0:
+        answer = self._head(hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.endpoint))
+        etag = (answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or "").removeprefix("W/").strip('"')
+        size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length") or ""
+        if not ETAG.fullmatch(etag) or not re.fullmatch(r"[0-9]{1,18}", size):
             raise UntrustedHubError(
                 f"{self.endpoint!r} names no usable hash or size for {path!r}. Use another Hub address.",
                 **self.about(commit, path).fields(),
             )
-        if found.commit_hash not in (None, commit):
+        if answer.headers.get("X-Repo-Commit", commit) != commit:
             raise UntrustedHubError(
                 f"{self.endpoint!r} answers with another commit than {commit!r}. Use another Hub address.",
                 **self.about(commit, path).fields(),
             )
-        return Location(found.location, found.etag, found.size)
+        return Location(answer.headers.get("Location") or str(answer.request.url), etag, int(size))
+
+    def _head(self, url: str) -> httpx.Response:
+        """Ask about a file. Only redirects within the Hub are followed, and not in circles as the client would."""
+        from huggingface_hub.utils import hf_raise_for_status
+
+        for _ in range(LARGEST_REDIRECTION_COUNT):
+            headers = {**self._headers(url), "Accept-Encoding": "identity"}
+            answer = self._client.head(url, headers=headers, follow_redirects=False)
+            hf_raise_for_status(answer)
+            target = answer.headers.get("Location")
+            if not answer.is_redirect or target is None or urlsplit(target).netloc:
+                return answer
+            url = urljoin(url, target)
+        raise UntrustedHubError(
+            f"{self.endpoint!r} redirects in a circle. Use another Hub address.", **self.about().fields()
+        )
 
     @contextmanager
     def read(self, location: Location, start: int) -> Iterator[httpx.Response]:

@@ -1,0 +1,138 @@
+"""Without a network: a pinned and complete snapshot needs none, and nothing else is handed out by accident."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from prefect_huggingface.tasks.hub_errors import HubUnavailableError, OfflineError
+from prefect_huggingface.tasks.storage.hub import fetch_snapshot, plan_snapshot
+from support.hub_models import check_snapshot, hub_model, model_files
+
+
+@pytest.fixture
+def repository(hub):
+    return hub.create("org/model", model_files(1000))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Return a context in which each attempt to open a socket or to look up a name is an error of the test."""
+
+    def refuse(*_, **__):
+        pytest.fail("the network was used")
+
+    @contextmanager
+    def blocked():
+        with monkeypatch.context() as context:
+            for name in ("socket", "create_connection", "getaddrinfo"):
+                context.setattr(socket, name, refuse)
+            yield
+
+    return blocked
+
+
+def test_a_pinned_and_complete_snapshot_needs_no_network(hub, repository, tmp_path, no_network):
+    model = hub_model(hub, tmp_path, revision=repository.references["main"])
+    first = fetch_snapshot(model)
+    with no_network():
+        assert fetch_snapshot(model) == first
+        assert plan_snapshot(model).complete
+    check_snapshot(first.path, model_files(1000))
+
+
+def test_a_pinned_and_complete_snapshot_needs_no_network_namespace(hub, repository, tmp_path):
+    commit = repository.references["main"]
+    snapshot = fetch_snapshot(hub_model(hub, tmp_path, revision=commit))
+    code = (
+        "import sys, socket; sys.addaudithook(lambda name, _: name.startswith('socket.connect') and sys.exit(7))\n"
+        "from prefect_huggingface.blocks import *\n"
+        "from prefect_huggingface.tasks.storage.snapshots import get_snapshot\n"
+        f"model = LocalModel(model_id='org/model', revision={commit!r}, backend='torch',\n"
+        f"    store=ModelStore(path={str(tmp_path)!r}),\n"
+        f"    credentials=HuggingFaceCredentials(endpoint={hub.endpoint!r}))\n"
+        "print(get_snapshot(model).path)\n"
+        "assert 'huggingface_hub' not in sys.modules\n"
+    )
+    alone = ["unshare", "--net", "--map-root-user"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        alone = []
+    done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(snapshot.path)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", "short"])
+def test_an_unpinned_snapshot_is_used_offline_when_the_block_says_so(
+    hub, repository, tmp_path, no_network, caplog, revision
+):
+    commit = repository.references["main"]
+    repository.tag("v1", commit)
+    revision = commit[:8] if revision == "short" else revision
+    fetch_snapshot(hub_model(hub, tmp_path, revision=revision))
+    repository.commit(model_files(1000, seed=1))
+    with caplog.at_level(logging.INFO), no_network():
+        snapshot = fetch_snapshot(hub_model(hub, tmp_path, revision=revision, offline=True))
+    assert snapshot.commit == commit
+    assert commit in caplog.text
+
+
+def test_without_offline_an_outage_is_an_error_and_no_old_snapshot_is_handed_out(hub, repository, tmp_path):
+    fetch_snapshot(hub_model(hub, tmp_path))
+    hub.fault("status", "api", status=503, times=None)
+    with pytest.raises(HubUnavailableError):
+        fetch_snapshot(hub_model(hub, tmp_path))
+
+
+@pytest.mark.parametrize("revision", [None, "main", "f" * 40])
+def test_offline_without_a_snapshot_is_an_error(hub, repository, tmp_path, no_network, revision):
+    with no_network(), pytest.raises(OfflineError, match="Download it once without `offline`"):
+        fetch_snapshot(hub_model(hub, tmp_path, revision=revision, offline=True))
+
+
+def test_offline_with_a_part_of_a_snapshot_is_an_error(hub, repository, tmp_path, no_network):
+    snapshot = fetch_snapshot(hub_model(hub, tmp_path))
+    (snapshot.path / "config.json").unlink()
+    with no_network(), pytest.raises(OfflineError):
+        fetch_snapshot(hub_model(hub, tmp_path, offline=True))
+
+
+def test_offline_with_the_files_of_another_choice_is_an_error(hub, repository, tmp_path):
+    fetch_snapshot(hub_model(hub, tmp_path))
+    with pytest.raises(OfflineError):
+        fetch_snapshot(hub_model(hub, tmp_path, offline=True, trust_remote_code=True))
+
+
+def test_a_store_that_is_only_readable_is_good_enough(hub, repository, tmp_path):
+    if subprocess.run(["mount", "--bind", tmp_path, tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        model = hub_model(hub, tmp_path, revision=repository.references["main"])
+        first = fetch_snapshot(model)
+        subprocess.run(["mount", "-o", "remount,ro,bind", tmp_path], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            (tmp_path / "probe").touch()
+        assert fetch_snapshot(model) == first
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_the_variable_of_the_client_is_said_in_the_error(hub, repository, tmp_path):
+    code = (
+        "from prefect_huggingface.blocks import *\n"
+        "from prefect_huggingface.tasks.storage.snapshots import get_snapshot\n"
+        f"model = LocalModel(model_id='org/model', store=ModelStore(path={str(tmp_path)!r}),\n"
+        f"    credentials=HuggingFaceCredentials(endpoint={hub.endpoint!r}))\n"
+        "try:\n    get_snapshot(model)\nexcept Exception as exc:\n    print(type(exc).__name__, exc)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.startswith("OfflineError"), done.stderr
+    assert "HF_HUB_OFFLINE" in done.stdout
+    assert hub.journal.requests == []

@@ -1,0 +1,74 @@
+"""A disk that is too small or becomes full."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.tasks.hub_errors import DiskFullError
+from prefect_huggingface.tasks.storage.hub import fetch_snapshot, plan_snapshot
+from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
+from support.hub_workers import wait_for
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Folder on a real file system of 12 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_what_cannot_fit_fails_before_its_first_byte(hub, small_disk):
+    hub.create("org/model", model_files(16 * MEGABYTE))
+    with pytest.raises(DiskFullError) as caught:
+        fetch_snapshot(hub_model(hub, small_disk))
+    assert caught.value.fields["needed_bytes"] > 16 * MEGABYTE > caught.value.fields["free_bytes"]
+    assert {r.place for r in hub.journal.requests} == {"api"}
+    plan = plan_snapshot(hub_model(hub, small_disk))
+    assert not plan.fits
+    assert "free" in plan.problem
+
+
+def test_a_disk_that_becomes_full_is_an_error_and_the_download_goes_on_later(hub, small_disk):
+    hub.create("org/model", files := model_files(8 * MEGABYTE))
+    fault = hub.fault("stall_body", after=2 * MEGABYTE)
+    errors: list[Exception] = []
+    thread = threading.Thread(target=_fetch, args=(hub, small_disk, errors))
+    thread.start()
+    wait_for(lambda: [p for p in small_disk.rglob("partials/*") if p.stat().st_size == 2 * MEGABYTE])
+    filler = _fill(small_disk)
+    fault.is_over = True
+    thread.join(20)
+    assert [type(error) for error in errors] == [DiskFullError]
+    assert not errors[0].transient
+    filler.unlink()
+    kept = max(p.stat().st_size for p in small_disk.rglob("partials/*"))
+    assert kept >= 2 * MEGABYTE
+    hub.journal.clear()
+    check_snapshot(fetch_snapshot(hub_model(hub, small_disk)).path, files)
+    assert hub.journal.sent(place="cdn") == 8 * MEGABYTE - kept
+
+
+def _fetch(hub, store, errors):
+    try:
+        fetch_snapshot(hub_model(hub, store, settings={"timeout_seconds": 30}))
+    except Exception as exc:
+        errors.append(exc)
+
+
+def _fill(folder: Path) -> Path:
+    filler = folder / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            os.fsync(file.fileno())
+    return filler
