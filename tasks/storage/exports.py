@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_logger, get_run_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
+from prefect_huggingface.tasks.storage.child_process import run_log
 from prefect_huggingface.tasks.storage.eviction import evict
 from prefect_huggingface.tasks.storage.export_plans import ExportPlan, check_plan, gigabytes, make_plan
-from prefect_huggingface.tasks.storage.export_process import RunLog, run_export
+from prefect_huggingface.tasks.storage.export_process import run_export
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.layout import export_name, exports_folder, find_export_folder, lock_path
 from prefect_huggingface.tasks.storage.leases import hold_export, note_use
@@ -177,7 +176,7 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
     for warning in plan.warnings:
         log.warning("%s", warning)
     with open_staging(store) as staging:
-        report = run_export(snapshot, recipe, staging.path, staging.descriptor, log)
+        report = run_export(snapshot, recipe, staging.path, staging.descriptor)
         output = staging.path / "output"
         manifest = Manifest(
             key=plan.key,
@@ -201,14 +200,6 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
     remember_state(folder, file_state(folder, manifest))
     log.info("Exported %s in %.1f s: %s.", source, manifest.seconds["total"], folder)
     return as_export(folder, manifest, reused=False)
-
-
-def run_log() -> RunLog:
-    """Return the logger of the Prefect run, so that the lines are in its log; outside a run, a plain one."""
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return get_logger(__name__)
 
 
 def _rounded(seconds: Mapping[str, Any]) -> dict[str, float]:
