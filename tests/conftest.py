@@ -30,6 +30,9 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", 
 import pytest  # noqa: E402
 
 from support.hub_server import LocalHub  # noqa: E402
+from support.serve_process import transformers_serve  # noqa: E402
+from support.text_models import TextModel  # noqa: E402
+from support.tgi_server import TgiServer  # noqa: E402
 from support.tiny_models import make_tiny_llama  # noqa: E402
 
 
@@ -82,3 +85,24 @@ def prefect_server() -> Iterator[None]:
         temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
     ):
         yield
+
+
+@pytest.fixture(scope="session")
+def tgi_server(tiny_llama: Path) -> Iterator[TgiServer]:
+    """One server with the protocol of TGI over the random Llama; tests use it through `tgi`."""
+    with TgiServer(TextModel(tiny_llama)) as server:
+        yield server
+
+
+@pytest.fixture
+def tgi(tgi_server: TgiServer) -> TgiServer:
+    """The server with the protocol of TGI, without faults, token and logged requests."""
+    tgi_server.clear()
+    return tgi_server
+
+
+@pytest.fixture(scope="session")
+def serve_url(tiny_llama: Path, session_folder: Path) -> Iterator[str]:
+    """Address of the real `transformers serve` over the random Llama."""
+    with transformers_serve(tiny_llama, session_folder / "serve") as url:
+        yield url

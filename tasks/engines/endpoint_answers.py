@@ -62,6 +62,11 @@ class EndpointAnswer:
             self._stream.push([len(self._pieces) - 1])
         return self._stream.stopped
 
+    def push_rest(self, whole: str) -> bool:
+        """Go on with what the whole text has more than its pieces: the end of an incomplete character."""
+        known = "".join(self._pieces)
+        return self.push(whole[len(known) :] if whole.startswith(known) else None)
+
     def count(self, prompt_tokens: int | None, generated_tokens: int | None) -> None:
         """Note the counts of the server, where it gives them."""
         self.prompt_tokens = prompt_tokens or self.prompt_tokens
@@ -145,6 +150,8 @@ async def read_text_stream(stream: AsyncIterable[Any], answer: EndpointAnswer) -
     async for event in stream:
         answer.add_logprob(event.token.logprob)
         found = not event.token.special and answer.push(event.token.text)
+        if event.generated_text is not None and not found:
+            found = answer.push_rest(event.generated_text)
         if event.details is not None:
             answer.finish_reason = FINISH_REASONS.get(event.details.finish_reason, "stop")
             answer.count(event.details.input_length, event.details.generated_tokens)

@@ -13,10 +13,11 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token. Its text is empty while a character is incomplete."""
+    """One generated token. Its text is empty while a character is incomplete; `held` is the text held back so far."""
 
     id: int
     text: str
+    held: str
     logprob: float
     special: bool
 
@@ -62,9 +63,11 @@ class TextModel:
             tokens = [token]
             new.append(token)
             special = token in self._end_ids
-            text = self.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            text = told if text.endswith(REPLACEMENT) else text
-            yield Piece(token, text[len(told) :], float(logits.log_softmax(-1)[token]), special)
+            whole = self.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = told if whole.endswith(REPLACEMENT) else whole
+            yield Piece(
+                token, text[len(told) :], whole[len(text) :], float(logits.log_softmax(-1)[token]), special
+            )  # fmt: skip
             told = text
             if special:
                 return

@@ -85,7 +85,8 @@ class TgiProtocol:
                 reason = "stop_sequence"
             elif index + 1 == settings["max_new_tokens"]:
                 reason = "length"
-            yield piece, text, reason
+            # What is held back at the end is in the whole text, and not in that of the last token.
+            yield piece, text + piece.held if reason else text, reason
             if reason:
                 return
 
@@ -138,7 +139,7 @@ class TgiProtocol:
         count = 0
         async for piece, _, reason in self._pieces(prompt, settings):
             count += 1
-            delta = {"role": "assistant", "content": piece.text}
+            delta = {"role": "assistant", "content": piece.text + (piece.held if reason else "")}
             choice = {"index": 0, "delta": delta, "finish_reason": _openai_reason(reason), "logprobs": None}
             yield {**_head(body), "choices": [choice], "usage": None}
         if (body.get("stream_options") or {}).get("include_usage"):

@@ -148,6 +148,8 @@ class TgiServer:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
+    if "graceful shutdown" in record.getMessage():
+        return False
     return not (record.exc_info and isinstance(record.exc_info[1], Hangup))
 
 
