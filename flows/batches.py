@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import time
 from typing import Annotated, Any
 
 from prefect import flow
@@ -19,7 +18,7 @@ from prefect_huggingface.tasks.batching.monitors import BatchMonitor
 from prefect_huggingface.tasks.batching.plans import check_free
 from prefect_huggingface.tasks.batching.publications import Publication
 from prefect_huggingface.tasks.batching.runs import BatchRun, WhenRunning, check_failures, hold_journal, open_run
-from prefect_huggingface.tasks.batching.shards import ShardSettings
+from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings
 from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, publish_artifacts, summarize
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
@@ -92,7 +91,6 @@ def batch_inference(
         BatchError: If the batch cannot start or go on.
         TableError: If the input cannot be read or the output cannot be written.
     """
-    began = time.monotonic()
     journal = Journal.beside(destination)
     replace = retry_failed and journal.read_job() is not None
     if not replace:
@@ -107,10 +105,10 @@ def batch_inference(
         monitor = BatchMonitor(journal, plan.job.table.rows, run.finished)
         if run.finished:
             logger.info("%d of %d rows are finished already, %d are left.", *_counts(plan, run))
-        _run_shards(model, plan, run, monitor, max_failures, show_progress)
+        results = _run_shards(model, plan, run, monitor, max_failures, show_progress)
         publication: Publication = publish_batch(plan, journal.place.url, replace)
-        tokens, seconds = monitor.measure().tokens, time.monotonic() - began
-        summary = summarize(plan.output.destination, publication, run.finished, tokens, seconds)
+        seconds = max((each.ended for each in results), default=0) - min((each.began for each in results), default=0)
+        summary = summarize(plan.output.destination, publication, run.finished, monitor.measure().tokens, seconds)
         publish_artifacts(summary, publication, monitor, journal)
         if not is_kept(keep_journal, summary):
             journal.remove()
@@ -126,7 +124,7 @@ def _counts(plan: BatchPlan, run: BatchRun) -> tuple[int, int, int]:
 
 def _run_shards(
     model: LocalModel, plan: BatchPlan, run: BatchRun, monitor: BatchMonitor, max_failures: float | None, show: bool
-) -> None:
+) -> list[ShardResult]:
     """Hand the shards to the workers and watch them. Whatever happens, they end and commit what is finished."""
     rows = plan.job.table.rows
     report = ProgressReport("batch-progress", f"{rows:,} rows")
@@ -134,14 +132,12 @@ def _run_shards(
     futures = [run_shard.submit(model, run.journal.place.url, shard) for shard in run.shards]
     for future in futures:
         future.add_done_callback(finished.put)
+    results: list[ShardResult] = []
     with ProgressBar("rows", rows, show) as bar:
         try:
-            pending = len(futures)
-            while pending:
+            while len(results) < len(futures):
                 try:
-                    future = finished.get(timeout=POLL_SECONDS)
-                    pending -= 1
-                    future.result()
+                    results.append(finished.get(timeout=POLL_SECONDS).result())
                 except queue.Empty:
                     pass
                 progress = monitor.measure()
@@ -157,3 +153,4 @@ def _run_shards(
             progress = monitor.measure()
             bar.update(progress)
             report.update(progress.share, describe(progress), final=True)
+    return results

@@ -63,12 +63,26 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What a shard came to: its rows that are in the journal, and whether these are all of it."""
+    """What a shard came to.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        finished: Number of its rows that are in the journal.
+        began: When its engine began, in seconds since 1970.
+        ended: When its last row was committed.
+    """
 
     start: int
     stop: int
     finished: int
-    complete: bool
+    began: float
+    ended: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows are finished."""
+        return self.finished == self.stop - self.start
 
 
 def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult:
@@ -76,6 +90,7 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
 
     It ends early, with what is finished committed, when the journal asks for it.
     """
+    began = time.time()
     record = journal.read_job() or {}
     job = BatchJob.from_dict(record)
     spans = [span for span in journal.check(job.key) if span.last >= shard.start and span.first < shard.stop]
@@ -96,8 +111,7 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
         in_flight = shard.settings.in_flight or engine.in_flight
         for completion in run_requests(engine, feed.requests(chunks), in_flight, should_stop):
             feed.finish(completion)
-    finished += done.rows
-    return ShardResult(shard.start, shard.stop, finished, finished == shard.stop - shard.start)
+    return ShardResult(shard.start, shard.stop, finished + done.rows, began, time.time())
 
 
 def make_requests(job: BatchJob) -> RequestMaker:

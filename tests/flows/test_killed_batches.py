@@ -1,0 +1,81 @@
+"""A batch that is killed again and again gives the bytes of an undisturbed one, and generates no committed row twice."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.segments import SegmentName
+from support.batch_runs import read_answers, start_batch
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+ROWS = 500
+PROMPT = "What is the number {number} in {language}?"
+# Long answers and few in flight make the run long enough to be hit many times.
+PARAMETERS: dict[str, Any] = {"prompt": PROMPT, "in_flight": 4, "options": {"max_new_tokens": 24, "ignore_eos": True}}
+
+
+def write_rows(path: Path, rows: int) -> None:
+    languages = ("English", "French", "German", "Spanish", "french", "german")
+    lines = [{"number": index // 6, "language": languages[index % 6]} for index in range(rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def committed_rows(journal: Journal) -> set[int]:
+    """Rows in whole segments. The journal must not be in use."""
+    rows: set[int] = set()
+    job = (journal.read_job() or {}).get("key", "")
+    for name in map(SegmentName.parse, journal.segments.names()):
+        if name:
+            rows |= set(journal.load(name, job)["row"].to_pylist())
+    return rows
+
+
+def kill_in_generation(folder: Path, life: int, journal: Journal, dice: random.Random, **start: Any) -> bool:
+    """Start a life and kill it at a random moment of its generation. Return whether it was still at it."""
+    process = start_batch(folder, life, **start)
+    while not read_answers(folder, life) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(dice.uniform(0, 0.9))
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_a_killed_batch_goes_on(tmp_path: Path, bundled_model: Path, kills: int) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = ROWS if kills > 1 else 100
+    write_rows(source, rows)
+    model = {"model_id": str(bundled_model)}
+    batch_inference(LocalModel(**model), str(source), str(tmp_path / "whole.jsonl"), **PARAMETERS)
+
+    dice, journal = random.Random(kills), Journal.beside(str(destination))
+    start = {"model": model, "source": str(source), "destination": str(destination), **PARAMETERS}
+    killed, life, committed, again = 0, 0, set(), 0
+    while not destination.exists():
+        life += 1
+        if killed < kills:
+            killed += kill_in_generation(tmp_path, life, journal, dice, **start)
+        else:
+            assert start_batch(tmp_path, life, **start).wait() == 0, (tmp_path / f"output-{life}.txt").read_text()
+        answered = read_answers(tmp_path, life)
+        assert not committed & set(answered), "a committed row was generated again"
+        assert len(answered) == len(set(answered))
+        now = committed_rows(journal) if not destination.exists() else set(range(rows))
+        again += len(set(answered) - now)
+        committed = now
+    print(f"killed {killed} times, {again} of {rows} rows were generated again")
+
+    assert destination.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert killed == kills
+    assert sum(len(read_answers(tmp_path, each)) for each in range(1, life + 1)) == rows + again
