@@ -30,6 +30,7 @@ CONVERSATION = [SystemMessage("Be short."), HumanMessage("Hello"), AIMessage("Hi
 TEMPLATED = (
     "<|system|>Be short.<|end|><|user|>Hello<|end|><|assistant|>Hi.<|end|><|user|>The capital?<|end|><|assistant|>"
 )
+ROLES = {"human": "user", "ai": "assistant", "system": "system"}
 
 
 @tool
@@ -42,7 +43,7 @@ class Capital(BaseModel):
     """Capital of a country."""
 
     city: str = Field(max_length=12)
-    inhabitants: int = Field(ge=0, le=99)
+    districts: int = Field(ge=0, le=99)
 
 
 class CapitalDict(TypedDict):
@@ -72,9 +73,10 @@ def torch_chat(tiny_llama: Path) -> ChatHuggingFace:
     return ChatHuggingFace(llm=load(tiny_llama, "default"))
 
 
-@pytest.fixture
-def openvino_chat(tiny_llama: Path) -> ChatHuggingFace:
-    return ChatHuggingFace(llm=load(tiny_llama, "openvino"))
+@pytest.fixture(params=["default", "openvino"])
+def answering_chat(request: pytest.FixtureRequest, bundled_model: Path) -> ChatHuggingFace:
+    """The model of the quickstart, on every backend."""
+    return ChatHuggingFace(llm=load(bundled_model, request.param), max_tokens=100)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +90,8 @@ def test_messages_go_through_the_template_once(chat: ChatHuggingFace, llm: Huggi
     assert answer.content == llm.invoke(TEMPLATED)
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["input_tokens"] == llm.get_num_tokens(TEMPLATED)
-    roles = [
-        ChatMessage(role={"human": "user", "ai": "assistant"}.get(m.type, m.type), content=m.content)
-        for m in CONVERSATION
-    ]
-    assert chat.invoke(roles).content == answer.content
+    same = [ChatMessage(role=ROLES[message.type], content=message.content) for message in CONVERSATION]
+    assert chat.invoke(same).content == answer.content
 
 
 def test_text_that_is_templated_already_is_not_templated_again(chat: ChatHuggingFace, llm: HuggingFacePipeline) -> None:
@@ -173,7 +172,7 @@ def test_settings_of_the_chat_model_reach_the_engine(torch_chat: ChatHuggingFace
         {"frequency_penalty": 1.0},
         {"model_kwargs": {"top_q": 1}},
         {"llm": "gpt2"},
-        {"x": 1},
+        {"stopp": "x"},
     ],
 )
 def test_bad_settings_are_refused_when_the_chat_model_is_made(torch_chat: ChatHuggingFace, settings: Any) -> None:
@@ -182,14 +181,8 @@ def test_bad_settings_are_refused_when_the_chat_model_is_made(torch_chat: ChatHu
 
 
 def test_only_the_bad_conversation_is_an_exception(chat: ChatHuggingFace) -> None:
-    rows: list[Any] = [
-        QUESTIONS[0],
-        "",
-        QUESTIONS[1],
-        "long " * 2000,
-        [ChatMessage(role="robot", content="hi")],
-        QUESTIONS[2],
-    ]
+    robot = [ChatMessage(role="robot", content="hi")]
+    rows: list[Any] = [QUESTIONS[0], "", QUESTIONS[1], "long " * 2000, robot, QUESTIONS[2]]
     answers = chat.batch(rows, return_exceptions=True)
     assert [answers[place].content for place in (0, 2, 5)] == [chat.invoke(question).content for question in QUESTIONS]
     assert [type(answers[place]) for place in (1, 3, 4)] == [GenerationError, GenerationError, SettingsError]
@@ -220,9 +213,8 @@ def test_another_tokenizer_brings_its_template(torch_chat: ChatHuggingFace, tool
 
 
 def test_from_model_id_loads_both(tiny_llama: Path) -> None:
-    chat = ChatHuggingFace.from_model_id(
-        str(tiny_llama), temperature=0, max_tokens=5, repetition_penalty=1.1, stop=["x"]
-    )
+    settings = {"temperature": 0, "max_tokens": 5, "repetition_penalty": 1.1, "stop": ["x"]}
+    chat = ChatHuggingFace.from_model_id(str(tiny_llama), **settings)
     assert (chat.model_id, chat.stop) == (str(tiny_llama), ["x"])
     assert chat.invoke("Hello").usage_metadata["output_tokens"] <= 5  # type: ignore[index]
     with pytest.raises(SettingsError, match="'text-gen'"):
@@ -240,11 +232,8 @@ def test_tools_are_shown_to_the_model_and_results_come_back(tool_model: Path) ->
     hidden = chat.bind_tools([add], tool_choice="none").invoke("What is 1 + 2?").usage_metadata
     assert hidden == plain
     call = {"name": "add", "args": {"a": 1, "b": 2}, "id": "call_1"}
-    conversation = [
-        HumanMessage("What is 1 + 2?"),
-        AIMessage("", tool_calls=[call]),
-        ToolMessage("3", tool_call_id="call_1"),
-    ]
+    asked = [HumanMessage("What is 1 + 2?"), AIMessage("", tool_calls=[call])]
+    conversation = [*asked, ToolMessage("3", tool_call_id="call_1")]
     prompt = chat._to_chat_prompt(conversation)
     assert '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>' in prompt
     assert "<|tool|>3<|end|>" in prompt
@@ -256,8 +245,8 @@ def test_a_template_without_tools_is_an_error_with_the_remedy(torch_chat: ChatHu
         torch_chat.bind_tools([add]).invoke("What is 1 + 2?")
 
 
-def test_a_tool_that_must_be_called_is_called(openvino_chat: ChatHuggingFace) -> None:
-    bound = openvino_chat.bind_tools([add], tool_choice="add").bind(max_tokens=60)
+def test_a_tool_that_must_be_called_is_called(answering_chat: ChatHuggingFace) -> None:
+    bound = answering_chat.bind_tools([add], tool_choice="add")
     answer = bound.invoke("What is 1 + 2?")
     assert [call["name"] for call in answer.tool_calls] == ["add"]
     assert isinstance(add.invoke(answer.tool_calls[0]["args"]), int)
@@ -270,13 +259,13 @@ def test_a_tool_that_must_be_called_is_called(openvino_chat: ChatHuggingFace) ->
 
 
 @pytest.mark.parametrize("method", ["function_calling", "json_schema"])
-def test_structured_output_of_a_pydantic_class(openvino_chat: ChatHuggingFace, method: Any) -> None:
-    value = openvino_chat.bind(max_tokens=100).with_structured_output(Capital, method=method).invoke("Capital?")
+def test_structured_output_of_a_pydantic_class(answering_chat: ChatHuggingFace, method: Any) -> None:
+    value = answering_chat.with_structured_output(Capital, method=method).invoke("What is the capital of France?")
     assert isinstance(value, Capital)
 
 
-def test_structured_output_of_other_schemas(openvino_chat: ChatHuggingFace) -> None:
-    chat = ChatHuggingFace(llm=openvino_chat.llm, max_tokens=100)
+def test_structured_output_of_other_schemas(answering_chat: ChatHuggingFace) -> None:
+    chat = answering_chat
     schema = {"title": "Answer", "type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
     value = chat.with_structured_output(schema).invoke("Is it?")
     assert isinstance(value["yes"], bool)
@@ -285,9 +274,8 @@ def test_structured_output_of_other_schemas(openvino_chat: ChatHuggingFace) -> N
     assert isinstance(raw["parsed"], Capital)
     assert isinstance(raw["raw"], AIMessage)
     assert raw["parsing_error"] is None
-    values = (ChatPromptTemplate.from_template("{q}") | chat.with_structured_output(Capital)).batch(
-        [{"q": "a"}, {"q": "b"}]
-    )
+    chain = ChatPromptTemplate.from_template("{question}") | chat.with_structured_output(Capital)
+    values = chain.batch([{"question": "Which?"}, {"question": "What?"}])
     assert all(isinstance(value, Capital) for value in values)
 
 
