@@ -1,1 +1,7 @@
-"""Flows: composition of the tasks."""
+"""Flows: when it runs. They only put tasks together."""
+
+from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.flows.chains import prompt_chain
+from prefect_huggingface.flows.preparation import prepare_model
+
+__all__ = ["batch_inference", "prepare_model", "prompt_chain"]

@@ -1,1 +1,32 @@
-"""Tasks: one thin verb per Prefect task, over plain importable functions."""
+"""Tasks: how it is done. One thin verb per Prefect task, over plain importable functions."""
+
+from prefect_huggingface.tasks.batches import plan_batch, publish_batch, run_shard
+from prefect_huggingface.tasks.chains import ChainStep
+from prefect_huggingface.tasks.downloads import download_model, plan_download
+from prefect_huggingface.tasks.engines.cache import load_engine, unload_engines
+from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
+from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
+from prefect_huggingface.tasks.records import BatchSummary, Completion, Export, Request, Snapshot
+
+__all__ = [
+    "BatchSummary",
+    "ChainStep",
+    "Completion",
+    "Export",
+    "Request",
+    "Snapshot",
+    "download_model",
+    "export_to_openvino",
+    "generate_chat",
+    "generate_text",
+    "list_store",
+    "load_engine",
+    "plan_batch",
+    "plan_download",
+    "plan_export",
+    "prune_store",
+    "publish_batch",
+    "run_shard",
+    "stream_text",
+    "unload_engines",
+]
