@@ -51,6 +51,7 @@ class Fault:
         method: Method of the request, or None for all.
         times: How often it happens, or None for always.
         skip: How many matching requests pass before.
+        contains: Text that the body must contain.
         share: Share of the matching requests that it happens to, drawn with `seed`.
         words: Body of a refusal; when None, an error in the form of TGI.
     """
@@ -60,6 +61,7 @@ class Fault:
     method: str | None = "POST"
     times: int | None = 1
     skip: int = 0
+    contains: str = ""
     share: float = 1.0
     seed: int = 0
     status: int = 500
@@ -77,6 +79,8 @@ class Fault:
     def matches(self, entry: LoggedRequest) -> bool:
         """Tell whether the fault is for a request, and count it."""
         if self.method not in (None, entry.method) or not re.search(self.path, entry.path):
+            return False
+        if self.contains not in json.dumps(entry.body):
             return False
         if self.skip:
             self.skip -= 1

@@ -28,25 +28,28 @@ class TgiProtocol:
     """What the routes answer.
 
     Attributes:
+        model: The model.
         step_seconds: Pause before each token.
+        seed_offset: Added to the seed of every request, and grows with each: sampling that cannot be repeated.
     """
 
     def __init__(self, model: TextModel) -> None:
-        self._model = model
+        self.model = model
         self.step_seconds = 0.0
+        self.seed_offset = 0
 
     @property
     def context_length(self) -> int:
-        return self._model.context_length
+        return self.model.context_length
 
     def tokens(self, text: str) -> list[dict[str, Any]]:
-        encoded = self._model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [{"id": token, "text": text[a:b], "start": a, "stop": b} for token, (a, b) in spans]
 
     def text(self, path: str, body: dict[str, Any], fault: Fault | None) -> Any:
         settings = {"max_new_tokens": 100, **{k: v for k, v in body.get("parameters", {}).items() if v is not None}}
-        prompt = self._check(self._model.encode(body["inputs"]), settings)
+        prompt = self._check(self.model.encode(body["inputs"]), settings)
         if body.get("stream") or path == "/generate_stream":
             return send_events(self._text_events(prompt, settings), fault)
         full = settings.get("return_full_text", path == "/")
@@ -57,8 +60,8 @@ class TgiProtocol:
         if settings.get("truncate"):
             prompt = prompt[-settings["truncate"] :]
         total = len(prompt) + settings["max_new_tokens"]
-        if total > self._model.context_length:
-            most = self._model.context_length
+        if total > self.model.context_length:
+            most = self.model.context_length
             words = f"`inputs` tokens + `max_new_tokens` must be <= {most}. Given: {len(prompt)} `inputs` tokens"
             raise Refusal(422, f"Input validation error: {words}", "validation")
         if "temperature" in settings and settings["temperature"] <= 0:
@@ -73,7 +76,9 @@ class TgiProtocol:
 
     async def _pieces(self, prompt: list[int], settings: Mapping[str, Any]) -> Any:
         """Yield the tokens with the finish reason, which is None but for the last."""
-        text, steps = "", self._model.generate(prompt, settings)
+        settings = {**settings, "seed": (settings.get("seed") or 0) + self.seed_offset}
+        self.seed_offset *= 2
+        text, steps = "", self.model.generate(prompt, settings)
         for index in range(settings["max_new_tokens"]):
             await asyncio.sleep(self.step_seconds)
             piece: Piece = await asyncio.to_thread(next, steps)
@@ -120,7 +125,7 @@ class TgiProtocol:
             "max_new_tokens": body.get("max_tokens") or 100, "stop": body.get("stop") or [], "seed": body.get("seed"),
             "do_sample": temperature != 0, "temperature": temperature or 1.0,
         }  # fmt: skip
-        prompt = self._check(self._model.encode(self._model.write_chat(body["messages"]), special=False), settings)
+        prompt = self._check(self.model.encode(self.model.write_chat(body["messages"]), special=False), settings)
         if body.get("stream"):
             return send_events(self._chat_events(prompt, settings, body), fault, end="[DONE]")
         return _Later(lambda: self._whole_chat(prompt, settings, body))

@@ -88,7 +88,8 @@ class TgiServer:
         """Forget all faults and requests."""
         self.faults.clear()
         self.requests.clear()
-        self.protocol.step_seconds, self.most_at_once, self.token = 0.0, 0, None
+        self.protocol.step_seconds = self.protocol.seed_offset = self.most_at_once = 0
+        self.token = None
 
     def posts(self) -> list[LoggedRequest]:
         """Return the requests for text, in order."""
