@@ -6,7 +6,8 @@ HuggingFaceTaskError
 ├── SettingsError          a setting that is unknown or does not go with another one; a ValueError too
 ├── DownloadError          see `hub_errors` for its kinds
 ├── ExportError            an export that failed
-│   └── ExportOutOfMemoryError
+│   ├── ExportOutOfMemoryError
+│   └── QualityError        an export that agrees too little with its source
 ├── EngineError            an engine that cannot be loaded or used
 │   └── GenerationError    one request that failed, where an exception is asked for
 ├── ChainError             a prompt chain that cannot be filled in or parsed
@@ -57,6 +58,10 @@ class ExportError(HuggingFaceTaskError):
 
 class ExportOutOfMemoryError(ExportError):
     """The process that made an export was killed, most likely for want of memory."""
+
+
+class QualityError(ExportError):
+    """An export agrees less with its source than it must."""
 
 
 class EngineError(HuggingFaceTaskError):

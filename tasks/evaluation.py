@@ -1,0 +1,204 @@
+"""The task that tells what an export costs: how near it is to its source, how large and how fast."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks.quantization import WeightFormat
+from prefect_huggingface.tasks.artifacts import in_run, make_key, publish_table
+from prefect_huggingface.tasks.errors import PlanError, QualityError
+from prefect_huggingface.tasks.quality import (
+    ExportQuality,
+    FormatQuality,
+    as_data_url,
+    plot_quality,
+    quality_rows,
+)
+from prefect_huggingface.tasks.records import Export, Snapshot
+from prefect_huggingface.tasks.storage import exporter
+from prefect_huggingface.tasks.storage.child_process import ChildProgram, run_child
+from prefect_huggingface.tasks.storage.evaluation_prompts import DEFAULT_PROMPTS
+from prefect_huggingface.tasks.storage.exports import get_export
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder
+from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.recipes import EXPORT_TASKS
+from prefect_huggingface.tasks.storage.resources import free_memory
+from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.storage.source_weights import measure_weights
+from prefect_huggingface.tasks.storage.staging import open_staging
+
+MAX_NEW_TOKENS = 32
+STEPS = {"source": "answering with the source", "export": "comparing an export"}
+RULES = 1
+
+
+def compare_formats(
+    model: LocalModel,
+    prompts: Sequence[str] | None = None,
+    formats: Sequence[WeightFormat] | None = None,
+    min_agreement: float | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> ExportQuality:
+    """Compare exports of a model with the model itself.
+
+    The source answers each prompt greedily with torch. Each export is given the same tokens, and its next-token
+    distributions and its own greedy answers are compared. Exports that are not there are made. The result is kept, so
+    asking again costs nothing.
+
+    Args:
+        model: Model with backend "openvino"; its other settings hold for all formats.
+        prompts: Texts to compare on. When left out, a built-in set.
+        formats: Weight formats to compare, in order. When left out, that of the model.
+        min_agreement: Least share of next tokens, 0 to 1, on which each export must agree with its source.
+        max_new_tokens: Upper limit of the tokens of each answer.
+
+    Returns:
+        The comparison. In a run it is also left as a table, and as a plot for several formats.
+
+    Raises:
+        QualityError: If an export agrees less with its source than it must. The table is left nevertheless.
+        PlanError: If the model cannot be compared: it has no source here, or it is for images.
+        ExportError: If an export cannot be made or the comparison fails.
+    """
+    _check_input(model, prompts, formats)
+    texts = list(prompts if prompts is not None else DEFAULT_PROMPTS)
+    models = [model.model_copy(update={"weight_format": name}) for name in formats or [model.weight_format]]
+    exports = [get_export(one) for one in models]
+    snapshot = get_snapshot(model)
+    if is_openvino_folder(file.path for file in snapshot.files):
+        raise PlanError(f"{model.model_id!r} is an OpenVINO model, its source is not here. Compare its source instead.")
+    quality = _compare(model, snapshot, exports, texts, max_new_tokens)
+    _publish(quality)
+    if min_agreement is not None:
+        check_agreement(quality, min_agreement)
+    return quality
+
+
+def check_agreement(quality: ExportQuality, min_agreement: float) -> None:
+    """Refuse exports that agree too little with their source.
+
+    Raises:
+        QualityError: If there is one.
+    """
+    for entry in quality.formats:
+        if entry.agreement < min_agreement:
+            raise QualityError(
+                f"The export of {quality.source!r} in {entry.weight_format} agrees with its source on "
+                f"{entry.agreement:.1%} of the next tokens, less than {min_agreement:.1%} (`min_agreement`). "
+                "Choose a weight format with more bits, or quantization options with calibration data.",
+                agreement=entry.agreement,
+                weight_format=entry.weight_format,
+            )
+
+
+def _check_input(model: LocalModel, prompts: Sequence[str] | None, formats: Sequence[str] | None) -> None:
+    if model.backend != "openvino":
+        raise PlanError(f"A comparison is for backend 'openvino', got {model.backend!r}. Leave it out.")
+    if model.task == "image-text-to-text":
+        raise PlanError(f"A comparison is for models of text, got task {model.task!r}. Leave out `min_agreement`.")
+    if prompts is not None and (isinstance(prompts, str) or not prompts or not all(prompts)):
+        raise PlanError(f"`prompts` must be a list of texts that are not empty, got {prompts!r}. Correct it.")
+    if formats is not None and (isinstance(formats, str) or not formats):
+        raise PlanError(f"`formats` must be a list of weight formats, got {formats!r}. Correct it.")
+
+
+def _compare(
+    model: LocalModel, snapshot: Snapshot, exports: Sequence[Export], texts: list[str], max_new_tokens: int
+) -> ExportQuality:
+    job = {
+        "source": str(snapshot.path),
+        "exports": {export.key: str(export.path) for export in exports},
+        "task": EXPORT_TASKS[model.task],
+        "prompts": texts,
+        "max_new_tokens": max_new_tokens,
+        "device": model.device or "CPU",
+        "ov_config": model.ov_config,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    names = [file.path for file in snapshot.files]
+    kept = _result_path(model, snapshot, job)
+    found = _read_result(kept)
+    if found is None:
+        job["dtype"] = _choose_dtype(snapshot.path, names)
+        program = ChildProgram(
+            path=Path(exporter.__file__).with_name("evaluator.py"),
+            purpose=f"comparison of {model.model_id!r}",
+            steps=STEPS,
+        )
+        with open_staging(model.store_path) as staging, hold_export(snapshot.path):
+            found = run_child(program, {**job, "work": str(staging.path)}, staging.path, staging.descriptor)
+        _keep_result(kept, found)
+    return ExportQuality(
+        source=model.model_id,
+        commit=snapshot.commit,
+        prompts=len(texts),
+        source_tokens_per_second=float(found["source"]["tokens_per_second"]),
+        source_size_bytes=sum(file.size for file in snapshot.files),
+        formats=tuple(_format_quality(export, found["exports"][export.key]) for export in exports),
+    )
+
+
+def _format_quality(export: Export, numbers: Mapping[str, Any]) -> FormatQuality:
+    return FormatQuality(
+        weight_format=str(export.recipe.get("weight_format")),
+        key=export.key,
+        size_bytes=export.size_bytes,
+        **numbers,
+    )
+
+
+def _choose_dtype(folder: Path, names: Sequence[str]) -> str:
+    """Return the data type for the source: single precision if the memory allows it, else that of the files."""
+    weights, available = measure_weights(folder, names), free_memory()
+    return "float32" if available is None or 6 * weights.parameters < available else "auto"
+
+
+def _result_path(model: LocalModel, snapshot: Snapshot, job: Mapping[str, Any]) -> Path:
+    """Return where the result of a comparison is kept; everything that decides it is in its name."""
+    places = ("source", "exports")
+    content = {name: value for name, value in job.items() if name not in places}
+    content.update(rules=RULES, commit=snapshot.commit, keys=sorted(job["exports"]))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return model.store_path / "quality" / f"{digest[:32]}.json"
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _keep_result(path: Path, found: Mapping[str, Any]) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _publish(quality: ExportQuality) -> None:
+    key = f"export-quality-{Path(quality.source).name}"
+    publish_table(key, quality_rows(quality), f"Exports of {quality.source} compared with their source")
+    if len(quality.formats) > 1 and in_run():
+        from prefect.artifacts import create_image_artifact
+
+        create_image_artifact(
+            image_url=as_data_url(plot_quality(quality)),
+            key=make_key(f"{key}-plot"),
+            description="Agreement with the source against size and speed",
+        )
+
+
+compare_export = task(name="compare-export", cache_policy=NO_CACHE)(compare_formats)
