@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.flows import prepare_model
+from prefect_huggingface.tasks.errors import ModelSourceError
+from prefect_huggingface.tasks.records import Export, Snapshot
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def test_an_export_is_made_once(bundled_model):
+    model = LocalModel(model_id=str(bundled_model), weight_format="int8")
+    first, second = prepare_model(model), prepare_model(model)
+    assert isinstance(first, Export)
+    assert second.reused
+    assert (second.key, second.path) == (first.key, first.path)
+
+
+def test_a_torch_model_is_used_as_it_is(bundled_model):
+    prepared = prepare_model(LocalModel(model_id=str(bundled_model), backend="torch"))
+    assert isinstance(prepared, Snapshot)
+    assert prepared.path == bundled_model
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ModelSourceError, match="nowhere"):
+        prepare_model(LocalModel(model_id=str(tmp_path / "nowhere")))
