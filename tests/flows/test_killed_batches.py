@@ -1,4 +1,4 @@
-"""A batch that is killed again and again gives the bytes of an undisturbed one, and generates no committed row twice."""
+"""A batch that is killed again and again gives the bytes of an undisturbed one; no committed row is generated twice."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def start_batch(folder: Path, life: int, model: Mapping[str, Any], **parameters:
     settings = folder / f"settings-{life}.json"
     record = {"model": dict(model), "parameters": parameters, "log": str(folder / f"answers-{life}.log")}
     settings.write_text(json.dumps(record))
-    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(TESTS)}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": path}
     output = (folder / f"output-{life}.txt").open("wb")
     with output:
         return subprocess.Popen(

@@ -1,0 +1,219 @@
+"""The flow from the input file to the output, the artifacts and the closing table, on the model of the project."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import Artifact
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.storage.tables import inspect_table, read_chunks
+from support.batch_runs import read_answers, start_batch
+from support.s3_servers import serve_s3
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+COUNTRIES = {"France": "Paris", "Spain": "Madrid", "Italy": "Rome", "Japan": "Tokyo"}
+PROMPT = "What is the capital of {country}?"
+
+
+@pytest.fixture(scope="module")
+def model(bundled_model: Path) -> LocalModel:
+    return LocalModel(model_id=str(bundled_model))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    rows: list[dict[str, Any]] = [{"country": name, "capital": capital} for name, capital in COUNTRIES.items()]
+    rows[2:2] = [{"country": None}, {"country": "France", "note": "<b>|\n"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(place: str) -> list[dict[str, Any]]:
+    return [row for chunk in read_chunks(inspect_table(place)) for row in chunk.rows]
+
+
+def read_artifacts(run_id: Any) -> dict[str | None, Artifact]:
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+        return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=chosen)}
+
+
+def test_from_the_file_to_the_answers(
+    tmp_path: Path, source: Path, model: LocalModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    destination = tmp_path / "out.parquet"
+    state = batch_inference(model, str(source), str(destination), PROMPT, return_state=True)
+    summary = state.result()
+    rows = read_rows(str(destination))
+
+    assert [row["completion"] for row in rows] == ["Paris", "Madrid", None, "Paris", "Rome", "Tokyo"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "missing_value", "ok", "ok", "ok"]
+    assert list(rows[0])[:3] == ["country", "capital", "note"]
+    assert rows[0]["prompt_tokens"] > 0
+    assert rows[0]["finish_reason"] == "stop"
+    assert {row["seconds"] for row in rows} == {None}
+    assert (summary.rows, summary.succeeded, summary.failed, summary.shared) == (6, 5, 1, 1)
+    assert summary.statuses == {"missing_value": 1, "ok": 5}
+    assert summary.generated_tokens == sum(row["generated_tokens"] for row in rows[:2] + rows[4:])
+    assert Path(f"{destination}.journal").is_dir()  # it is kept, since a row failed
+
+    printed = capsys.readouterr().out
+    for text in ("Rows", "Failed", "Tokens per second", "out.parquet"):
+        assert text in printed.replace("\n", "")
+
+    artifacts = read_artifacts(state.state_details.flow_run_id)
+    assert set(artifacts) == {"batch-progress", "batch-samples", "batch-failures", "batch-summary"}
+    assert artifacts["batch-progress"].data == 100
+    samples = json.loads(str(artifacts["batch-samples"].data))
+    assert samples[0]["completion"] == "Paris"
+    assert json.loads(str(artifacts["batch-failures"].data))[0]["status"] == "missing_value"
+    text = str(artifacts["batch-summary"].data)
+    assert "missing\\_value" in text
+    assert re.search(r"!\[answer lengths\]\(data:image/svg\+xml;base64,", text)
+
+
+def test_nothing_is_overwritten_and_bad_plans_fail_at_once(tmp_path: Path, source: Path, model: LocalModel) -> None:
+    destination = tmp_path / "out.jsonl"
+    with pytest.raises(BatchError, match="no column 'town'"):
+        batch_inference(model, str(source), str(destination), "{town}")
+    destination.write_text("mine")
+    with pytest.raises(BatchError, match="exists already"):
+        batch_inference(model, str(source), str(destination), PROMPT)
+    assert destination.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_failed_rows_are_retried(tmp_path: Path, source: Path, model: LocalModel) -> None:
+    destination = tmp_path / "out.jsonl"
+    short = {"max_new_tokens": 2000}  # does not fit the context of the model
+    first = batch_inference(model, str(source), str(destination), PROMPT, short)
+    before = destination.read_bytes()
+    with pytest.raises(BatchError, match="exists already"):
+        batch_inference(model, str(source), str(destination), PROMPT, short)
+    again = batch_inference(model, str(source), str(destination), PROMPT, short, retry_failed=True)
+
+    assert first.failed == again.failed == 6
+    assert first.statuses == {"missing_value": 1, "too_long": 5}
+    assert destination.read_bytes() == before
+    with pytest.raises(BatchError, match="options: "):
+        batch_inference(model, str(source), str(destination), PROMPT, retry_failed=True)
+
+
+def test_too_many_failures_end_the_run_and_keep_what_is_finished(
+    tmp_path: Path, source: Path, model: LocalModel
+) -> None:
+    destination = tmp_path / "out.jsonl"
+    source.write_text('{"country": null}\n' * 50 + '{"country": "France"}\n' * 50)
+    with pytest.raises(BatchError, match="more than `max_failures`"):
+        batch_inference(model, str(source), str(destination), PROMPT, max_failures=0.2, in_flight=1)
+    assert not destination.exists()
+    summary = batch_inference(model, str(source), str(destination), PROMPT)
+    assert summary.resumed >= 50
+    assert (summary.failed, summary.succeeded) == (50, 50)
+    rows = read_rows(str(destination))
+    assert [row["completion"] for row in rows] == [None] * 50 + ["Paris"] * 50
+
+
+def test_messages_and_row_options(tmp_path: Path, model: LocalModel) -> None:
+    source = tmp_path / "in.jsonl"
+    chats = [[{"role": "user", "content": f"What is the capital of {name}?"}] for name in COUNTRIES]
+    lines = [{"chat": chat, "max_new_tokens": 1 if index == 3 else None} for index, chat in enumerate(chats)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    destination = tmp_path / "out.csv"
+    batch_inference(
+        model, str(source), str(destination), messages_column="chat", option_columns=["max_new_tokens"], columns=[],
+        output_prefix="my_", timings=True,
+    )  # fmt: skip
+    rows = read_rows(str(destination))
+
+    assert [row["my_completion"] for row in rows][:3] == ["Paris", "Madrid", "Rome"]
+    assert rows[3]["my_status"] == "length"
+    assert rows[3]["my_generated_tokens"] == "1"
+    assert float(rows[0]["my_seconds"]) > 0
+    assert "chat" not in rows[0]
+
+
+@pytest.mark.parametrize("shards", [3])
+def test_shards_on_threads_share_the_engine(tmp_path: Path, model: LocalModel, shards: int) -> None:
+    source = tmp_path / "in.jsonl"
+    names = list(COUNTRIES)
+    source.write_text("".join(json.dumps({"country": names[index % 4]}) + "\n" for index in range(100)))
+    destination = tmp_path / "out.jsonl"
+    summary = batch_inference(model, str(source), str(destination), PROMPT, shards=shards, deduplicate=False)
+
+    assert summary.rows == summary.succeeded == 100
+    assert [row["completion"] for row in read_rows(str(destination))] == [COUNTRIES[names[i % 4]] for i in range(100)]
+    assert not Path(f"{destination}.journal").exists()
+
+
+@pytest.fixture
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "memory":
+        yield f"memory://{tmp_path.name}"
+        return
+    pytest.importorskip("moto", reason="needs moto[server]")
+    pytest.importorskip("s3fs")
+    with serve_s3("batches") as url:
+        yield f"{url}/{tmp_path.name}"
+
+
+@pytest.mark.parametrize("remote", ["memory", "s3"], indirect=True)
+def test_places_that_are_not_on_this_machine(remote: str, source: Path, model: LocalModel) -> None:
+    Place.of(f"{remote}/in/a.jsonl").write(source.read_bytes())
+    destination = f"{remote}/out/rows.jsonl"
+    summary = batch_inference(model, f"{remote}/in/*.jsonl", destination, PROMPT)
+
+    assert summary.destination == destination
+    assert [row["completion"] for row in read_rows(destination)] == ["Paris", "Madrid", None, "Paris", "Rome", "Tokyo"]
+    assert Journal.beside(destination).count().rows == 6
+    with pytest.raises(BatchError, match="exists already"):
+        batch_inference(model, f"{remote}/in/*.jsonl", destination, PROMPT)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_the_run_soon_and_lose_nothing_committed(tmp_path: Path, model: LocalModel, sign: int) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"country": f"Land {index}"}) + "\n" for index in range(3000)))
+    settings: dict[str, Any] = {
+        "source": str(source), "destination": str(destination), "prompt": PROMPT, "in_flight": 2,
+        "options": {"max_new_tokens": 60, "ignore_eos": True},
+    }  # fmt: skip
+    process = start_batch(tmp_path, 1, {"model_id": model.model_id}, **settings)
+    while len(read_answers(tmp_path, 1)) < 20 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(sign)
+    began = time.monotonic()
+    assert process.wait(60) != 0, (tmp_path / "output-1.txt").read_text()
+    seconds = time.monotonic() - began
+
+    journal = Journal.beside(str(destination))
+    job = (journal.read_job() or {})["key"]
+    assert seconds < 15
+    assert not destination.exists()
+    assert sum(span.name.rows for span in journal.check(job)) == journal.count().rows > 0
+
+
+def test_a_batch_within_another_flow(tmp_path: Path, source: Path, model: LocalModel) -> None:
+    @flow
+    def nightly() -> int:
+        return batch_inference(model, str(source), str(tmp_path / "out.jsonl"), PROMPT).succeeded
+
+    assert nightly() == 5

@@ -1,0 +1,72 @@
+"""A batch over Dask workers: each loads its own engine, and what a killed one leaves goes on elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.segments import SegmentName
+
+pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingface[dask]"')
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
+
+ROWS, SHARDS = 500, 8
+PROMPT = "What is the number {number} in French?"
+OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
+
+
+def attempts(journal: Journal) -> set[tuple[int, str]]:
+    """Shards and attempts that have committed rows."""
+    names = map(SegmentName.parse, journal.segments.names())
+    return {(name.start, name.attempt) for name in names if name}
+
+
+def kill_a_worker(journal: Journal, cluster: Any, killed: list[int]) -> None:
+    """Wait until two shards are under way, and kill the process of a worker."""
+    deadline = time.monotonic() + 240
+    while len({start for start, _ in attempts(journal)}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with cluster.get_client() as client:
+        pids = client.run(os.getpid)
+    killed.append(pids[next(iter(pids))])
+    os.kill(killed[0], signal.SIGKILL)
+
+
+def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> None:
+    from distributed import LocalCluster
+    from prefect_dask import DaskTaskRunner
+
+    source, whole, destination = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"number": index}) + "\n" for index in range(ROWS)))
+    model = LocalModel(model_id=str(bundled_model))
+    batch_inference(model, str(source), str(whole), PROMPT, OPTIONS)
+
+    journal, killed = Journal.beside(str(destination)), []
+    kwargs = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with LocalCluster(host="127.0.0.1", **kwargs) as cluster:
+        thread = threading.Thread(target=kill_a_worker, args=(journal, cluster, killed), daemon=True)
+        thread.start()
+        on_dask = batch_inference.with_options(task_runner=DaskTaskRunner(address=cluster.scheduler_address))
+        summary = on_dask(
+            model, str(source), str(destination), PROMPT, OPTIONS, shards=SHARDS, in_flight=4, keep_journal="always"
+        )
+        thread.join()
+
+    assert killed
+    assert summary.rows == summary.succeeded == ROWS
+    assert destination.read_bytes() == whole.read_bytes()
+    assert journal.count().rows == ROWS  # no row was committed twice
+    found = attempts(journal)
+    print(f"{len(found)} attempts at {len({start for start, _ in found})} shards")
+    assert len({start for start, _ in found}) == SHARDS
+    assert len(found) >= SHARDS

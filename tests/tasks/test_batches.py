@@ -1,0 +1,161 @@
+"""What cannot work is refused before anything expensive, with the value and the remedy; nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.batches import check_batch
+from prefect_huggingface.tasks.batching.plans import check_free
+from prefect_huggingface.tasks.batching.runs import check_failures, hold_journal
+from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, ModelSourceError, TableError
+from prefect_huggingface.tasks.storage.journals import Journal
+
+# A model that is not there: whatever is refused before it is looked at costs nothing.
+NO_MODEL = LocalModel(model_id="/no/such/model", backend="torch")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"country": "Peru", "id": 1, "status": "x"}\n{"country": "Chile", "id": 1}\n')
+    return path
+
+
+def check(source: Path | str, destination: Path | str, prompt: str | None = "{country}", **settings: Any) -> None:
+    check_batch(NO_MODEL, str(source), str(destination), prompt, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "{town}"}, r"no column 'town'. Its columns are 'country', 'id', 'status'"),
+        ({"prompt": "{country"}, "must be a template"),
+        ({"prompt": None}, "say nothing to ask"),
+        ({"messages_column": "country"}, "Only one of"),
+        ({"system": "{tone}"}, "no column 'tone'"),
+        ({"option_columns": ["speed"]}, "must be named as generation options, got .'speed'."),
+        ({"option_columns": ["seed"]}, "no column 'seed'"),
+        ({"columns": ["town"]}, "names .'town'."),
+        ({}, "has columns .'status'. that the output adds. Set `output_prefix`"),
+        ({"columns": ["country"], "id_column": "id"}, r"occur twice: row 2 \(1\)"),
+        ({"columns": ["country"], "id_column": "key"}, "'key' is not in the input"),
+    ],
+)
+def test_settings_that_do_not_fit_the_table(
+    tmp_path: Path, source: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BatchError, match=message):
+        check(source, tmp_path / "out.csv", **settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("prefix", ["", "new_"])
+def test_the_model_is_looked_at_last(tmp_path: Path, source: Path, prefix: str) -> None:
+    columns = None if prefix else ["country"]
+    with pytest.raises(ModelSourceError, match="/no/such/model"):
+        check(source, tmp_path / "out.csv", output_prefix=prefix, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rows/out.jsonl", "is within the input"),
+        ("rows/deeper/out.jsonl", "is within the input"),
+        ("out.txt", "format of 'out.txt' is not known"),
+        ("out.csv.gz", "must not be compressed"),
+        ("folder.csv", "must be a file"),
+    ],
+)
+def test_places_where_no_output_goes(tmp_path: Path, name: str, message: str) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "in.jsonl").write_text('{"country": "Peru"}\n')
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(HuggingFaceTaskError, match=message):
+        check(rows, tmp_path / name)
+
+
+def test_an_output_that_the_pattern_of_the_input_would_find(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(BatchError, match="is within the input"):
+        check(tmp_path / "*.jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(BatchError, match="is within the input"):
+        check(source, source)
+
+
+def test_what_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    for name in ("empty.csv", "torn.parquet", "none.csv"):
+        with pytest.raises(TableError, match=name):
+            check(tmp_path / name, tmp_path / "out.csv")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    for name in ("file.csv", "link.csv"):
+        path = tmp_path / name
+        path.symlink_to("nowhere") if "link" in name else path.write_text("mine")
+        with pytest.raises(BatchError, match="exists already"):
+            check_free(str(path))
+
+
+def test_too_many_failures_as_a_number_or_a_share() -> None:
+    check_failures(1000, 1000, None)
+    check_failures(5, 1000, 5)
+    check_failures(100, 1000, 0.1)
+    for failed, limit in ((6, 5), (101, 0.1)):
+        with pytest.raises(BatchError, match="retry_failed=True"):
+            check_failures(failed, 1000, limit)
+
+
+HOLDER = """
+import sys, time
+from prefect_huggingface.tasks.batching.runs import hold_journal
+from prefect_huggingface.tasks.storage.journals import Journal
+with hold_journal(Journal.beside(sys.argv[1]), "refuse"):
+    print("holding", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_at_once_are_refused_or_wait(tmp_path: Path) -> None:
+    destination = str(tmp_path / "out.csv")
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, destination], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"holding\n"
+    with pytest.raises(BatchError, match="Another run works on"), hold_journal(Journal.beside(destination), "refuse"):
+        pass
+    process.kill()  # the lock ends with its process
+    process.wait()
+    process.stdout.close()
+    with hold_journal(Journal.beside(destination), "wait"):
+        pass
+
+
+def test_the_plan_names_what_decides_the_text(tmp_path: Path, source: Path, tiny_llama: Path) -> None:
+    def key(**changes: Any) -> str:
+        model = LocalModel(model_id=str(tiny_llama), backend="torch", **changes.pop("model", {}))
+        prompt = changes.pop("prompt", "{country}")
+        plan = check_batch(model, str(source), str(tmp_path / "out.csv"), prompt, output_prefix="x", **changes)
+        return plan.job.key
+
+    first = key()
+    assert key(timings=True) == first  # how the output looks is no part of it
+    assert key(model={"device": "cpu"}) == first
+    others = [
+        key(prompt="{country}!"),
+        key(system="Hi"),
+        key(options=GenerationOptions(max_new_tokens=3)),
+        key(model={"dtype": "bfloat16"}),
+        key(model={"options": {"max_new_tokens": 3}}),
+        key(model={"chat_template": "never"}),
+    ]
+    source.write_text(json.dumps({"country": "Peru"}) + "\n")
+    others.append(key())
+    assert len({first, *others}) == len(others) + 1
