@@ -37,7 +37,9 @@ from support.hub_repositories import Repository, StoredFile
 from support.hub_transfers import ConnectionCut, FileResponse, make_fault
 
 _API = re.compile(
-    r"^/api/models/((?:[^/]+/)?[^/]+?)(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+))?)?(?:/(.*))?$"
+    # An id may lack its organisation, so that a word of the API is no name after a first part.
+    r"^/api/models/((?:[^/]+/(?!(?:revision|tree|paths-info|refs|auth-check)(?:/|$)))?[^/]+?)"
+    r"(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+))?)?(?:/(.*))?$"
 )
 _RESOLVE = re.compile(r"^/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)$")
 _CDN = re.compile(r"^/lfs/([0-9a-f]{64})/(.+)$")
