@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.hub_errors import AccessError, HubError
@@ -74,6 +74,10 @@ class DownloadPlan:
     def fits(self) -> bool:
         """Whether there is room for what is missing."""
         return not self.missing_bytes or self.missing_bytes + SPARE_BYTES <= self.free_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-friendly values."""
+        return {**asdict(self), "path": str(self.path), "fits": self.fits}
 
 
 def plan_snapshot(model: LocalModel) -> DownloadPlan:

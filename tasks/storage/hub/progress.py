@@ -13,6 +13,7 @@ from uuid import UUID
 from prefect.logging import get_logger
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as RichProgress
 
 ARTIFACT_SECONDS = 1.0
@@ -83,13 +84,14 @@ def _is_in_run() -> bool:
 class TerminalBar:
     """One bar over all bytes, with rate and time left."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, console: Console | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._bar: RichProgress = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False)
+        screen = console or Console(stderr=True)
+        self._bar: RichProgress = Bar(*columns, TimeRemainingColumn(), console=screen, auto_refresh=False)
         self._task = self._bar.add_task(title, total=None)
         self._bar.start()
 

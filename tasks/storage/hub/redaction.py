@@ -12,11 +12,15 @@ CLIENT_LOGGERS = (
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 _BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"]+")
 _SIGNATURE = re.compile(r"(?i)((?:x-amz-)?(?:signature|credential|security-token|policy)=)[^\s&'\"]+")
+_TOKEN = re.compile(r"\bhf_\w+")
+# A hostile server can put anything into its headers, so the log of the transport goes without them.
+_HEADERS = re.compile(r"(return_value=\(b'HTTP[^\[]*)\[.*\]", re.DOTALL)
 
 
 def redact(text: str) -> str:
-    """Return a text without the queries of addresses and without bearer tokens."""
-    return _SIGNATURE.sub(r"\1...", _BEARER.sub(r"\1...", _QUERY.sub(r"\1?...", text)))
+    """Return a text without tokens, without headers of answers and without the queries of addresses."""
+    text = _QUERY.sub(r"\1?...", _HEADERS.sub(r"\1[...]", text))
+    return _TOKEN.sub("hf_...", _SIGNATURE.sub(r"\1...", _BEARER.sub(r"\1...", text)))
 
 
 class RedactionFilter(logging.Filter):
