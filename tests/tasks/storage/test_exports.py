@@ -1,0 +1,168 @@
+"""The export store: one export for many, whole or not at all, reused for nothing, and never damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.tasks.errors import ExportError, ModelSourceError, PlanError
+from prefect_huggingface.tasks.storage.exports import find_export, get_export
+from prefect_huggingface.tasks.storage.manifests import find_damage, read_manifest
+from support.export_requests import published, staged
+
+
+def copy_of(model: LocalModel, store: Path) -> LocalModel:
+    """Return the model with a copy of its store."""
+    shutil.copytree(model.store_path, store)
+    return model.model_copy(update={"store": ModelStore(path=store)})
+
+
+def test_eight_processes_make_one_export(crowd: tuple[Path, list[dict[str, Any]]]) -> None:
+    store, answers = crowd
+    assert len({answer["path"] for answer in answers}) == 1
+    assert sum(not answer["reused"] for answer in answers) == 1
+    assert len(published(store)) == 1
+    assert staged(store) == []
+
+
+def test_an_export_is_complete_and_described(exported: LocalModel) -> None:
+    export = get_export(exported)
+    manifest = read_manifest(export.path)
+    assert manifest is not None
+    assert manifest.key == export.key
+    assert manifest.commit.startswith("local-")
+    assert manifest.recipe["quantization"] == {
+        "dtype": "int8", "bits": 8, "sym": False, "group_size": -1, "ratio": 1.0,
+    }  # fmt: skip
+    assert {"optimum-intel", "nncf", "openvino", "transformers", "torch"} <= set(manifest.versions)
+    needed = {"openvino_model.xml", "openvino_tokenizer.xml", "openvino_detokenizer.xml", "chat_template.jinja"}
+    assert needed <= set(manifest.files)
+    assert manifest.weights["u8"] > 0.9
+    assert manifest.peak_memory_bytes > 1e8
+    assert {"export", "quantize", "verify", "total"} == set(manifest.seconds)
+    assert export.size_bytes == sum(entry["size"] for entry in manifest.files.values())
+    for path in export.path.glob("*.json"):
+        assert ".staging" not in path.read_text(), f"{path.name} names the place where the export was made"
+
+
+def test_the_second_request_is_fast_and_silent(exported: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_export(exported)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    started = time.perf_counter()
+    assert get_export(exported).reused
+    assert time.perf_counter() - started < 0.05
+
+
+def test_reuse_imports_nothing_heavy(exported: LocalModel) -> None:
+    program = (
+        "import sys\n"
+        "from prefect_huggingface.blocks import LocalModel, ModelStore\n"
+        "from prefect_huggingface.tasks.storage.exports import get_export\n"
+        f"model = LocalModel(model_id={exported.model_id!r}, store=ModelStore(path={str(exported.store_path)!r}))\n"
+        "assert get_export(model).reused\n"
+        "print([name for name in ('torch', 'transformers', 'optimum', 'nncf', 'openvino') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_name_of_a_folder_changes_nothing(exported: LocalModel, tmp_path: Path) -> None:
+    renamed = tmp_path / "Phi-3-mini-4k-instruct"
+    shutil.copytree(exported.model_id, renamed)
+    again = get_export(exported.model_copy(update={"model_id": str(renamed)}))
+    assert again.reused
+    assert again.path == get_export(exported).path
+
+
+def test_a_truncated_file_is_refused(exported: LocalModel, tmp_path: Path) -> None:
+    model = copy_of(exported, tmp_path / "store")
+    export = get_export(model)
+    with open(export.path / "openvino_model.bin", "r+b") as stream:
+        stream.truncate(1000)
+    assert find_export(model.store_path, export.key) is None
+
+
+def test_a_flipped_byte_is_refused_and_the_export_made_anew(exported: LocalModel, tmp_path: Path) -> None:
+    model = copy_of(exported, tmp_path / "store")
+    export = get_export(model)
+    with open(export.path / "openvino_model.bin", "r+b") as stream:
+        stream.seek(100)
+        byte = stream.read(1)[0]
+        stream.seek(100)
+        stream.write(bytes([byte ^ 1]))
+    assert find_export(model.store_path, export.key) is None, "a changed file is noticed without being asked"
+    again = get_export(model)
+    assert not again.reused
+    assert again.key == export.key
+    manifest = read_manifest(again.path)
+    assert manifest is not None
+    assert find_damage(again.path, manifest, verify=True) is None
+    assert staged(model.store_path) == []
+
+
+def test_hidden_damage_is_found_when_asked_for(exported: LocalModel, tmp_path: Path) -> None:
+    model = copy_of(exported, tmp_path / "store")
+    export = get_export(model)
+    manifest_path = export.path / "export.json"
+    data = json.loads(manifest_path.read_text())
+    data["files"]["config.json"]["sha256"] = "0" * 64
+    manifest_path.write_text(json.dumps(data))
+    assert find_export(model.store_path, export.key) is not None
+    assert find_export(model.store_path, export.key, verify=True) is None
+
+
+def test_an_openvino_folder_is_used_as_it_is(exported: LocalModel, tmp_path: Path) -> None:
+    folder = tmp_path / "given"
+    shutil.copytree(get_export(exported).path, folder)
+    (folder / "export.json").unlink()
+    model = LocalModel(model_id=str(folder), store=ModelStore(path=tmp_path / "store"))
+    export = get_export(model)
+    assert export.path == folder
+    assert export.reused
+    assert published(model.store_path) == []
+
+
+def test_int4_of_an_int8_export_is_refused(exported: LocalModel, tmp_path: Path) -> None:
+    model = LocalModel(
+        model_id=str(get_export(exported).path), weight_format="int4", store=ModelStore(path=tmp_path / "store")
+    )
+    with pytest.raises(PlanError, match="8 bits.*not quantized to 'int4' again"):
+        get_export(model)
+
+
+def test_a_store_that_cannot_be_written_to_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "exports").write_text("in the way")
+    model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=tmp_path))
+    with pytest.raises(ExportError, match="cannot be written to"):
+        get_export(model)
+
+
+def test_a_lock_that_is_held_too_long_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    from prefect_huggingface.tasks.exports import plan_model
+    from prefect_huggingface.tasks.storage.layout import lock_path
+
+    model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=tmp_path, lock_timeout_seconds=0.2))
+    path = lock_path(tmp_path, plan_model(model).key)
+    path.parent.mkdir(parents=True)
+    with FileLock(path), pytest.raises(ExportError, match="lock_timeout_seconds"):
+        get_export(model)
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError, match="does not exist"):
+        get_export(LocalModel(model_id=str(tmp_path / "none")))
