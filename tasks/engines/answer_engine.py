@@ -24,6 +24,7 @@ class AnswerEngine(ThreadedEngine):
             sizes: Limits of the batches.
         """
         self._jobs = jobs
+        self.prompts = jobs.prompts
         self._sizes = sizes
         self._waiting: deque[Answer] = deque()
         self._running: dict[Job, None] = {}

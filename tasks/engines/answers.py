@@ -7,8 +7,10 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.answer_forms import check_form
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.protocol import OnText
 from prefect_huggingface.tasks.engines.sampling import TokenChooser
@@ -172,7 +174,11 @@ class Job:
                     self.fail(RequestError("engine_error", f"`on_text` failed: {exc}. Correct it."))
 
     def completion(self) -> Completion:
-        """Return what the request came to."""
+        """Return what the request came to.
+
+        Raises:
+            RequestError: If an answer does not have the form that was asked for.
+        """
         first = self.answers[0]
         return Completion(
             text=self.echo + first.text,
@@ -183,4 +189,13 @@ class Job:
             request_id=self.submission.request.id,
             alternatives=tuple(self.echo + answer.text for answer in self.answers[1:]),
             logprobs=tuple(first.logprobs) if self.options.logprobs else None,
+            parsed=self._parse(),
         )
+
+    def _parse(self) -> Any:
+        """Check the form of the answers, and return the value of the first where it is JSON."""
+        form = self.options.response_format
+        if form is None or self.answers[0].finish_reason in ("deadline", "cancelled"):
+            return None
+        values = [check_form(answer.text, form) for answer in self.answers]
+        return values[0] if form.json_schema is not None else None

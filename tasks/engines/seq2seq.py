@@ -15,9 +15,11 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.answer_engine import AnswerEngine
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.openvino_devices import choose_device, compile_properties
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context
 from prefect_huggingface.tasks.engines.text_jobs import TextJobs
 from prefect_huggingface.tasks.engines.tokenization import pad_token
+from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
 from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes, free_cached_memory, is_out_of_memory
 from prefect_huggingface.tasks.engines.whole_batches import padded_inputs, prepare_model, run_beams, run_whole_batch
 from prefect_huggingface.tasks.errors import EngineError
@@ -27,25 +29,6 @@ logger = get_logger(__name__)
 
 class Seq2SeqEngine(AnswerEngine):
     """Encoder-decoder model in one thread."""
-
-    def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            path: Folder of the snapshot, or of the export for the OpenVINO backend.
-            model: Settings.
-
-        Raises:
-            ModelSourceError: If the folder holds no weights that may be loaded.
-            EngineError: If the settings do not fit this machine or this model.
-        """
-        from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
-
-        if model.backend == "openvino":
-            loaded = _load_openvino(path, model)
-        else:
-            loaded = load_torch_model(path, model, "AutoModelForSeq2SeqLM")
-        self._start(loaded, load_tokenizer(path, model), PromptWriter.of_folder(path, model.chat_template), model)
 
     @classmethod
     def of_loaded(cls, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> Seq2SeqEngine:
@@ -74,10 +57,10 @@ class Seq2SeqEngine(AnswerEngine):
             inputs = padded_inputs([job.prompt_ids], self._model, left=False)
             run_beams(self._model, job, inputs, self._jobs.take, self._jobs.tokenizer.decode)
         else:
-            self._run([self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))])
+            self._run_rows([self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))])
         self._leave()
 
-    def _run(self, answers: list[Answer]) -> None:
+    def _run_rows(self, answers: list[Answer]) -> None:
         try:
             inputs = padded_inputs([answer.job.prompt_ids for answer in answers], self._model, left=False)
             run_whole_batch(self._model, answers, inputs, self._jobs.take)
@@ -105,6 +88,41 @@ class Seq2SeqEngine(AnswerEngine):
                 )
 
 
+class TorchSeq2SeqEngine(Seq2SeqEngine):
+    """Encoder-decoder model of Transformers."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model.
+
+        Args:
+            path: Folder of the snapshot.
+            model: Settings.
+
+        Raises:
+            ModelSourceError: If the folder holds no weights that may be loaded.
+            EngineError: If the settings do not fit this machine or this model.
+        """
+        loaded = load_torch_model(path, model, "AutoModelForSeq2SeqLM")
+        self._start(loaded, load_tokenizer(path, model), PromptWriter.of_folder(path, model.chat_template), model)
+
+
+class OpenVINOSeq2SeqEngine(Seq2SeqEngine):
+    """Encoder-decoder model of Optimum on OpenVINO."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model.
+
+        Args:
+            path: Folder of the OpenVINO model.
+            model: Settings.
+
+        Raises:
+            EngineError: If OpenVINO cannot load the model with these settings.
+        """
+        loaded = _load_openvino(path, model)
+        self._start(loaded, load_tokenizer(path, model), PromptWriter.of_folder(path, model.chat_template), model)
+
+
 class Seq2SeqJobs(TextJobs):
     """Jobs whose prompt goes through an encoder, with the prefix of the task before it."""
 
@@ -118,7 +136,7 @@ class Seq2SeqJobs(TextJobs):
             self.context_length = None
 
     def _job(self, submission: Submission, options: GenerationOptions) -> Job | None:
-        prompt = self._writer.write(submission.request)
+        prompt = self.prompts.write(submission.request)
         text = prompt.text if prompt.text.startswith(self._prefix) else self._prefix + prompt.text
         ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
         # The answer has positions of its own.
@@ -144,13 +162,14 @@ def task_prefix(config: Any, task: str) -> str:
 
 
 def _load_openvino(path: Path, model: LocalModel) -> Any:
+    device, properties = choose_device(model), compile_properties(model)
     try:
         from optimum.intel import OVModelForSeq2SeqLM
 
         return OVModelForSeq2SeqLM.from_pretrained(
             path,
-            device=(model.device or "CPU").upper(),
-            ov_config=dict(model.ov_config),
+            device=device,
+            ov_config=properties,
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
             export=False,

@@ -10,6 +10,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.grammars import GrammarMaker
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
 from prefect_huggingface.tasks.engines.sampling import TokenChooser
 from prefect_huggingface.tasks.engines.threads import fail
@@ -23,17 +24,19 @@ class TextJobs:
     """Makes jobs of requests, and completions of jobs.
 
     Attributes:
+        prompts: Writes the prompts of the model.
         tokenizer: Tokenizer of the model.
         end_ids: Tokens that end an answer.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
     """
 
-    def __init__(self, loaded: Any, tokenizer: Any, writer: PromptWriter, defaults: GenerationOptions) -> None:
-        self._writer = writer
+    def __init__(self, loaded: Any, tokenizer: Any, prompts: PromptWriter, defaults: GenerationOptions) -> None:
+        self.prompts = prompts
         self._defaults = defaults
         self.tokenizer = TransformersTokenizer(tokenizer)
         self.end_ids = end_tokens(loaded, tokenizer)
         self.context_length = context_length_of(loaded.config)
+        self._grammars = GrammarMaker(tokenizer, loaded.config.get_text_config(decoder=True).vocab_size, self.end_ids)
 
     def make(self, submission: Submission) -> Job | None:
         """Return the job of a request, or None where it is completed already.
@@ -49,7 +52,7 @@ class TextJobs:
 
     def _job(self, submission: Submission, options: GenerationOptions) -> Job | None:
         """Return the job of a request, or None where it is to be skipped."""
-        prompt = self._writer.write(submission.request)
+        prompt = self.prompts.write(submission.request)
         ids = self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         fitting = fit_context(ids, options, self.context_length)
         if fitting is None:
@@ -72,12 +75,20 @@ class TextJobs:
             prompt_ids: Tokens of the prompt.
             echo: Text to put before each answer.
             seen_ids: Tokens that the repetition penalty counts; those of the prompt where they are left out.
+
+        Raises:
+            RequestError: If the answers cannot have the form that is asked for.
         """
+        form = options.response_format
+        if form is not None and options.num_beams > 1:
+            raise RequestError("invalid_option", "`response_format` does not go with beams. Set `num_beams` to 1.")
         if options.deadline_seconds is not None:
             submission.deadline = submission.submitted_at + options.deadline_seconds
         job = Job(submission, options, prompt_ids, self.end_ids, echo)
         for index in range(options.n):
-            chooser = TokenChooser(options, prompt_ids if seen_ids is None else seen_ids, self.end_ids, index)
+            grammar = self._grammars.make(form) if form is not None else None
+            seen = prompt_ids if seen_ids is None else seen_ids
+            chooser = TokenChooser(options, seen, self.end_ids, index, grammar)
             job.answers.append(Answer(job, index, self.tokenizer.decode, chooser))
         if echo and submission.on_text is not None:
             submission.on_text(echo)
@@ -94,10 +105,13 @@ class TextJobs:
     def complete(self, job: Job) -> None:
         """Set the result of a job whose answers are at their end."""
         submission = job.submission
+        counts = {"prompt_tokens": len(job.prompt_ids), "generated_tokens": job.generated_tokens}
         if job.error is not None:
-            counts = {"prompt_tokens": len(job.prompt_ids), "generated_tokens": job.generated_tokens}
             fail(submission, job.error.code, str(job.error), **counts)
         elif submission.closed.is_set() and job.answers[0].finish_reason == "cancelled":
             fail(submission, "cancelled", "The engine was closed before the request was done. Load the engine again.")
         else:
-            submission.complete(job.completion())
+            try:
+                submission.complete(job.completion())
+            except RequestError as exc:
+                fail(submission, exc.code, str(exc), **counts)

@@ -25,6 +25,7 @@ from prefect_huggingface.tasks.engines.sampling import choose_tokens, log_probab
 from prefect_huggingface.tasks.engines.text_jobs import TextJobs
 from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.tokenization import pad_token
+from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
 from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes, free_cached_memory, is_out_of_memory
 from prefect_huggingface.tasks.engines.whole_batches import padded_inputs, prepare_model, run_beams, run_whole_batch
 
@@ -45,8 +46,6 @@ class TorchTextEngine(AnswerEngine):
             ModelSourceError: If the folder holds no weights that may be loaded.
             EngineError: If the settings do not fit this machine or this model.
         """
-        from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
-
         tokenizer = load_tokenizer(path, model)
         writer = PromptWriter.of_folder(path, model.chat_template)
         self._start(load_torch_model(path, model, "AutoModelForCausalLM"), tokenizer, writer, model)

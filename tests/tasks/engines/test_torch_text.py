@@ -15,8 +15,8 @@ from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalMo
 from prefect_huggingface.tasks.engines.torch_text import TorchTextEngine
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
-from support import tiny_torch_models
-from support.tiny_models import SAMPLE_TEXTS
+from support.export_models import make_model as make_checkpoint
+from support.tiny_models import SAMPLE_TEXTS, make_tokenizer
 
 NEW_TOKENS = 24
 WORDS = " ".join(SAMPLE_TEXTS).split()
@@ -97,9 +97,24 @@ def test_answers_of_different_lengths_join_and_leave_one_batch(engine, expected,
         assert completion.generated_tokens == len([token for token in tokens if token != 1])
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bloom", "sliding", "mamba"])
+def make_mamba(folder: Path) -> Path:
+    """Save a model with a recurrent state, whose answers cannot join a running batch."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    folder.mkdir(parents=True)
+    config = MambaConfig(
+        vocab_size=make_tokenizer(folder), hidden_size=64, state_size=8, num_hidden_layers=2, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    MambaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "phi3", "gemma3", "mistral", "mamba"])
 def test_every_kind_of_model_says_what_transformers_says(session_folder, kind):
-    folder = getattr(tiny_torch_models, f"make_tiny_{kind}")(session_folder / "models" / f"torch-{kind}")
+    folder = session_folder / "models" / f"torch-{kind}"
+    changes = {"sliding_window": 8} if kind == "mistral" else {}
+    folder = make_mamba(folder) if kind == "mamba" else make_checkpoint(folder, kind, **changes)
     alone = Reference(folder)
     expected = [alone.text(prompt) for prompt in PROMPTS[:8]]
     with load(folder) as engine:
