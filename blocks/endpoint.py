@@ -21,6 +21,12 @@ CHAT_ROUTE = "/chat/completions"
 # These are set by the client, or would send a secret past the field that is made for it.
 RESERVED_HEADERS = ("authorization", "host", "content-length", "content-type", "transfer-encoding", "cookie")
 
+# These make up a request, or are what an option is called in it.
+OWN_PARAMETERS = (
+    "inputs", "parameters", "messages", "model", "stream", "stream_options", "details", "return_full_text",
+    "max_tokens", "grammar", "tools",
+)  # fmt: skip
+
 
 class InferenceEndpoint(ConfigurationBlock):
     """Model that is served by a Hugging Face endpoint, by an inference provider, or by a server of one's own.
@@ -121,6 +127,11 @@ class InferenceEndpoint(ConfigurationBlock):
         title="Extra options",
         description="Options outside OpenAI's protocol that the server understands all the same, as vLLM does.",
     )
+    extra_parameters: dict[str, Any] = Field(
+        default_factory=dict,
+        title="Extra parameters",
+        description="Parameters of the server that are sent with every request as they are, 'typical_p' for instance.",
+    )
     options: GenerationOptions = Field(
         default_factory=GenerationOptions, title="Generation", description="Defaults for generating text."
     )
@@ -188,6 +199,14 @@ class InferenceEndpoint(ConfigurationBlock):
                 # The value is a secret, so it is described and not shown.
                 raise ValueError(f"`headers` must be plain ASCII texts, but {name!r} is not. Correct it.")
         return headers
+
+    @field_validator("extra_parameters")
+    @classmethod
+    def _check_extra_parameters(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        for name in (*GenerationOptions.model_fields, *OWN_PARAMETERS):
+            if name in parameters:
+                raise ValueError(f"`extra_parameters` must not hold {name!r}. Use `options` for it.")
+        return parameters
 
     @property
     def base_url(self) -> str:

@@ -70,7 +70,7 @@ def make_call(request: Request, options: GenerationOptions, endpoint: InferenceE
     for name in NOWHERE:
         _refuse_set(name, options)
     if request.messages is None and _goes_as_text(request, endpoint, server):
-        return _text_call(request, options, server)
+        return _text_call(request, options, endpoint, server)
     return _chat_call(request, options, endpoint, server)
 
 
@@ -83,7 +83,7 @@ def _goes_as_text(request: Request, endpoint: InferenceEndpoint, server: Server)
     return wish != "chat" and server.dialect == "tgi"
 
 
-def _text_call(request: Request, options: GenerationOptions, server: Server) -> Call:
+def _text_call(request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> Call:
     for name in NOT_ON_TGI:
         _refuse_set(name, options)
     if request.images or request.tools:
@@ -104,7 +104,7 @@ def _text_call(request: Request, options: GenerationOptions, server: Server) -> 
         top_p = options.top_p if options.top_p != 1.0 else None
         arguments |= {"do_sample": True, "temperature": options.temperature, "top_p": top_p, "top_k": options.top_k}
         arguments["seed"] = options.seed
-    return Call(False, arguments)
+    return Call(False, arguments, {"parameters": endpoint.extra_parameters} if endpoint.extra_parameters else {})
 
 
 def _chat_call(request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> Call:
@@ -136,7 +136,7 @@ def _chat_call(request: Request, options: GenerationOptions, endpoint: Inference
 
 def _extra_payload(options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> dict[str, Any]:
     """Return the options outside OpenAI's protocol, under the names that most servers give them."""
-    payload: dict[str, Any] = {}
+    payload: dict[str, Any] = dict(endpoint.extra_parameters)
     for name, sent_name in EXTRA_NAMES.items():
         if not _is_set(name, options):
             continue

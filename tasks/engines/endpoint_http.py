@@ -6,7 +6,7 @@ endpoint only. A redirection elsewhere is followed without them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class EndpointHttp(httpx.AsyncClient):
         """Build a request with the fields of the current exchange, and with the time limits of the endpoint."""
         payload = CURRENT_EXCHANGE.get().payload
         if payload and isinstance(kwargs.get("json"), dict):
-            kwargs["json"] = {**kwargs["json"], **payload}
+            kwargs["json"] = _merged(kwargs["json"], payload)
         kwargs["timeout"] = self.timeout
         return super().build_request(*args, **kwargs)
 
@@ -100,6 +100,15 @@ class _Bounded(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+def _merged(fields: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with others put over them; dictionaries are merged."""
+    merged = {**fields, **others}
+    for name, value in others.items():
+        if isinstance(value, Mapping) and isinstance(fields.get(name), Mapping):
+            merged[name] = {**fields[name], **value}
+    return merged
 
 
 def origin_of(url: httpx.URL) -> tuple[str, str, int]:

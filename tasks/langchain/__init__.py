@@ -1,6 +1,7 @@
-"""LangChain classes on top of an engine: `HuggingFacePipeline` and `ChatHuggingFace`."""
+"""LangChain classes on top of an engine: `HuggingFacePipeline`, `HuggingFaceEndpoint` and `ChatHuggingFace`."""
 
 from prefect_huggingface.tasks.langchain.chat_models import ChatHuggingFace
+from prefect_huggingface.tasks.langchain.endpoints import HuggingFaceEndpoint
 from prefect_huggingface.tasks.langchain.pipelines import HuggingFacePipeline
 
-__all__ = ["ChatHuggingFace", "HuggingFacePipeline"]
+__all__ = ["ChatHuggingFace", "HuggingFaceEndpoint", "HuggingFacePipeline"]
