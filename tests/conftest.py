@@ -54,6 +54,15 @@ def tiny_llama(session_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_openvino(tiny_llama: Path) -> Path:
+    """OpenVINO folder of the tiny Llama, with its weights in full precision."""
+    from prefect_huggingface.blocks import LocalModel
+    from prefect_huggingface.tasks.storage.exports import get_export
+
+    return get_export(LocalModel(model_id=str(tiny_llama), weight_format="fp32")).path
+
+
+@pytest.fixture(scope="session")
 def bundled_model() -> Path:
     """Folder of the model that comes with the project."""
     return Path(__file__).parent.parent / "deployments" / "quickstart" / "model"
