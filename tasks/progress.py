@@ -19,6 +19,7 @@ from prefect_huggingface.tasks.records import BatchSummary
 logger = get_logger(__name__)
 
 LOG_SECONDS = 30.0
+PLACES = ("Output", "Errors")
 
 
 class ProgressBar:
@@ -90,14 +91,18 @@ def print_summary(
         further: More lines, such as an accuracy, by their names.
         console: Where to print it; by default the standard output.
     """
+    console = console or Console()
+    lines = {**summary_lines(summary), **(further or {})}
     table = Table(title="Batch inference", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in summary_lines(summary).items():
-        table.add_row(name, value)
-    for name, value in (further or {}).items():
-        table.add_row(name, str(value))
-    (console or Console()).print(table)
+    for name, value in lines.items():
+        if name not in PLACES:
+            table.add_row(name, str(value))
+    console.print(table)
+    for name in PLACES:
+        if name in lines:  # on a line of its own, whole, so that it can be copied
+            console.print(f"{name}: {lines[name]}", markup=False, highlight=False, soft_wrap=True)
 
 
 def summary_lines(summary: BatchSummary) -> dict[str, str]:
@@ -116,4 +121,6 @@ def summary_lines(summary: BatchSummary) -> dict[str, str]:
     lines["Tokens per second"] = f"{summary.tokens_per_second:,.1f}"
     lines["Time"] = format_seconds(summary.seconds)
     lines["Output"] = summary.destination
+    if summary.errors_destination:
+        lines["Errors"] = summary.errors_destination
     return lines

@@ -12,8 +12,8 @@ from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.segments import SegmentName
 
 COMMIT_ROWS = 512  # rows that are worth a segment of their own
-SHORT_INTERVAL_SECONDS = 0.25  # between two segments when rows come fast
-FIRST_INTERVAL_SECONDS = 0.5  # between two segments when rows come slowly, in the beginning ...
+SHORT_INTERVAL_SECONDS = 0.2  # between two segments when rows come fast
+FIRST_INTERVAL_SECONDS = 0.1  # between two segments when rows come slowly, in the beginning ...
 LONG_INTERVAL_SECONDS = 4.0  # ... and in the long run, so that a night makes thousands of segments and not more
 BUFFER_ROWS = 32_768  # rows that wait for the disk at most
 
@@ -92,7 +92,9 @@ class JournalWriter:
         with self._wake:
             while not self._closed:
                 waited = time.monotonic() - self._committed
-                due = SHORT_INTERVAL_SECONDS if len(self._rows) >= COMMIT_ROWS else self._interval()
+                due = self._interval()
+                if len(self._rows) >= COMMIT_ROWS:
+                    due = min(due, SHORT_INTERVAL_SECONDS)
                 if self._rows and waited >= due:
                     break
                 self._wake.wait(max(due - waited, 0.01) if self._rows else self._interval())
