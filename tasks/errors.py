@@ -9,7 +9,8 @@ HuggingFaceTaskError
 │   ├── ExportOutOfMemoryError
 │   └── QualityError        an export that agrees too little with its source
 ├── EngineError            an engine that cannot be loaded or used
-│   └── GenerationError    one request that failed, where an exception is asked for
+│   ├── GenerationError    one request that failed, where an exception is asked for
+│   └── EndpointError      a dedicated endpoint that cannot be managed, or does not get ready
 ├── ChainError             a prompt chain that cannot be filled in or parsed
 ├── TableError             an input that cannot be read or an output that cannot be written
 └── BatchError             a batch that cannot start or go on
@@ -70,6 +71,10 @@ class EngineError(HuggingFaceTaskError):
 
 class GenerationError(EngineError):
     """A request failed."""
+
+
+class EndpointError(EngineError):
+    """A dedicated endpoint cannot be managed, or does not get ready."""
 
 
 class ChainError(HuggingFaceTaskError):

@@ -136,6 +136,18 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class EndpointStatus:
+    """State of a dedicated endpoint, "running" or "paused" for instance. It has a URL once it is deployed."""
+
+    name: str
+    namespace: str
+    status: str
+    url: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BatchSummary:
     """What a batch came to: counts of rows, where the output is, and how fast it went.
 
@@ -145,7 +157,7 @@ class BatchSummary:
         failed: Number of rows with an error.
         destination: Where the output is.
         generated_tokens: Number of tokens that this run generated.
-        seconds: Time of this run.
+        seconds: Time from the first request to the last answer of this run.
         statuses: Number of rows by status.
         resumed: Number of rows that an earlier run had finished.
         shared: Number of rows that took the answer of another row with the same prompt.

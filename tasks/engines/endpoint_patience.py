@@ -111,7 +111,7 @@ class Circuit:
         if failure is None or not failure.is_outage:
             # Any answer of the server shows that it is there.
             if self.is_open:
-                _run_logger().info("%s is back after %.0f s.", self._endpoint.base_url, self.down_seconds)
+                run_logger().info("%s is back after %.0f s.", self._endpoint.base_url, self.down_seconds)
             self._failures, self._down_since, self._last_failure = 0, None, None
             self.successes += 1
             return
@@ -123,7 +123,7 @@ class Circuit:
         self._next_probe = now + max(pause, min(failure.wait_seconds or 0.0, self._endpoint.max_retry_wait_seconds))
         if self._failures == FAILURES_TO_OPEN or (self.is_open and now >= self._next_log):
             self._next_log = now + LOG_EVERY_SECONDS
-            _run_logger().warning(
+            run_logger().warning(
                 "Waiting for %s for %.0f s of at most %.0f s: %s",
                 self._endpoint.base_url, self.down_seconds, self._limit, failure.message,
             )  # fmt: skip
@@ -158,7 +158,7 @@ def wait_after(failure: EndpointFailure, failures: int, endpoint: InferenceEndpo
     return min(max(asked, growing), endpoint.max_retry_wait_seconds)
 
 
-def _run_logger() -> Logger:
+def run_logger() -> Logger:
     """Return the logger of the run that sent the request, so that the wait shows in Prefect's UI."""
     try:
         return get_run_logger()
