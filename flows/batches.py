@@ -11,17 +11,18 @@ from prefect.logging import get_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import ProgressReport
 from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
 from prefect_huggingface.tasks.batching.monitors import BatchMonitor
 from prefect_huggingface.tasks.batching.plans import check_free
 from prefect_huggingface.tasks.batching.publications import Publication
-from prefect_huggingface.tasks.batching.runs import BatchRun, WhenRunning, check_failures, hold_journal, open_run
+from prefect_huggingface.tasks.batching.runs import BatchRun, check_failures, open_run
 from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings
 from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, publish_artifacts, summarize
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
+from prefect_huggingface.tasks.storage.journal_locks import WhenRunning, hold_journal
 from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.tables import TableFormat
 
@@ -32,7 +33,7 @@ POLL_SECONDS = 0.5
 
 @flow(name="batch-inference", task_runner=ThreadPoolTaskRunner(max_workers=4))
 def batch_inference(
-    model: LocalModel,
+    model: LocalModel | InferenceEndpoint,
     source: str,
     destination: str,
     prompt: str | None = None,
@@ -61,7 +62,7 @@ def batch_inference(
     batch goes on where it was, and its output is the same as without the interruption.
 
     Args:
-        model: Model to use.
+        model: Model or endpoint to use.
         source: Input: a JSONL, CSV, Parquet or Arrow file, a folder or a pattern of such files, or an fsspec URL.
         destination: Output file or URL. Its ending tells the format. It must not exist.
         prompt: Template over the columns, such as "What is the capital of {country}?". Other braces are doubled.
@@ -123,7 +124,12 @@ def _counts(plan: BatchPlan, run: BatchRun) -> tuple[int, int, int]:
 
 
 def _run_shards(
-    model: LocalModel, plan: BatchPlan, run: BatchRun, monitor: BatchMonitor, max_failures: float | None, show: bool
+    model: LocalModel | InferenceEndpoint,
+    plan: BatchPlan,
+    run: BatchRun,
+    monitor: BatchMonitor,
+    max_failures: float | None,
+    show: bool,
 ) -> list[ShardResult]:
     """Hand the shards to the workers and watch them. Whatever happens, they end and commit what is finished."""
     rows = plan.job.table.rows

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
 from prefect_huggingface.tasks.chains import ChainStep, check_chain, parse_output, render_prompt
 from prefect_huggingface.tasks.errors import ChainError
@@ -16,7 +16,7 @@ from prefect_huggingface.tasks.generation import generate_text
 
 @flow(name="prompt-chain")
 def prompt_chain(
-    model: LocalModel,
+    model: LocalModel | InferenceEndpoint,
     steps: Sequence[ChainStep],
     inputs: dict[str, Any] | None = None,
     options: GenerationOptions | None = None,
@@ -24,7 +24,7 @@ def prompt_chain(
     """Run named prompts one after the other, each with the inputs and the outputs of earlier steps.
 
     Args:
-        model: Model that answers the prompts.
+        model: Model or endpoint that answers the prompts.
         steps: Steps in their order, each with a name, a prompt template and, where it is not text, a parser.
         inputs: Values for the names in the prompts.
         options: Generation options of all steps, put over the defaults of the model.
@@ -49,7 +49,9 @@ def prompt_chain(
     return outputs
 
 
-def _answer(model: LocalModel, step: ChainStep, prompt: str, options: GenerationOptions | None) -> str:
+def _answer(
+    model: LocalModel | InferenceEndpoint, step: ChainStep, prompt: str, options: GenerationOptions | None
+) -> str:
     merged = step.options if options is None else options.merged(step.options)
     named = generate_text.with_options(task_run_name=f"step-{step.name}")
     completion = named(model, [prompt], merged)[0]

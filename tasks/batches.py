@@ -9,12 +9,13 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.batching.identities import identify_model, is_greedy, name_model
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.tasks.batching.identities import identify_model, is_greedy, name_backend, name_model
 from prefect_huggingface.tasks.batching.jobs import BatchJob, get_versions
 from prefect_huggingface.tasks.batching.plans import check_ids, choose_columns, plan_job, plan_output
 from prefect_huggingface.tasks.batching.publications import Output, Publication, get_fields, publish_output
 from prefect_huggingface.tasks.batching.shards import Shard, ShardResult, process_shard
+from prefect_huggingface.tasks.batching.statuses import get_status
 from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.tables import TableFormat
 
@@ -31,7 +32,7 @@ class BatchPlan:
 
 
 def check_batch(
-    model: LocalModel,
+    model: LocalModel | InferenceEndpoint,
     source: str,
     destination: str,
     prompt: str | None,
@@ -64,18 +65,18 @@ def check_batch(
     job = replace(
         job,
         model=identify_model(model),
-        versions=get_versions(model.backend),
+        versions=get_versions(name_backend(model)),
         greedy=is_greedy(model, options, job.option_columns),
         served_names=name_model(model),
     )
     return BatchPlan(job, output)
 
 
-def infer_shard(model: LocalModel, journal: str, shard: Shard) -> ShardResult:
+def infer_shard(model: LocalModel | InferenceEndpoint, journal: str, shard: Shard) -> ShardResult:
     """Generate the rows of a shard with the engine of this process.
 
     Args:
-        model: Model to use.
+        model: Model or endpoint to use.
         journal: Path or URL of the journal.
         shard: Rows to generate; those that are in the journal are left out.
     """
@@ -99,3 +100,4 @@ run_shard = task(name="run-shard", tags=[ENGINE_TAG], task_run_name="rows-{shard
     infer_shard
 )
 publish_batch = task(name="publish-batch", **_settings)(publish_rows)
+get_batch_status = task(name="get-batch-status", **_settings)(get_status)
