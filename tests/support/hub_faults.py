@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Place = Literal["api", "resolve", "cdn"]
-Kind = Literal["status", "stall", "cut", "stall_body", "truncate", "corrupt", "ignore_range", "headers"]
+Kind = Literal["status", "stall", "cut", "stall_body", "truncate", "corrupt", "ignore_range", "headers", "drip"]
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Fault:
         kind: "status" answers with `status`; "stall" answers nothing; "cut" ends the connection after `after` bytes of
             the body; "stall_body" stops there and keeps the connection; "truncate" ends the answer there as if it were
             whole; "corrupt" changes the byte there; "ignore_range" sends the whole file whatever was asked for;
-            "headers" puts other headers into the answer.
+            "headers" puts other headers into the answer; "drip" sends 20 bytes a second.
         place: Which server and route: the API, the resolve route of the Hub, or the CDN.
         path: Regular expression that the path of the request must contain. CDN paths end with the file's name.
         method: Method of the request, or None for all.

@@ -59,7 +59,8 @@ def make_fault(response: Response | FileResponse, fault: Fault | None, entry: Lo
         await send(start)
         if entry.method != "HEAD":
             gone = asyncio.ensure_future(_wait_for_end(receive))
-            async for block in _disturb(blocks, fault, size):
+            is_slow = fault is not None and fault.kind == "drip"
+            async for block in _drip(blocks, fault) if is_slow else _disturb(blocks, fault, size):
                 if gone.done():
                     return
                 await send({"type": "http.response.body", "body": block, "more_body": True})
@@ -102,6 +103,16 @@ async def _disturb(blocks: Iterator[bytes], fault: Fault | None, size: int) -> A
         # Give the client time to read what it was sent, or it might see the reset first.
         await asyncio.sleep(0.05)
         raise ConnectionCut
+
+
+async def _drip(blocks: Iterator[bytes], fault: Fault) -> AsyncIterator[bytes]:
+    """Yield the bytes of a body one by one, as long as the fault lasts."""
+    for block in blocks:
+        for place in range(len(block)):
+            await asyncio.sleep(0.05)
+            if fault.is_over:
+                raise ConnectionCut
+            yield block[place : place + 1]
 
 
 def _flip(block: bytes, place: int) -> bytes:

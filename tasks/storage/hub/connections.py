@@ -122,7 +122,7 @@ class HubConnection:
 
     def _head(self, url: str) -> httpx.Response:
         """Ask about a file. Only redirects within the Hub are followed, and not in circles as the client would."""
-        from huggingface_hub.utils import hf_raise_for_status
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         for _ in range(LARGEST_REDIRECTION_COUNT):
             headers = {**self._headers(url), "Accept-Encoding": "identity"}

@@ -1,9 +1,10 @@
-"""How long a download goes on trying: number of attempts, waits between them, and an early stop."""
+"""How long a download goes on trying: number of attempts, waits between them, a least rate, an early stop."""
 
 from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,11 +19,38 @@ LONGEST_OBEYED_WAIT_SECONDS = 120.0
 """A server that asks for a longer wait than this gets it from Prefect's retries, not from a sleeping download."""
 
 
+LEAST_BYTES_PER_SECOND = 1024.0
+"""A server that sends more slowly than this has stalled, although it sends something now and then."""
+
+
 class DownloadStopped(BaseException):
     """Raised in the threads of a download that has failed elsewhere. It never leaves the download.
 
     It is no `Exception`, so that nothing takes it for a failure of the Hub.
     """
+
+
+class Pace:
+    """Watches that bytes come in at a least rate.
+
+    Args:
+        seconds: Length of the periods over which the rate is taken.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._started = time.monotonic()
+        self._bytes = 0
+
+    def is_too_slow(self, size: int) -> bool:
+        """Count bytes that came in, and tell whether they come too slowly."""
+        self._bytes += size
+        taken = time.monotonic() - self._started
+        if taken < self.seconds:
+            return False
+        slow = self._bytes < LEAST_BYTES_PER_SECOND * taken
+        self._started, self._bytes = time.monotonic(), 0
+        return slow
 
 
 class Patience:

@@ -13,7 +13,7 @@ from prefect_huggingface.tasks.storage.hub.connections import HubConnection, Loc
 from prefect_huggingface.tasks.storage.hub.contents import PartialContent, has_content
 from prefect_huggingface.tasks.storage.hub.explanations import attempt, explain_busy, explain_status
 from prefect_huggingface.tasks.storage.hub.layout import RepositoryFolder
-from prefect_huggingface.tasks.storage.hub.patience import DownloadStopped, Patience
+from prefect_huggingface.tasks.storage.hub.patience import DownloadStopped, Pace, Patience
 from prefect_huggingface.tasks.storage.hub.progress import Progress
 from prefect_huggingface.tasks.storage.hub.revisions import RepositoryFile
 
@@ -129,7 +129,7 @@ class Transfer:
         """Append what is missing, from an address that is asked for anew, as signed ones expire."""
         if partial.is_full:
             return
-        location = self._locate(file)
+        location, pace = self._locate(file), Pace(self.hub.timeout)
         with self.hub.read(location, partial.length) as response:
             self._check_answer(response, location, file, partial)
             # Not in blocks of a fixed size: what has arrived before a cut must not be lost.
@@ -137,6 +137,9 @@ class Transfer:
                 self._append(block, partial)
                 if self.stop.is_set():
                     raise DownloadStopped
+                if pace.is_too_slow(len(block)):
+                    text = f"{file.path!r} of {self.hub.repo_id!r} comes too slowly. Try again later."
+                    raise HubUnavailableError(text, **self.hub.about(self.commit, file.path).fields())
 
     def _append(self, block: bytes, partial: PartialContent) -> None:
         room = partial.size - partial.length

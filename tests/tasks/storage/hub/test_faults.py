@@ -105,6 +105,17 @@ def test_a_stall_in_the_middle_goes_on_where_it_stopped(hub, tmp_path):
     assert hub.journal.sent(place="cdn") == SIZE
 
 
+def test_a_file_that_only_drips_is_read_on_anew(hub, tmp_path):
+    hub.fault("drip")
+    check_recovery(hub, tmp_path)
+    assert hub.journal.sent(place="cdn") <= SIZE + 100
+
+
+def test_dripping_for_ever_is_an_error(hub, tmp_path):
+    hub.fault("drip", times=None)
+    check_failure(hub, tmp_path, HubUnavailableError)
+
+
 def test_a_truncated_answer_is_noticed_and_continued(hub, tmp_path):
     hub.fault("truncate", after=3 * MEGABYTE)
     check_recovery(hub, tmp_path)
