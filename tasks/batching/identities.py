@@ -7,8 +7,9 @@ from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 
-ENDPOINT_FIELDS = ("protocol", "send_prompts_as", "extra_parameters")
-ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
+ENDPOINT_FIELDS = (
+    "url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options", "extra_parameters",
+)  # fmt: skip
 DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
 
 
@@ -19,24 +20,22 @@ def identify_model(model: LocalModel | InferenceEndpoint) -> dict[str, Any]:
     an endpoint runs is not known, so that it stands for itself.
     """
     if isinstance(model, InferenceEndpoint):
-        return _identify_endpoint(model)
+        identity = model.model_dump(mode="json", include=set(ENDPOINT_FIELDS), exclude_defaults=True)
+    else:
+        identity = _identify_local(model)
+    return {**identity, "options": model.options.model_dump(mode="json", exclude_unset=True)}
+
+
+def _identify_local(model: LocalModel) -> dict[str, Any]:
     from prefect_huggingface.tasks.storage.exports import get_export
     from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
     fields = model.model_dump(mode="json", include=set(DECISIVE_FIELDS))
     identity: dict[str, Any] = {name: value for name, value in fields.items() if value}
     if model.backend == "openvino":
-        identity["export"] = get_export(model).key
-    else:
-        snapshot = get_snapshot(model)
-        identity.update(commit=snapshot.commit, model_kwargs=json.loads(json.dumps(model.model_kwargs, default=str)))
-    return identity
-
-
-def _identify_endpoint(endpoint: InferenceEndpoint) -> dict[str, Any]:
-    identity: dict[str, Any] = {"endpoint": endpoint.base_url, "model": endpoint.model_name}
-    identity.update(endpoint.model_dump(mode="json", include=set(ENDPOINT_FIELDS)))
-    return {**identity, "options": endpoint.options.model_dump(mode="json", exclude_unset=True)}
+        return {**identity, "export": get_export(model).key}
+    model_kwargs = json.loads(json.dumps(model.model_kwargs, default=str))
+    return {**identity, "commit": get_snapshot(model).commit, "model_kwargs": model_kwargs}
 
 
 def is_greedy(
