@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from prefect import flow
+from pydantic import Field
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.artifacts import publish_markdown
 from prefect_huggingface.tasks.downloads import download_model
+from prefect_huggingface.tasks.evaluation import compare_export
 from prefect_huggingface.tasks.exports import export_to_openvino
 from prefect_huggingface.tasks.records import Export, Snapshot
 
 
 @flow(name="prepare-model")
-def prepare_model(model: LocalModel) -> Export | Snapshot:
+def prepare_model(
+    model: LocalModel, min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+) -> Export | Snapshot:
     """Have a model on this machine, at one commit and in one format, once.
 
     What is there already is reused. A model of the Hub is downloaded, and for the OpenVINO backend it is exported.
 
     Args:
         model: Model to prepare.
+        min_agreement: Least share of next tokens, 0 to 1, on which the export must agree with its source.
 
     Returns:
         The export for the OpenVINO backend, the snapshot for the torch backend.
 
     Raises:
-        HuggingFaceTaskError: If the model cannot be prepared.
+        HuggingFaceTaskError: If the model cannot be prepared, or agrees less with its source than it must.
     """
     if model.backend == "torch":
         return download_model(model)
@@ -32,6 +39,8 @@ def prepare_model(model: LocalModel) -> Export | Snapshot:
         download_model(model)
     export = export_to_openvino(model)
     publish_markdown("prepared-model", _summary_of(model, export))
+    if min_agreement is not None:
+        compare_export(model, min_agreement=min_agreement)
     return export
 
 

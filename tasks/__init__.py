@@ -11,6 +11,7 @@ from prefect_huggingface.tasks.endpoints import (
     wait_for_endpoint,
 )
 from prefect_huggingface.tasks.engines.cache import load_engine, unload_engines
+from prefect_huggingface.tasks.evaluation import compare_export
 from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
 from prefect_huggingface.tasks.records import BatchSummary, Completion, EndpointStatus, Export, Request, Snapshot
@@ -23,6 +24,7 @@ __all__ = [
     "Export",
     "Request",
     "Snapshot",
+    "compare_export",
     "download_model",
     "export_to_openvino",
     "generate_chat",

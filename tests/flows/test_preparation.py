@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.flows import prepare_model
-from prefect_huggingface.tasks.errors import ModelSourceError
+from prefect_huggingface.tasks.errors import ModelSourceError, QualityError
 from prefect_huggingface.tasks.records import Export, Snapshot
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -27,3 +27,15 @@ def test_a_torch_model_is_used_as_it_is(bundled_model):
 def test_a_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(ModelSourceError, match="nowhere"):
         prepare_model(LocalModel(model_id=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.slow
+def test_an_export_that_is_worse_than_allowed_fails_and_leaves_its_table(tiny_llama, tmp_path):
+    from prefect.artifacts import Artifact
+
+    # Random weights answer at random, and int4 moves them: they never agree on every token.
+    model = LocalModel(model_id=str(tiny_llama), weight_format="int4", store=ModelStore(path=tmp_path))
+    prepare_model(model, min_agreement=0.0)
+    with pytest.raises(QualityError, match="less than 100.0%"):
+        prepare_model(model, min_agreement=1.0)
+    assert Artifact.get(f"export-quality-{tiny_llama.name}").type == "table"
