@@ -65,6 +65,17 @@ class GenaiPipeline:
         self._next_id += 1
         return self._pipeline.add_request(self._next_id, Tensor(np.asarray([tokens], dtype=np.int64)), config)
 
+    def add_with_images(self, text: str, images: Sequence[Any], config: Any) -> Any:
+        """Add a prompt with the tags of images and return its handle.
+
+        Args:
+            text: Prompt with a tag in the place of each image.
+            images: Tensors of [1, height, width, 3].
+            config: How to generate.
+        """
+        self._next_id += 1
+        return self._pipeline.add_request(self._next_id, text, list(images), config)
+
     def step(self) -> None:
         """Do one step of the model for everything that was added."""
         self._pipeline.step()

@@ -1,0 +1,112 @@
+"""Answers about images with a model of Transformers. Requests run one by one, in one thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene
+from prefect_huggingface.tasks.engines.images import check_pillow
+from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.text_jobs import TextJobs
+from prefect_huggingface.tasks.engines.tokenization import pad_token
+from prefect_huggingface.tasks.engines.torch_loading import load_processor, load_torch_model
+from prefect_huggingface.tasks.engines.whole_batches import prepare_model, run_beams, run_whole_batch
+from prefect_huggingface.tasks.records import Completion, Request
+
+
+class TorchImageEngine(ImageEngine):
+    """Model for images and text in one thread."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model and its processor.
+
+        Args:
+            path: Folder of the snapshot.
+            model: Settings.
+
+        Raises:
+            ModelSourceError: If the folder holds no weights that may be loaded.
+            EngineError: If the settings do not fit this machine or this model, or Pillow is missing.
+        """
+        check_pillow()
+        self._processor = load_processor(path, model, "AutoProcessor")
+        tokenizer = self._processor.tokenizer
+        loaded = load_torch_model(path, model, "AutoModelForImageTextToText")
+        self.prompts = PromptWriter.of_folder(path, model.chat_template)
+        self._defaults = model.options
+        self._jobs = TextJobs(loaded, tokenizer, self.prompts, model.options)
+        self._model = prepare_model(loaded, pad_token(tokenizer, self._jobs.end_ids))
+        super().__init__()
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, without special tokens."""
+        return self._jobs.tokenizer.count(text)
+
+    @property
+    def context_length(self) -> int | None:
+        """Number of tokens that prompt, images and answer may have together, or None where it is not known."""
+        return self._jobs.context_length
+
+    def _free(self) -> None:
+        del self._model, self._processor
+
+    def _show(self, scene: Scene) -> None:
+        options = resolve_options(self._defaults, scene.submission.request)
+        prompt = write_prompt(self.prompts, scene)
+        inputs = self._inputs(prompt, scene)
+        ids = inputs["input_ids"][0].tolist()
+        if not self._fits(ids, options):
+            completion = Completion("", "skipped", prompt_tokens=len(ids), request_id=scene.submission.request.id)
+            scene.submission.complete(completion)
+            return
+        job = self._jobs.job_of(scene.submission, options, ids, echo=prompt.text if options.echo else "")
+        if options.num_beams > 1:
+            run_beams(self._model, job, inputs, self._jobs.take, self._jobs.tokenizer.decode)
+        else:
+            for answer in job.answers:
+                run_whole_batch(self._model, [answer], inputs, self._jobs.take)
+        self._jobs.complete(job)
+
+    def _inputs(self, prompt: Prompt, scene: Scene) -> dict[str, Any]:
+        try:
+            inputs = self._processor(
+                text=[prompt.text],
+                images=scene.images or None,
+                add_special_tokens=prompt.add_special_tokens,
+                return_tensors="pt",
+            )
+        except Exception as exc:
+            raise RequestError(
+                "invalid_prompt",
+                f"The processor of the model refuses the text with {len(scene.images)} images: "
+                f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
+            ) from exc
+        return dict(inputs.to(self._model.device, self._model.dtype))
+
+    def _fits(self, ids: list[int], options: GenerationOptions) -> bool:
+        """Tell whether a prompt fits the context; one with images cannot be cut.
+
+        Raises:
+            RequestError: If it does not fit and is not to be skipped.
+        """
+        policy = "skip" if options.context_overflow == "skip" else "error"
+        return (
+            fit_context(ids, options.model_copy(update={"context_overflow": policy}), self.context_length) is not None
+        )
+
+
+def write_prompt(prompts: PromptWriter, scene: Scene) -> Prompt:
+    """Return the prompt of a scene, through the chat template where one is to be used."""
+    request = scene.submission.request
+    if request.prompt is not None:
+        prompt = prompts.write(Request(prompt=request.prompt))
+        if prompt.text == request.prompt:
+            return prompt
+    if prompts.template is None:
+        raise RequestError(
+            "invalid_prompt", "The model has no chat template, so it cannot answer messages. Give a plain prompt."
+        )
+    return Prompt(prompts.template.render(scene.messages, request.tools), add_special_tokens=False)

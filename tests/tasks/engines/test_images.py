@@ -1,0 +1,199 @@
+"""Prompts with images: the same text as Transformers gives, and an unreadable image is that request's own error."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.image_conversations import read_conversation
+from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.records import Completion, Request
+
+pytest.importorskip("PIL", reason="the extra `vision` is not installed")
+
+from support.tiny_vision_model import draw_image, make_tiny_llava
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(session_folder: Path) -> Path:
+    return make_tiny_llava(session_folder / "models" / "tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def pictures(session_folder: Path) -> list[Path]:
+    (session_folder / "pictures").mkdir(exist_ok=True)
+    return [draw_image(session_folder / "pictures" / f"picture {seed}.png", seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def image_server(session_folder: Path, pictures: list[Path]) -> Iterator[str]:
+    """An HTTP server over the pictures."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = partial(Handler, directory=str(session_folder / "pictures"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def settings(folder: Path, **more) -> LocalModel:
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS)
+    return LocalModel(model_id=str(folder), task="image-text-to-text", device="cpu", options=options, **more)
+
+
+@pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=pytest.mark.slow)])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    if request.param == "torch":
+        from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+
+        loaded: Engine = TorchImageEngine(folder, settings(folder, backend="torch"))
+    else:
+        from prefect_huggingface.tasks.engines.openvino_images import OpenVINOImageEngine
+        from prefect_huggingface.tasks.storage.exports import get_export
+
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        model = settings(folder, backend="openvino", weight_format="fp32", ov_config=exact)
+        loaded = OpenVINOImageEngine(get_export(model).path, model)
+    with loaded:
+        yield loaded
+
+
+def ask(engine: Engine, prompt: str | None = "What is this?", images=(), **options) -> Completion:
+    chosen = GenerationOptions(**options) if options else None
+    return engine.submit(Request(prompt, images=[str(image) for image in images], options=chosen)).result(60)
+
+
+def test_text_is_that_of_transformers(folder, pictures):
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with TorchImageEngine(folder, settings(folder, backend="torch")) as engine:
+        for count in (1, 2):
+            parts = [{"type": "image"}] * count + [{"type": "text", "text": "What is this?"}]
+            text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+            images = [Image.open(picture) for picture in pictures[:count]]
+            inputs = processor(text=text, images=images, return_tensors="pt")
+            row = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs.input_ids.shape[1] :]
+            completion = ask(engine, images=pictures[:count])
+            assert completion.text == processor.decode(row, skip_special_tokens=True)
+            assert completion.prompt_tokens == inputs.input_ids.shape[1]
+
+
+def test_the_answer_depends_on_the_image_and_not_on_how_it_is_named(engine, pictures, image_server):
+    encoded = base64.b64encode(pictures[0].read_bytes()).decode()
+    names = [
+        pictures[0], pictures[0].as_uri(), f"{image_server}/picture%200.png", f"data:image/png;base64,{encoded}",
+    ]  # fmt: skip
+    texts = {ask(engine, images=[name]).text for name in names}
+    assert len(texts) == 1
+    assert len({ask(engine, images=[picture]).text for picture in pictures}) == 3
+    assert ask(engine).text not in texts
+
+
+def test_images_stand_where_the_messages_say(engine, pictures):
+    def message(*parts) -> Request:
+        return Request(messages=[{"role": "user", "content": list(parts)}], images=[str(pictures[0])])
+
+    text = {"type": "text", "text": "What is this?"}
+    first = engine.submit(message({"type": "image"}, text)).result()
+    assert first.text == ask(engine, images=pictures[:1]).text
+    last = engine.submit(message(text, {"type": "image"})).result()
+    assert last.text != first.text
+    named = Request(messages=[{"role": "user", "content": [text, {"type": "image", "path": str(pictures[0])}]}])
+    assert engine.submit(named).result().text == last.text
+
+
+def test_streams_stop_strings_and_several_at_once(engine, pictures):
+    alone = [ask(engine, images=[picture]).text for picture in pictures]
+    futures = [engine.submit(Request("What is this?", images=[str(picture)])) for picture in pictures * 3]
+    assert [future.result(60).text for future in futures] == alone * 3
+    request = Request("What is this?", images=[str(pictures[0])])
+    assert "".join(engine.stream(request)) == alone[0]
+    stop = alone[0][2:4]
+    completion = ask(engine, images=pictures[:1], stop=[stop])
+    assert (completion.text, completion.finish_reason) == (alone[0][: alone[0].index(stop)], "stop")
+
+
+def test_an_unreadable_image_is_that_requests_error(engine, pictures, image_server, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(pictures[0].read_bytes()[:60])
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    bad = [
+        tmp_path / "missing.png", tmp_path, broken, text, f"{image_server}/missing.png", "http://127.0.0.1:9/x.png",
+        "ftp://example.org/x.png", "data:image/png;base64,@@@", "data:image/png,abc", "http://[", "",
+    ]  # fmt: skip
+    futures = [engine.submit(Request("What is this?", images=[str(source)])) for source in bad]
+    good = engine.submit(Request("What is this?", images=[str(pictures[0])]))
+    for source, future in zip(bad, futures, strict=True):
+        completion = future.result(60)
+        assert completion.error_code == "invalid_prompt", source
+        assert "cannot be read" in completion.error
+    assert good.result(60).text == ask(engine, images=pictures[:1]).text
+
+
+def test_the_signature_of_an_address_is_not_shown(engine, image_server):
+    completion = ask(engine, images=[f"{image_server}/missing.png?signature=secret"])
+    assert "missing.png" in completion.error
+    assert "secret" not in completion.error
+
+
+def test_bad_requests_are_refused_alone(engine, pictures):
+    places = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]
+    requests = {
+        "more places": Request(messages=places, images=[str(pictures[0])]),
+        "text in it": Request("  ", images=[str(pictures[0])]),
+        "role": Request(messages=[{"role": "nobody", "content": "x"}]),
+        "context": Request("word " * 300, images=[str(pictures[0])]),
+    }
+    for message, request in requests.items():
+        completion = engine.submit(request).result(60)
+        assert completion.error_code in ("invalid_prompt", "empty_prompt", "too_long")
+        assert message in completion.error
+
+
+def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
+    import socket
+
+    from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
+        engine = TorchImageEngine(folder, settings(folder, backend="torch"))
+        waiting = engine.submit(Request("What is this?", images=[slow]))
+        assert ask(engine, images=pictures[:1]).error is None
+        assert not waiting.done()
+        started = time.perf_counter()
+        engine.close()
+        assert time.perf_counter() - started < 5
+    # The connection is closed now, so that the reader ends.
+    assert waiting.result(60).error is not None
+
+
+def test_left_over_images_stand_in_the_last_message_of_the_user():
+    history = [
+        {"role": "user", "content": [{"type": "image", "url": "a"}, {"type": "text", "text": "first"}]},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": ["second", {"type": "image_url", "image_url": {"url": "b"}}]},
+    ]
+    messages, sources = read_conversation(Request(messages=history, images=["c"]))
+    assert sources == ["a", "c", "b"]
+    assert [part["type"] for part in messages[2]["content"]] == ["image", "text", "image"]
