@@ -27,6 +27,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
+from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
@@ -34,6 +35,7 @@ from prefect_huggingface.tasks.hub_errors import StoreBusyError
 from prefect_huggingface.tasks.storage.hub.patience import DownloadStopped
 from prefect_huggingface.tasks.storage.layout import LEASE
 
+logger = get_logger(__name__)
 REPOSITORY_LOCK = "repository"
 """Held while a snapshot is downloaded or removed."""
 
@@ -124,6 +126,7 @@ class RepositoryFolder:
             lock.release()
 
     def _acquire(self, lock: FileLock, deadline: float, timeout_seconds: float, stop: threading.Event | None) -> None:
+        waiting = False
         while True:
             try:
                 lock.acquire(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
@@ -131,6 +134,9 @@ class RepositoryFolder:
             except Timeout:
                 if stop is not None and stop.is_set():
                     raise DownloadStopped from None
+                if not waiting and timeout_seconds:
+                    waiting = True
+                    logger.info("Wait for another process that downloads %s.", self.repo_id)
                 if time.monotonic() >= deadline:
                     raise StoreBusyError(
                         f"Another process has been downloading {self.repo_id!r} for {timeout_seconds:g} seconds. "

@@ -12,7 +12,7 @@ CLIENT_LOGGERS = (
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 _BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"]+")
 _SIGNATURE = re.compile(r"(?i)((?:x-amz-)?(?:signature|credential|security-token|policy)=)[^\s&'\"]+")
-_TOKEN = re.compile(r"\bhf_\w+")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}")
 # A hostile server can put anything into its headers, so the log of the transport goes without them.
 _HEADERS = re.compile(r"(return_value=\(b'HTTP[^\[]*)\[.*\]", re.DOTALL)
 

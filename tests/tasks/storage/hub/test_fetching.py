@@ -53,6 +53,19 @@ def test_other_hugging_face_tools_find_the_files(hub, tmp_path):
     assert [r.refs for repo in scan.repos for r in repo.revisions] == [frozenset({"main"})]
 
 
+def test_transformers_loads_the_chosen_files(hub, tmp_path, tiny_llama):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    content = {p.name: p for p in tiny_llama.iterdir()}
+    hub.create("org/tiny", {**content, "pytorch_model.bin": b"\x80", "README.md": b"# Tiny", "modeling.py": b"1/0"})
+    path = fetch_snapshot(hub_model(hub, tmp_path, "org/tiny")).path
+    here, there = (AutoModelForCausalLM.from_pretrained(p, use_safetensors=True) for p in (path, tiny_llama))
+    assert all((a == b).all() for a, b in zip(here.parameters(), there.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template
+    assert len(tokenizer("The capital of France")["input_ids"]) > 2
+
+
 def test_the_real_client_downloads_nothing_again_after_us(hub, tmp_path):
     hub.create("org/model", model_files())
     model = hub_model(hub, tmp_path)
