@@ -122,7 +122,7 @@ class EngineLLM(BaseLLM):
             return super().batch(inputs, config, **kwargs)
         # Each row is a call of its own, so that only a bad one fails. The engine puts the calls together again.
         configs = concurrent_configs(config, len(inputs), self.concurrency)
-        return Runnable.batch(self, inputs, configs, return_exceptions=True, **kwargs)  # type: ignore[arg-type]
+        return Runnable.batch(self, inputs, configs, return_exceptions=True, **kwargs)
 
     async def abatch(
         self,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.protocol import Engine
@@ -14,12 +13,9 @@ from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.generation_settings import Generation, merge_generation, read_generation
 from prefect_huggingface.tasks.langchain.llms import EngineLLM
 from prefect_huggingface.tasks.langchain.settings import TOKEN_NAMES, read_settings
-from prefect_huggingface.tasks.langchain.transformers_pipelines import pipeline_settings
+from prefect_huggingface.tasks.langchain.transformers_pipelines import pipeline_engine, pipeline_settings
 
 IDENTIFYING_FIELDS = ("task", "backend", "revision", "weight_format", "device", "device_map", "dtype")
-
-# One lock for all: a pipeline is turned into an engine once, and quickly, because its model is loaded already.
-_PIPELINE_LOCK = threading.Lock()
 
 
 class HuggingFacePipeline(EngineLLM):
@@ -55,8 +51,6 @@ class HuggingFacePipeline(EngineLLM):
     model_kwargs: dict[str, Any] | None = None
     pipeline_kwargs: dict[str, Any] | None = None
 
-    _pipeline_engine: Engine | None = PrivateAttr(default=None)
-
     def __init__(
         self,
         *,
@@ -78,14 +72,14 @@ class HuggingFacePipeline(EngineLLM):
         if model is not None and "chat_template" not in model.model_fields_set:
             # Prompts of LangChain's LLMs are plain text; its chat models send messages, which are always templated.
             model = model.model_copy(update={"chat_template": "never"})
-        super().__init__(
-            pipeline=pipeline,
-            model=model,
-            model_id=model_id or (str(pipeline.model.name_or_path) if model is None else model.model_id),
-            model_kwargs=_without_token(model_kwargs),
-            pipeline_kwargs=None if pipeline_kwargs is None else dict(pipeline_kwargs),
-            **kwargs,
-        )
+        fields = {
+            "pipeline": pipeline,
+            "model": model,
+            "model_id": model_id or (str(pipeline.model.name_or_path) if model is None else model.model_id),
+            "model_kwargs": _without_token(model_kwargs),
+            "pipeline_kwargs": None if pipeline_kwargs is None else dict(pipeline_kwargs),
+        }
+        super().__init__(**fields, **kwargs)
         self._generation = merge_generation(generation, read_generation(pipeline_kwargs or {}, self.task))
 
     @classmethod
@@ -131,12 +125,7 @@ class HuggingFacePipeline(EngineLLM):
             from prefect_huggingface.tasks.engines.cache import load_engine
 
             return load_engine(self.model)
-        with _PIPELINE_LOCK:
-            if self._pipeline_engine is None:
-                from prefect_huggingface.tasks.engines.pipelines import engine_of_pipeline
-
-                self._pipeline_engine = engine_of_pipeline(self.pipeline)
-            return self._pipeline_engine
+        return pipeline_engine(self.pipeline)
 
     @property
     def task(self) -> str:
@@ -168,9 +157,7 @@ class HuggingFacePipeline(EngineLLM):
             raise SettingsError(
                 "A pipeline with an OpenVINO model cannot be pickled. Use `from_model_id` with `backend='openvino'`."
             )
-        state = super().__getstate__()
-        # The engine stays in its process; another one makes its own.
-        return {**state, "__pydantic_private__": {**state["__pydantic_private__"], "_pipeline_engine": None}}
+        return super().__getstate__()
 
 
 def _check_one_source(pipeline: Any, model: LocalModel | None, model_id: str | None, model_kwargs: Any) -> None:

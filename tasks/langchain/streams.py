@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import Future
 from functools import partial
 
@@ -73,8 +73,13 @@ def complete(engine: Engine, requests: list[Request], in_flight: int | None = No
     Raises:
         GenerationError: If a request fails. The others are cancelled.
     """
-    with contextlib.closing(engine.generate(requests, in_flight)) as finished:
+    finished = engine.generate(requests, in_flight)
+    try:
         completions = {completion.request_id: checked(completion) for completion in finished}
+    finally:
+        # The traceback of an error would keep the generator, and with it the other requests, alive.
+        if isinstance(finished, Generator):
+            finished.close()
     return [completions[request.id] for request in requests]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
 from prefect_huggingface.tasks.langchain.transformers_pipelines import pipeline_settings
+from prefect_huggingface.tasks.records import Request
 
 PROMPTS = ["The capital of France", "One, two, three", "A small model"]
 
@@ -85,6 +88,20 @@ def test_settings_of_the_llm_lie_over_those_of_the_pipeline(loaded: dict[str, An
     pipeline = make_pipeline(loaded, max_new_tokens=10, do_sample=False)
     llm = HuggingFacePipeline(pipeline=pipeline, pipeline_kwargs={"max_new_tokens": 3})
     assert (llm.generate([PROMPTS[0]]).generations[0][0].generation_info or {})["token_usage"]["completion_tokens"] == 3
+
+
+def test_users_of_a_pipeline_share_its_engine_which_ends_with_it(loaded: dict[str, Any]) -> None:
+    pipeline = make_pipeline(loaded, max_new_tokens=5)
+    llms = [HuggingFacePipeline(pipeline=pipeline) for _ in range(2)]
+    engine = llms[0].get_engine()
+    assert llms[1].get_engine() is engine
+    assert llms[0].invoke(PROMPTS[0])
+    del llms, pipeline
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while engine.submit(Request(PROMPTS[0])).result().error_code != "cancelled":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_pipeline_travels_with_its_model(loaded: dict[str, Any]) -> None:
