@@ -15,11 +15,12 @@ from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, Loc
 from prefect_huggingface.tasks.artifacts import ProgressReport
 from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
 from prefect_huggingface.tasks.batching.monitors import BatchMonitor
-from prefect_huggingface.tasks.batching.plans import check_free
+from prefect_huggingface.tasks.batching.plans import check_free, check_places
 from prefect_huggingface.tasks.batching.publications import Publication
 from prefect_huggingface.tasks.batching.runs import BatchRun, check_failures, open_run
 from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings
 from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, publish_artifacts, summarize
+from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.storage.journal_locks import WhenRunning, hold_journal
@@ -27,8 +28,6 @@ from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.tables import TableFormat
 
 logger = get_logger(__name__)
-
-POLL_SECONDS = 0.5
 
 
 @flow(name="batch-inference", task_runner=ThreadPoolTaskRunner(max_workers=4))
@@ -94,14 +93,14 @@ def batch_inference(
     """
     journal = Journal.beside(destination)
     replace = retry_failed and journal.read_job() is not None
-    if not replace:
-        check_free(destination)
+    check_free(destination, replace)
     plan = plan_batch(
         model, source, destination, prompt, options, source_format=source_format, messages_column=messages_column,
         system=system, option_columns=option_columns or (), columns=columns, output_prefix=output_prefix,
         timings=timings, id_column=id_column,
     )  # fmt: skip
     with hold_journal(journal, when_running):
+        check_places(plan.job, plan.output, journal, replace)
         run = open_run(journal, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))
         monitor = BatchMonitor(journal, plan.job.table.rows, run.finished)
         if run.finished:
@@ -143,7 +142,7 @@ def _run_shards(
         try:
             while len(results) < len(futures):
                 try:
-                    results.append(finished.get(timeout=POLL_SECONDS).result())
+                    results.append(finished.get(timeout=run.journal.poll_seconds).result())
                 except queue.Empty:
                     pass
                 progress = monitor.measure()
@@ -159,4 +158,8 @@ def _run_shards(
             progress = monitor.measure()
             bar.update(progress)
             report.update(progress.share, describe(progress), final=True)
+    if not all(result.complete for result in results):
+        raise BatchError(
+            f"The batch was stopped, or taken over by another run. {run.journal.place.url!r} keeps its rows."
+        )
     return results

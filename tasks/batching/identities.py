@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 
-ENDPOINT_FIELDS = (
-    "url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options", "extra_parameters",
-)  # fmt: skip
+ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
 DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
 
 
@@ -21,6 +20,9 @@ def identify_model(model: LocalModel | InferenceEndpoint) -> dict[str, Any]:
     """
     if isinstance(model, InferenceEndpoint):
         identity = model.model_dump(mode="json", include=set(ENDPOINT_FIELDS), exclude_defaults=True)
+        # Whatever a server takes may stand in them, also what does not belong into a file.
+        extra = json.dumps(model.extra_parameters, sort_keys=True, default=str)
+        identity["extra parameters"] = hashlib.sha256(extra.encode()).hexdigest()
     else:
         identity = _identify_local(model)
     return {**identity, "options": model.options.model_dump(mode="json", exclude_unset=True)}

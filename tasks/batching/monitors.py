@@ -60,8 +60,10 @@ class BatchMonitor:
     def __init__(self, journal: Journal, rows: int, finished: int = 0) -> None:
         self._journal, self._rows = journal, rows
         counts = journal.count()
-        # After a retry the journal holds the replaced rows, too.
-        self._surplus, self._resumed, self._old_tokens = counts.rows - finished, finished, counts.tokens
+        # When failed rows are retried, the journal holds what is to be replaced, too.
+        self._surplus = counts.rows - finished
+        self._replaced_failures = counts.failed if self._surplus else 0
+        self._resumed, self._old_tokens = finished, counts.tokens
         self._began = time.monotonic()
         self._recent: deque[tuple[float, int, int]] = deque([(0.0, finished, 0)])
         self.samples: list[tuple[float, int]] = [(0.0, finished)]
@@ -79,7 +81,7 @@ class BatchMonitor:
         then, old_finished, old_tokens = self._recent[0]
         span = max(now - then, 1e-6)
         return Progress(
-            self._rows, finished, self._resumed, counts.failed, tokens, now,
+            self._rows, finished, self._resumed, counts.failed - self._replaced_failures, tokens, now,
             (finished - old_finished) / span, (tokens - old_tokens) / span,
         )  # fmt: skip
 

@@ -13,7 +13,8 @@ from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows
 from prefect_huggingface.tasks.batching.publications import Output
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals import SUFFIX
+from prefect_huggingface.tasks.storage.journals import SUFFIX, Journal
+from prefect_huggingface.tasks.storage.openai_batches import errors_place
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.row_ids import find_duplicates
 from prefect_huggingface.tasks.storage.tables import Table, TableFormat, get_format, inspect_table
@@ -150,13 +151,25 @@ def choose_columns(table: Table, output: Output, columns: Sequence[str] | None, 
     return chosen
 
 
-def check_free(destination: str) -> None:
-    """Check that there is nothing where the output goes.
+def check_places(job: BatchJob, output: Output, journal: Journal, replace: bool) -> None:
+    """Check that all files of the output can be written, once the journal is owned.
+
+    Raises:
+        BatchError: If there is something else.
+    """
+    check_free(output.destination, replace)
+    if job.table.format == "openai":
+        # With a journal, they are from an attempt of this job that ended between the two files.
+        check_free(errors_place(Place.of(output.destination)).url, replace or journal.read_job() is not None)
+
+
+def check_free(destination: str, replace: bool = False) -> None:
+    """Check that there is nothing where the output goes, unless it may be replaced.
 
     Raises:
         BatchError: If there is something.
     """
-    if Place.of(destination).exists():
+    if not replace and Place.of(destination).exists():
         raise BatchError(
             f"`destination` {destination!r} exists already, and nothing is overwritten. "
             f"Choose another name, or move it away (and {SUFFIX!r} beside it)."

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
-
-from filelock import FileLock, Timeout
 
 from prefect_huggingface.tasks.batching.jobs import BatchJob, check_same_job
 from prefect_huggingface.tasks.batching.shards import Shard, ShardSettings
@@ -17,7 +12,6 @@ from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journal_rows import JournalRows
 from prefect_huggingface.tasks.storage.journals import Journal
 
-WhenRunning = Literal["refuse", "wait"]
 LEAST_SHARD_ROWS = 16
 
 
@@ -38,34 +32,6 @@ class BatchRun:
     attempt: str
     finished: int
     shards: tuple[Shard, ...]
-
-
-@contextmanager
-def hold_journal(journal: Journal, when_running: WhenRunning) -> Iterator[None]:
-    """Own the journal for the time of the block, so that two runs of a job do not work at once.
-
-    The lock of a local journal ends with the process that holds it, however it ends. On other places there is none.
-
-    Raises:
-        BatchError: If another run owns it and `when_running` is "refuse".
-    """
-    if not journal.place.is_local:
-        yield
-        return
-    from pathlib import Path
-
-    Path(journal.place.url).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{journal.place.url}/lock", timeout=0 if when_running == "refuse" else -1)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BatchError(
-            f"Another run works on {journal.place.url!r}. Wait for its end, or set `when_running='wait'`."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def open_run(

@@ -149,7 +149,7 @@ def run_requests(
 
 
 class _StopCheck:
-    """Asks the journal at most twice a second."""
+    """Asks the journal now and then."""
 
     def __init__(self, journal: Journal, attempt: str) -> None:
         self._journal, self._attempt = journal, attempt
@@ -159,7 +159,7 @@ class _StopCheck:
         now = time.monotonic()
         if now < self._next:
             return False
-        self._next = now + STOP_CHECK_SECONDS
+        self._next = now + self._journal.poll_seconds
         return self._journal.is_stopped(self._attempt)
 
 

@@ -1,6 +1,16 @@
-"""The statuses of rows."""
+"""The statuses of rows, and that of a whole batch."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journal_locks import is_held
+from prefect_huggingface.tasks.storage.journal_rows import JournalRows
+from prefect_huggingface.tasks.storage.journals import Journal
 
 STATUSES = {
     "ok": "The model ended its answer.",
@@ -25,3 +35,56 @@ STATUSES = {
     "bad_answer": "The endpoint did not answer as an inference server does, or its answer was too large.",
 }
 """What each status means. "ok" and "length" are the statuses without an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatus:
+    """How far a batch is.
+
+    Attributes:
+        source: Its input.
+        rows: Number of its rows.
+        finished: Number of rows in its journal.
+        failed: Number of those that failed.
+        statuses: Number of finished rows by status.
+        running: Whether a run works on it now.
+    """
+
+    source: str
+    rows: int
+    finished: int
+    failed: int
+    statuses: Mapping[str, int] = field(default_factory=dict)
+    running: bool = False
+
+    @property
+    def left(self) -> int:
+        """Number of rows that are left."""
+        return self.rows - self.finished
+
+
+def get_status(destination: str) -> BatchStatus:
+    """Look into the journal of a batch, also while it runs. Nothing is changed.
+
+    Args:
+        destination: Output of the batch.
+
+    Raises:
+        BatchError: If the batch has no journal.
+    """
+    journal = Journal.beside(destination)
+    record = journal.read_job()
+    if record is None:
+        raise BatchError(f"{journal.place.url!r} is not there: the batch never began, or is done. Look for its output.")
+    job = BatchJob.from_dict(record)
+    sweep = JournalRows(journal, job.key, journal.check(job.key))
+    statuses: Counter[str] = Counter()
+    finished = failed = 0
+    for start in range(0, job.table.rows, 50_000):
+        rows = sweep.take(start, start + 50_000)
+        finished += rows.num_rows
+        failed += rows.num_rows - rows["error"].null_count
+        statuses.update(rows["status"].to_pylist())
+    return BatchStatus(
+        job.table.source, job.table.rows, finished, failed, dict(sorted(statuses.items())), is_held(journal)
+    )

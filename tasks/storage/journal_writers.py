@@ -14,6 +14,7 @@ from prefect_huggingface.tasks.storage.segments import SegmentName
 COMMIT_ROWS = 512  # rows that are worth a segment of their own
 SHORT_INTERVAL_SECONDS = 0.2  # between two segments when rows come fast
 FIRST_INTERVAL_SECONDS = 0.1  # between two segments when rows come slowly, in the beginning ...
+REMOTE_INTERVAL_SECONDS = 2.0  # the same where every segment is a request to a remote store
 LONG_INTERVAL_SECONDS = 4.0  # ... and in the long run, so that a night makes thousands of segments and not more
 BUFFER_ROWS = 32_768  # rows that wait for the disk at most
 
@@ -31,6 +32,7 @@ class JournalWriter:
     def __init__(self, journal: Journal, job: str, epoch: int, start: int) -> None:
         self._journal, self._job, self._epoch, self._start = journal, job, epoch, start
         self._attempt = os.urandom(4).hex()
+        self._first_interval = FIRST_INTERVAL_SECONDS if journal.place.is_local else REMOTE_INTERVAL_SECONDS
         self._number = 0
         self._rows: list[tuple[Any, ...]] = []
         self._wake = threading.Condition()
@@ -94,7 +96,7 @@ class JournalWriter:
                 waited = time.monotonic() - self._committed
                 due = self._interval()
                 if len(self._rows) >= COMMIT_ROWS:
-                    due = min(due, SHORT_INTERVAL_SECONDS)
+                    due = min(due, max(SHORT_INTERVAL_SECONDS, self._first_interval))
                 if self._rows and waited >= due:
                     break
                 self._wake.wait(max(due - waited, 0.01) if self._rows else self._interval())
@@ -104,7 +106,7 @@ class JournalWriter:
 
     def _interval(self) -> float:
         age = time.monotonic() - self._began
-        return min(max(age / 60, FIRST_INTERVAL_SECONDS), LONG_INTERVAL_SECONDS)
+        return min(max(age / 60, self._first_interval), LONG_INTERVAL_SECONDS)
 
     def _commit(self, rows: list[tuple[Any, ...]]) -> None:
         failed = sum(row[7] is not None for row in rows)

@@ -69,6 +69,11 @@ class Journal:
         """Return the journal of a destination."""
         return cls(Place.of(destination).beside(SUFFIX))
 
+    @property
+    def poll_seconds(self) -> float:
+        """How often it is worth looking at the journal: every look at a remote one costs requests."""
+        return 0.5 if self.place.is_local else 5.0
+
     def read_job(self) -> dict[str, Any] | None:
         """Return what the job consists of, or None if there is no journal.
 

@@ -13,8 +13,9 @@ import pytest
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.batches import check_batch
 from prefect_huggingface.tasks.batching.plans import check_free
-from prefect_huggingface.tasks.batching.runs import check_failures, hold_journal
+from prefect_huggingface.tasks.batching.runs import check_failures
 from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, ModelSourceError, TableError
+from prefect_huggingface.tasks.storage.journal_locks import hold_journal, is_held
 from prefect_huggingface.tasks.storage.journals import Journal
 
 # A model that is not there: whatever is refused before it is looked at costs nothing.
@@ -116,7 +117,8 @@ def test_too_many_failures_as_a_number_or_a_share() -> None:
 
 HOLDER = """
 import sys, time
-from prefect_huggingface.tasks.batching.runs import hold_journal
+from prefect_huggingface.tasks.storage.journal_locks import hold_journal
+from prefect_huggingface.tasks.storage.journal_locks import hold_journal, is_held
 from prefect_huggingface.tasks.storage.journals import Journal
 with hold_journal(Journal.beside(sys.argv[1]), "refuse"):
     print("holding", flush=True)
@@ -131,11 +133,26 @@ def test_two_runs_at_once_are_refused_or_wait(tmp_path: Path) -> None:
     assert process.stdout.readline() == b"holding\n"
     with pytest.raises(BatchError, match="Another run works on"), hold_journal(Journal.beside(destination), "refuse"):
         pass
+    assert is_held(Journal.beside(destination))
     process.kill()  # the lock ends with its process
     process.wait()
     process.stdout.close()
     with hold_journal(Journal.beside(destination), "wait"):
         pass
+    assert not is_held(Journal.beside(destination))
+
+
+def test_leases_on_other_places(tmp_path: Path) -> None:
+    journal = Journal.beside(f"memory://{tmp_path.name}/out.csv")
+    assert not is_held(journal)
+    with hold_journal(journal):
+        assert is_held(journal)
+        with pytest.raises(BatchError, match="Another run works on"), hold_journal(journal):
+            pass
+    assert not is_held(journal)
+    journal.place.child("lock").write(json.dumps({"owner": "gone", "until": 1.0}).encode())
+    with hold_journal(journal):  # the owner did not renew it
+        assert is_held(journal)
 
 
 def test_the_plan_names_what_decides_the_text(tmp_path: Path, source: Path, tiny_llama: Path) -> None:
