@@ -16,6 +16,7 @@ from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.codec import TextCodec
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.stopping import TextStream
+from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard
 from prefect_huggingface.tasks.records import Completion, FinishReason
 
 Start = Callable[[Sequence[int], GenerationOptions, int], Any]
@@ -53,7 +54,9 @@ class Strand:
         self.finish_reason: FinishReason | None = None
         self.text = ""
         self._repeated = self._delivered
-        on_text = self._deliver if self._streams else None
+        form = self._row.options.response_format
+        self._guard = WhiteSpaceGuard() if form is not None and form.json_schema is not None else None
+        on_text = self._deliver if self._streams or self._guard is not None else None
         self._text = TextStream(self._row.codec.decode, self._row.options.stop, on_text)
 
     def take(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
@@ -78,6 +81,10 @@ class Strand:
 
     def _deliver(self, text: str) -> None:
         """Stream a piece, but for what was streamed before a restart."""
+        if self._guard is not None:
+            self._guard.feed(text)
+        if not self._streams:
+            return
         skipped = min(self._repeated, len(text))
         self._repeated -= skipped
         if len(text) > skipped:
@@ -134,9 +141,19 @@ class Row:
         return max(self.options.num_beams, self.options.n)
 
     @property
+    def most_tokens(self) -> int:
+        """Number of tokens in the KV cache that the row can come to need, its answers together."""
+        return self.width * (len(self.prompt_tokens) + self.options.max_new_tokens)
+
+    @property
     def is_done(self) -> bool:
         """Whether all answers have ended."""
         return all(strand.finish_reason is not None for strand in self.strands)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Number of tokens of all answers so far."""
+        return sum(len(strand.tokens) for strand in self.strands)
 
     @property
     def has_begun(self) -> bool:
@@ -184,8 +201,12 @@ class Row:
 
     def stream(self, text: str) -> None:
         """Give a piece of text to the caller."""
-        if self.submission.on_text is not None and not self.submission.future.done():
+        if self.submission.on_text is None or self.submission.future.done():
+            return
+        try:
             self.submission.on_text(text)
+        except Exception as exc:
+            raise RequestError("engine_error", f"`on_text` failed: {type(exc).__name__}: {exc}. Correct it.") from exc
 
     def end(self, reason: FinishReason) -> None:
         """End the answers that still go on."""
@@ -196,9 +217,9 @@ class Row:
     def completion(self) -> Completion:
         """Return what the request came to."""
         first = self.strands[0]
-        counts = {
+        counts: dict[str, Any] = {
             "prompt_tokens": len(self.prompt_tokens),
-            "generated_tokens": sum(len(strand.tokens) for strand in self.strands),
+            "generated_tokens": self.generated_tokens,
             "seconds": self.submission.seconds,
         }
         try:

@@ -29,7 +29,7 @@ from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context,
 from prefect_huggingface.tasks.engines.row_queue import RowQueue
 from prefect_huggingface.tasks.engines.scheduling import choose_sizes
 from prefect_huggingface.tasks.engines.threads import ThreadedEngine, fail
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.records import Completion, ErrorCode
 
 logger = get_logger(__name__)
 
@@ -58,7 +58,7 @@ class OpenVINOTextEngine(ThreadedEngine):
         self._end_tokens = read_end_tokens(path, self._pipeline.tokenizer)
         self._context_length = read_context_length(path)
         self.prompts = PromptWriter.of_folder(path, model.chat_template)
-        self._queue = RowQueue(self.sizes.sequences)
+        self._queue = RowQueue(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         # More than fit, so that a place that gets free is taken in the same step.
         self.in_flight = self.sizes.sequences + max(self.sizes.sequences // 2, 8)
         super().__init__()
@@ -112,12 +112,11 @@ class OpenVINOTextEngine(ThreadedEngine):
     def _start(self, row: Row) -> None:
         try:
             row.start(self._add)
+        except RequestError as exc:
+            self._give_up(row, exc.code, str(exc))
         except Exception as exc:
             # What the checks did not find, the pipeline refuses before it takes the row.
-            self._queue.remove(row)
-            row.leave()
-            code = exc.code if isinstance(exc, RequestError) else "invalid_option"
-            fail(row.submission, code, f"OpenVINO refuses the request: {last_line(exc)} Change its options.")
+            self._give_up(row, "invalid_option", f"OpenVINO refuses the request: {last_line(exc)} Change its options.")
 
     def _add(self, tokens: Sequence[int], options: GenerationOptions, seed: int) -> Any:
         return self._pipeline.add(tokens, generation_config(options, self._end_tokens, self._model.engine, seed))
@@ -131,9 +130,8 @@ class OpenVINOTextEngine(ThreadedEngine):
                 row.collect()
             except CacheExhausted:
                 self._run_alone(row)
-            except Exception as exc:
-                # The caller's own `on_text` may raise.
-                self._give_up(row, "engine_error", f"The text cannot be delivered: {type(exc).__name__}: {exc}.")
+            except RequestError as exc:
+                self._give_up(row, exc.code, str(exc))
             if row.is_done:
                 ended = True
                 self._queue.remove(row)
@@ -182,7 +180,6 @@ class OpenVINOTextEngine(ThreadedEngine):
         self._pipeline.clear()
         self._queue.put_back(rows)
         if len(suspects) == 1:
-            self._queue.remove(suspects[0])
             self._blame(suspects[0], error)
         else:
             logger.warning("A step with %d requests failed: %s Trying them again.", len(rows), last_line(error))
@@ -190,17 +187,20 @@ class OpenVINOTextEngine(ThreadedEngine):
 
     def _blame(self, row: Row, error: Exception) -> None:
         if row.options.response_format is not None:
-            fail(
-                row.submission, "invalid_option",
+            self._give_up(
+                row,
+                "invalid_option",
                 f"The response format cannot be made a grammar: {last_line(error)} Write it in simpler terms.",
-            )  # fmt: skip
+            )
         else:
-            fail(row.submission, "engine_error", f"The request makes the model fail: {last_line(error)} Change it.")
+            self._give_up(row, "engine_error", f"The request makes the model fail: {last_line(error)} Change it.")
 
-    def _give_up(self, row: Row, code: Any, message: str) -> None:
+    def _give_up(self, row: Row, code: ErrorCode, message: str) -> None:
         self._queue.remove(row)
         row.leave()
-        fail(row.submission, code, message, prompt_tokens=len(row.prompt_tokens))
+        fail(
+            row.submission, code, message, prompt_tokens=len(row.prompt_tokens), generated_tokens=row.generated_tokens
+        )  # fmt: skip
 
 
 def _skipped(submission: Submission, prompt_tokens: int) -> Completion:

@@ -161,9 +161,9 @@ def resolve_options(defaults: GenerationOptions, request: Request) -> Generation
         RequestError: If the two do not go together.
     """
     try:
-        return defaults.merged(request.options)
+        return defaults.merged(_as_options(request.options))
     except ValidationError as exc:
-        problems = "; ".join(str(error["msg"]).removeprefix("Value error, ") for error in exc.errors())
+        problems = "; ".join(_problem(error) for error in exc.errors())
         raise RequestError("invalid_option", problems) from exc
 
 
@@ -191,6 +191,18 @@ def fit_context(token_ids: Sequence[int], options: GenerationOptions, context_le
             prompt_tokens=len(token_ids),
         )
     return list(token_ids[-room:] if options.context_overflow == "truncate_left" else token_ids[:room])
+
+
+def _as_options(options: Any) -> GenerationOptions | None:
+    return GenerationOptions(**options) if isinstance(options, Mapping) else options
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"`{place}` is no option of a generation, got {error['input']!r}. Remove it."
+    return message if message.startswith("`") or not place else f"`{place}`, got {error['input']!r}: {message}."
 
 
 def _check_message(message: Any) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Which rows run beside each other, and which wait."""
+"""Which rows run beside each other, and which wait.
+
+A row is let in only where the KV cache has room for all that it can come to need. So the pipeline never runs out in the
+middle, which costs it computed tokens at best.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ from collections import deque
 from collections.abc import Iterable
 
 from prefect_huggingface.tasks.engines.genai_rows import Row
+from prefect_huggingface.tasks.engines.scheduling import BLOCK_TOKENS
 
 # Rows that share this many tokens at their beginning wait until the first of them has computed it for all.
-SHARED_TOKENS = 64
+SHARED_TOKENS = 2 * BLOCK_TOKENS
 
 
 class RowQueue:
@@ -19,14 +24,16 @@ class RowQueue:
         running: Rows that are in the pipeline.
     """
 
-    def __init__(self, places: int, share_beginnings: bool = True) -> None:
+    def __init__(self, places: int, cache_tokens: int | None = None, share_beginnings: bool = True) -> None:
         """Start empty.
 
         Args:
             places: Number of sequences that may run side by side.
+            cache_tokens: Number of tokens that the KV cache holds, or None where it is not known.
             share_beginnings: Whether the pipeline keeps beginnings that it has computed.
         """
         self._places = places
+        self._cache_tokens = cache_tokens
         self._share_beginnings = share_beginnings
         self.waiting: deque[Row] = deque()
         self.running: dict[Row, None] = {}
@@ -67,44 +74,53 @@ class RowQueue:
 
     def admit(self) -> list[Row]:
         """Move the rows that may run now from the waiting to the running ones and return them."""
-        if any(row.alone for row in self.running):
+        if not self.waiting or any(row.alone for row in self.running):
             return []
         self._suspects.difference_update([row for row in self.running if row.proven])
-        if self._suspects:
-            return self._admit_suspect()
-        admitted: list[Row] = []
-        room = self._places - sum(row.width for row in self.running)
-        beginnings = {self._beginning(row) for row in self.running if not row.has_begun}
-        held: list[Row] = []
-        while self.waiting and room > 0:
-            row = self.waiting[0]
-            if row.alone and (self.running or admitted):
-                break
-            if row.width > room and (self.running or admitted):
-                break
-            self.waiting.popleft()
-            beginning = self._beginning(row)
-            if beginning and beginning in beginnings:
-                held.append(row)
-                continue
-            beginnings.add(beginning)
-            admitted.append(row)
-            room -= row.width
-            if row.alone:
-                break
-        self.waiting.extendleft(reversed(held))
+        admitted = self._next_suspect() if self._suspects else self._next_rows()
         self.running.update(dict.fromkeys(admitted))
         return admitted
 
-    def _admit_suspect(self) -> list[Row]:
+    def _next_suspect(self) -> list[Row]:
         if any(not row.proven for row in self.running):
             return []
         row = next(row for row in self.waiting if row in self._suspects)
+        if not self._has_room(row, list(self.running)):
+            return []
         self.waiting.remove(row)
-        self.running[row] = None
         return [row]
+
+    def _next_rows(self) -> list[Row]:
+        admitted: list[Row] = []
+        held: list[Row] = []
+        beginnings = {self._beginning(row) for row in self.running if not row.has_begun} - {()}
+        while self.waiting and self._has_room(self.waiting[0], [*self.running, *admitted]):
+            row = self.waiting.popleft()
+            if self._beginning(row) in beginnings:
+                held.append(row)
+                continue
+            admitted.append(row)
+            if beginning := self._beginning(row):
+                beginnings.add(beginning)
+        self.waiting.extendleft(reversed(held))
+        return admitted
+
+    def _has_room(self, row: Row, others: list[Row]) -> bool:
+        """Tell whether a row may run beside others. With none it always may."""
+        if not others:
+            return True
+        if row.alone or others[-1].alone or self._places < row.width + sum(other.width for other in others):
+            return False
+        if self._cache_tokens is None:
+            return True
+        return sum(map(_reserved, [row, *others])) <= self._cache_tokens
 
     def _beginning(self, row: Row) -> tuple[int, ...]:
         if not self._share_beginnings or len(row.prompt_tokens) <= SHARED_TOKENS:
             return ()
         return tuple(row.prompt_tokens[:SHARED_TOKENS])
+
+
+def _reserved(row: Row) -> int:
+    # Every answer may leave a block unfilled.
+    return row.most_tokens + row.width * BLOCK_TOKENS

@@ -61,12 +61,12 @@ def choose_sizes(folder: Path, options: EngineOptions, precision: str) -> Schedu
     else:
         wanted = int(2 * sequences * row_tokens * token_bytes) if token_bytes else GIB
         cache_bytes = min(max(wanted, SMALLEST_CACHE_BYTES), int(LARGEST_SHARE_OF_MEMORY * available_bytes()))
-    return SchedulerSizes(
-        sequences=sequences,
-        batched_tokens=options.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, sequences),
-        cache_bytes=cache_bytes,
-        kv_blocks=max(int(cache_bytes / (token_bytes * BLOCK_TOKENS)), 1) if token_bytes else 0,
-    )
+    kv_blocks = max(int(cache_bytes / (token_bytes * BLOCK_TOKENS)), 2) if token_bytes else 0
+    batched_tokens = options.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, sequences)
+    if kv_blocks:
+        # OpenVINO GenAI 2026.4 crashes when a step may take as many tokens as the cache holds, and the cache gets full.
+        batched_tokens = min(batched_tokens, (kv_blocks - 1) * BLOCK_TOKENS)
+    return SchedulerSizes(sequences, batched_tokens, cache_bytes, kv_blocks)
 
 
 def kv_bytes_per_token(folder: Path, precision: str) -> float:

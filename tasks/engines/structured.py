@@ -1,4 +1,4 @@
-"""Forms of answers, as grammars of OpenVINO GenAI. Answers are validated afterwards by `answer_forms`."""
+"""Forms of answers before the model: checked, and as grammars. `answer_forms` checks what came out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,39 @@ from typing import Any
 
 from prefect_huggingface.blocks import ResponseFormat
 from prefect_huggingface.tasks.engines.failures import RequestError
+
+# Indented JSON of any sensible depth stays below this.
+LONGEST_WHITE_SPACE = 100
+
+
+class WhiteSpaceGuard:
+    """Ends an answer in JSON that has run away into white space, which a grammar of JSON allows without end."""
+
+    def __init__(self) -> None:
+        self._in_string = False
+        self._escaped = False
+        self._length = 0
+
+    def feed(self, text: str) -> None:
+        """Go on with a piece of the answer.
+
+        Raises:
+            RequestError: If there is too much white space between two parts of the JSON.
+        """
+        for character in text:
+            if self._in_string:
+                self._in_string = self._escaped or character != '"'
+                self._escaped = not self._escaped and character == "\\"
+            elif character.isspace():
+                self._length += 1
+            else:
+                self._length, self._in_string = 0, character == '"'
+        if self._length > LONGEST_WHITE_SPACE:
+            raise RequestError(
+                "schema_invalid",
+                f"The answer ran away into white space: {self._length} characters of it in a row. "
+                "Ask for compact JSON in the prompt, or use a `repetition_penalty`.",
+            )
 
 
 def check_format(response_format: ResponseFormat) -> None:
