@@ -22,6 +22,7 @@ DownloadError
     ├── UntrustedHubError          the server does not answer as a Hub does, or answers something unsafe
     └── StoreError
         ├── DiskFullError
+        ├── StoreLimitError     larger than the store may become
         ├── StoreNotWritableError
         └── StoreBusyError         another process holds the lock (transient)
 """
@@ -144,6 +145,10 @@ class StoreError(HubError):
 
 class DiskFullError(StoreError):
     """There is not enough room."""
+
+
+class StoreLimitError(StoreError):
+    """The snapshot alone is larger than the size limit of the store."""
 
 
 class StoreNotWritableError(StoreError):

@@ -34,7 +34,7 @@ from prefect_huggingface.tasks.storage.hub.revisions import (
     check_revision,
     resolve,
 )
-from prefect_huggingface.tasks.storage.hub.rooms import check_room
+from prefect_huggingface.tasks.storage.hub.rooms import make_room
 from prefect_huggingface.tasks.storage.hub.selections import Selection
 from prefect_huggingface.tasks.storage.hub.transfers import Transfer
 
@@ -113,6 +113,7 @@ class _Fetch:
                 self._check_access(hub, state, chosen)
             manifest = find_complete(self.folder, state.commit, self.selection.key)
             if manifest is None:
+                make_room(self.model, self.folder, state.commit, chosen)
                 with self.folder.lock(REPOSITORY_LOCK, self.lock_timeout):
                     # Another process may have fetched it meanwhile.
                     manifest = find_complete(self.folder, state.commit, self.selection.key)
@@ -141,7 +142,6 @@ class _Fetch:
         started = time.monotonic()
         progress = self.progress or Progress(f"Download {self.model.model_id}")
         progress.total = sum(file.size or 0 for file in chosen)
-        check_room(self.folder, chosen, hub.about(self.revision))
         self.folder.make(state.commit)
         transfer = Transfer(hub, self.folder, state.commit, progress, self.stop)
         files = self._fetch_all(transfer, chosen, progress)

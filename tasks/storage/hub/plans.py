@@ -18,7 +18,7 @@ from prefect_huggingface.tasks.storage.hub.layout import RepositoryFolder
 from prefect_huggingface.tasks.storage.hub.manifests import find_complete, read_manifest
 from prefect_huggingface.tasks.storage.hub.patience import Patience
 from prefect_huggingface.tasks.storage.hub.revisions import RepositoryFile, RepositoryState, check_revision, resolve
-from prefect_huggingface.tasks.storage.hub.rooms import SPARE_BYTES, bytes_here, free_bytes
+from prefect_huggingface.tasks.storage.hub.rooms import SPARE_BYTES, bytes_here, find_lack, free_bytes
 from prefect_huggingface.tasks.storage.hub.selections import Selection
 
 Access = Literal["open", "granted", "refused", "not asked"]
@@ -118,14 +118,13 @@ def _plan_download(
     access, refusal = _ask_access(hub, state, chosen, revision)
     files = tuple(PlannedFile(file.path, file.size, bytes_here(folder, file)) for file in chosen)
     total, cached = sum(file.size or 0 for file in files), sum(file.cached_bytes for file in files)
-    free, problem = free_bytes(folder), refusal
-    if problem is None and total - cached and total - cached + SPARE_BYTES > free:
-        problem = f"{(total - cached) / 1e9:.3f} GB are missing and {free / 1e9:.3f} GB are free. Make room."
+    lack = find_lack(model, folder, chosen)
+    problem = refusal or (lack.message if lack is not None else None)
     return DownloadPlan(
         repo_id=model.model_id, revision=revision, commit=state.commit, path=folder.snapshot(state.commit),
         files=files, complete=find_complete(folder, state.commit, Selection.of(model).key) is not None,
-        total_bytes=total, cached_bytes=cached, missing_bytes=total - cached, free_bytes=free, access=access,
-        gated=state.gated, licence=state.licence, problem=problem,
+        total_bytes=total, cached_bytes=cached, missing_bytes=total - cached, free_bytes=free_bytes(folder),
+        access=access, gated=state.gated, licence=state.licence, problem=problem,
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from prefect_huggingface.tasks.hub_errors import DiskFullError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot, plan_snapshot
+from prefect_huggingface.tasks.hub_errors import DiskFullError, StoreLimitError
+from prefect_huggingface.tasks.storage.hub import fetch_snapshot, list_snapshots, plan_snapshot
+from prefect_huggingface.tasks.storage.leases import hold_export
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
 from support.hub_workers import wait_for
 
@@ -57,6 +58,30 @@ def test_a_disk_that_becomes_full_is_an_error_and_the_download_goes_on_later(hub
     hub.journal.clear()
     check_snapshot(fetch_snapshot(hub_model(hub, small_disk)).path, files)
     assert hub.journal.sent(place="cdn") == 8 * MEGABYTE - kept
+
+
+def test_a_snapshot_larger_than_the_store_may_become_is_refused_early(hub, tmp_path):
+    hub.create("org/model", model_files(4 * MEGABYTE))
+    model = hub_model(hub, tmp_path, store_settings={"max_size_gb": 0.003})
+    with pytest.raises(StoreLimitError, match="max_size_gb"):
+        fetch_snapshot(model)
+    assert "max_size_gb" in plan_snapshot(model).problem
+    assert {r.place for r in hub.journal.requests} == {"api"}
+
+
+def test_the_store_keeps_to_its_limit_and_the_least_recently_used_goes_first(hub, tmp_path):
+    for number in range(4):
+        hub.create(f"org/model{number}", model_files(2 * MEGABYTE, seed=number))
+    limit = {"store_settings": {"max_size_gb": 0.0065}}
+    models = [hub_model(hub, tmp_path, f"org/model{number}", **limit) for number in range(4)]
+    held = hold_export(fetch_snapshot(models[0]).path)
+    for model in models[1:3]:
+        fetch_snapshot(model)
+    fetch_snapshot(models[3])
+    # The first is the oldest, but in use.
+    assert {s.repo_id for s in list_snapshots(tmp_path)} == {"org/model0", "org/model2", "org/model3"}
+    assert sum(p.stat().st_size for p in tmp_path.rglob("blobs/*")) <= 6_500_000
+    held.close()
 
 
 def _fetch(hub, store, errors):
