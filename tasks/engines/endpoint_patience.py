@@ -42,6 +42,7 @@ class Circuit:
         self._failures = 0
         self._down_since: float | None = None
         self._last_failure: EndpointFailure | None = None
+        self._opened_at = 0.0
         self._next_probe = 0.0
         self._next_log = 0.0
         self._probing = False
@@ -93,35 +94,40 @@ class Circuit:
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[None]:
         """Learn from the outcome of the attempt inside."""
-        probe = self.is_open
+        probe, began = self.is_open, time.monotonic()
         self._probing = self._probing or probe
         try:
             yield
         except EndpointFailure as failure:
-            self._learn(failure)
+            self._learn(failure, began)
             raise
         else:
-            self._learn(None)
+            self._learn(None, began)
         finally:
             if probe:
                 self._probing = False
                 self._notify()
 
-    def _learn(self, failure: EndpointFailure | None) -> None:
-        if failure is None or not failure.is_outage:
-            # Any answer of the server shows that it is there.
+    def _learn(self, failure: EndpointFailure | None, began: float) -> None:
+        if failure is not None and failure.is_outage:
+            self._count(failure)
+        elif not self.is_open or began > self._opened_at:
+            # Any answer shows that the server is there, but for one to a request from before it went away.
             if self.is_open:
                 run_logger().info("%s is back after %.0f s.", self._endpoint.base_url, self.down_seconds)
             self._failures, self._down_since, self._last_failure = 0, None, None
             self.successes += 1
-            return
+
+    def _count(self, failure: EndpointFailure) -> None:
         now = time.monotonic()
         self._failures += 1
         self._last_failure = failure
         self._down_since = self._down_since or now
         pause = min(max(FIRST_PROBE_SECONDS, PROBE_SHARE * self.down_seconds), LONGEST_PROBE_SECONDS)
         self._next_probe = now + max(pause, min(failure.wait_seconds or 0.0, self._endpoint.max_retry_wait_seconds))
-        if self._failures == FAILURES_TO_OPEN or (self.is_open and now >= self._next_log):
+        if self._failures == FAILURES_TO_OPEN:
+            self._opened_at = self._next_log = now
+        if self.is_open and now >= self._next_log:
             self._next_log = now + LOG_EVERY_SECONDS
             run_logger().warning(
                 "Waiting for %s for %.0f s of at most %.0f s: %s",

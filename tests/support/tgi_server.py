@@ -13,6 +13,7 @@ To try it, start it from the folder `tests`:
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import socket
 import threading
@@ -151,7 +152,8 @@ class TgiServer:
 def _is_unexpected(record: logging.LogRecord) -> bool:
     if "graceful shutdown" in record.getMessage():
         return False
-    return not (record.exc_info and isinstance(record.exc_info[1], Hangup))
+    # Requests that are under way when the server stops are ended.
+    return not (record.exc_info and isinstance(record.exc_info[1], Hangup | asyncio.CancelledError))
 
 
 def serve(folder: Path) -> Iterator[TgiServer]:
