@@ -6,7 +6,9 @@ import hashlib
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
+from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.records import Completion, Request
 
@@ -58,3 +60,10 @@ class InstantEngine(Engine):
             text = self.answer if self.answer is not None else hashlib.sha256(prompt.encode()).hexdigest()[:12]
             completion = Completion(text, "stop", 5, 3, 0.001, request_id=request.id)
         future.set_result(completion)
+
+
+class ConstantEngine(InstantEngine):
+    """Gives the same answer to everything, with the constructor that engines have."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        super().__init__("Paris")
