@@ -54,7 +54,7 @@ def _read_message(message: Mapping[str, Any], given: Iterator[str], sources: lis
     content = message.get("content") or ""
     parts = []
     for part in content if _is_list(content) else [content]:
-        if not _is_image(part):
+        if isinstance(part, str) or not _is_image(part):
             parts.append({"type": "text", "text": part if isinstance(part, str) else part["text"]})
             continue
         source = _source_of(part) or next(given, None)

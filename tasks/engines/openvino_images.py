@@ -73,6 +73,7 @@ class OpenVINOImageEngine(ImageReader, OpenVINOTextEngine):
             return
         options = resolve_options(self._model.options, submission.request)
         check_options(options)
+        assert self.prompts is not None
         prompt = write_tagged_prompt(self.prompts, scene)
         tokens = self._codec.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         # A prompt with images cannot be cut.

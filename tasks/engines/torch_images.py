@@ -20,6 +20,8 @@ from prefect_huggingface.tasks.records import Completion, Request
 class TorchImageEngine(ImageEngine):
     """Model for images and text in one thread."""
 
+    prompts: PromptWriter
+
     def __init__(self, path: Path, model: LocalModel) -> None:
         """Load a model and its processor.
 
@@ -32,9 +34,9 @@ class TorchImageEngine(ImageEngine):
             EngineError: If the settings do not fit this machine or this model, or Pillow is missing.
         """
         check_pillow()
+        loaded = load_torch_model(path, model, "AutoModelForImageTextToText")
         self._processor = load_processor(path, model, "AutoProcessor")
         tokenizer = self._processor.tokenizer
-        loaded = load_torch_model(path, model, "AutoModelForImageTextToText")
         self.prompts = PromptWriter.of_folder(path, model.chat_template)
         self._defaults = model.options
         self._jobs = TextJobs(loaded, tokenizer, self.prompts, model.options)

@@ -46,9 +46,8 @@ class TorchTextEngine(AnswerEngine):
             ModelSourceError: If the folder holds no weights that may be loaded.
             EngineError: If the settings do not fit this machine or this model.
         """
-        tokenizer = load_tokenizer(path, model)
-        writer = PromptWriter.of_folder(path, model.chat_template)
-        self._start(load_torch_model(path, model, "AutoModelForCausalLM"), tokenizer, writer, model)
+        loaded = load_torch_model(path, model, "AutoModelForCausalLM")
+        self._start(loaded, load_tokenizer(path, model), PromptWriter.of_folder(path, model.chat_template), model)
 
     @classmethod
     def of_loaded(cls, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> TorchTextEngine:

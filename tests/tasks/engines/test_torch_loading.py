@@ -1,0 +1,124 @@
+"""What may be loaded, where, and what the error says if it may not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.torch_loading import available_devices, resolve_device
+from prefect_huggingface.tasks.engines.torch_text import TorchTextEngine
+from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
+from prefect_huggingface.tasks.records import Request
+
+
+def block(folder: Path, **settings) -> LocalModel:
+    options = GenerationOptions(max_new_tokens=8)
+    return LocalModel(model_id=str(folder), backend="torch", chat_template="never", options=options, **settings)
+
+
+def answer(folder: Path, **settings) -> str:
+    with TorchTextEngine(folder, block(folder, **settings)) as engine:
+        completion = engine.submit(Request("The capital of France")).result()
+    assert completion.error is None
+    return completion.text
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path) -> str:
+    return answer(tiny_llama, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"device": "-1"}, {"device": -1}, {"device": "CPU"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}},
+        {"device": "cpu", "attn_implementation": "eager"}, {"device": "cpu", "dtype": "float32"},
+        {"device": "cpu", "model_kwargs": {"low_cpu_mem_usage": True}},
+    ],
+)  # fmt: skip
+def test_placements_of_one_model_say_the_same(tiny_llama, expected, settings):
+    assert answer(tiny_llama, **settings) == expected
+
+
+def test_lower_precision_runs(tiny_llama):
+    with TorchTextEngine(tiny_llama, block(tiny_llama, device="cpu", dtype="bfloat16")) as engine:
+        assert str(engine._model.dtype) == "torch.bfloat16"
+        assert engine.submit(Request("The capital")).result().error is None
+
+
+@pytest.mark.parametrize("device", ["cuda:97", "97", "tpu", "GPU.97", "cuda:-1"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(tiny_llama, device):
+    with pytest.raises(EngineError) as caught:
+        TorchTextEngine(tiny_llama, block(tiny_llama, device=device))
+    assert repr(device) in str(caught.value)
+    assert all(there in str(caught.value) for there in available_devices())
+
+
+def test_without_a_device_the_best_one_is_taken():
+    there = available_devices()
+    assert resolve_device(None) == (there[1] if len(there) > 1 else "cpu")
+    assert resolve_device("-1") == "cpu" == there[0]
+
+
+def test_weights_in_pickle_format_need_permission(tiny_llama, expected, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    for file in tiny_llama.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(tiny_llama / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelSourceError, match="allow_pickle=True"):
+        TorchTextEngine(tmp_path, block(tmp_path, device="cpu"))
+    assert answer(tmp_path, device="cpu", allow_pickle=True) == expected
+
+
+def test_a_folder_without_weights_or_without_a_model_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(ModelSourceError, match="does not exist"):
+        TorchTextEngine(tmp_path / "missing", block(tiny_llama, device="cpu"))
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    with pytest.raises((ModelSourceError, EngineError), match="weights|complete"):
+        TorchTextEngine(tmp_path, block(tmp_path, device="cpu"))
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    for file in tiny_llama.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(EngineError, match="could not be loaded"):
+        TorchTextEngine(tmp_path, block(tmp_path, device="cpu"))
+
+
+def test_code_of_the_model_runs_only_with_permission(tiny_llama, expected, tmp_path):
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    mark = tmp_path / "ran"
+    (tmp_path / "modeling_own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(mark)!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = "own-llama"
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="trust_remote_code=True"):
+        TorchTextEngine(tmp_path, block(tmp_path, device="cpu"))
+    assert not mark.exists()
+    assert answer(tmp_path, device="cpu", trust_remote_code=True) == expected
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "module", "name"),
+    [({"load_in": "4bit"}, "bitsandbytes", "load_in"), ({"device_map": "auto"}, "accelerate", "device_map")],
+)
+def test_a_missing_package_is_named(tiny_llama, monkeypatch, settings, module, name):
+    # A module that is None cannot be found, as if it had not been installed.
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(EngineError, match=f"pip install {module}") as caught:
+        TorchTextEngine(tiny_llama, block(tiny_llama, **settings))
+    assert name in str(caught.value)
