@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from prefect.types import SecretDict
 from pydantic import SecretStr, ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint
+from prefect_huggingface.blocks.endpoint import ExtraOption
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.generation_settings import GENERATION_NAMES, Generation, read_generation
 
@@ -23,7 +25,7 @@ TGI_PARAMETERS = (
     "typical_p", "truncate", "watermark", "best_of", "frequency_penalty", "top_n_tokens", "adapter_id",
     "decoder_input_details",
 )  # fmt: skip
-EXTRA_OPTIONS = ("top_k", "repetition_penalty", "min_new_tokens", "ignore_eos")
+EXTRA_OPTIONS: tuple[ExtraOption, ...] = ("top_k", "repetition_penalty", "min_new_tokens", "ignore_eos")
 TOKEN_VARIABLE = "HUGGINGFACEHUB_API_TOKEN"
 BILL_HEADER = "X-HF-Bill-To"
 
@@ -89,7 +91,7 @@ def read_endpoint(
             model_id=given.get("repo_id"),
             provider=given.get("provider"),
             credentials=_credentials_of(given.get("huggingfacehub_api_token"), serverless),
-            headers=headers or None,
+            headers=SecretDict(headers) if headers else None,
             timeout_seconds=given.get("timeout", 120),
             # A server that does not know these refuses them itself.
             extra_options=list(EXTRA_OPTIONS),

@@ -103,7 +103,7 @@ class HuggingFaceEndpoint(EngineLLM):
                 update={"options": options, "extra_parameters": {**block.extra_parameters, **parameters}}
             )
             given["model"] = block.url or block.model_id
-        super().__init__(endpoint=block, **given)
+        super().__init__(**{**given, "endpoint": block})
         self._task = task or self._task
         self._generation = Generation(block.options, generation.max_length, generation.min_length)
 
