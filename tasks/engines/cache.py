@@ -10,6 +10,7 @@ module holds would be copied with them.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from importlib import import_module
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
-from prefect_huggingface.tasks.engines.cache_entries import EngineEntry, EngineKey, SharedEngine, source_mark
+from prefect_huggingface.tasks.engines.cache_entries import (
+    WEIGHT_SUFFIXES,
+    EngineEntry,
+    EngineKey,
+    SharedEngine,
+    source_mark,
+)
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import EngineError
@@ -32,7 +39,6 @@ logger = get_logger(__name__)
 BUDGET_VARIABLE = "PREFECT_HUGGINGFACE_MEMORY_GB"
 DEFAULT_SHARE_OF_MEMORY = 0.8
 GIB = 2**30
-WEIGHT_SUFFIXES = (".bin", ".safetensors", ".pt", ".pth")
 
 _ENGINES = "prefect_huggingface.tasks.engines"
 ENGINE_CLASSES = {
@@ -176,8 +182,14 @@ def _forget_after_fork() -> None:
     _cache = EngineCache()
 
 
+def _unload_at_exit() -> None:
+    # A thread that is in OpenVINO when the interpreter ends would crash the process.
+    _cache.unload()
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(_unload_at_exit)
 
 
 def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:

@@ -24,11 +24,15 @@ LOADING_FIELDS = (
     "task", "backend", "device", "device_map", "dtype", "load_in", "attn_implementation", "ov_config", "engine",
     "model_kwargs", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
+WEIGHT_SUFFIXES = (".bin", ".safetensors", ".pt", ".pth", ".xml")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineKey:
-    """What an engine is known by: its class, the folder of its model, and the settings of its loading."""
+    """What an engine is known by: its class, the folder of its model, and the settings of its loading.
+
+    The settings have the times of the weights with them, so that a folder that was overwritten is another model.
+    """
 
     engine: str
     path: Path
@@ -42,7 +46,8 @@ class EngineKey:
             raise EngineError(
                 f"There is no engine for task {model.task!r} with backend {model.backend!r}. Choose another backend."
             )
-        return cls(engine, model_folder(model), _settings_of(model, LOADING_FIELDS))
+        folder = model_folder(model)
+        return cls(engine, folder, json.dumps([_settings_of(model, LOADING_FIELDS), _weight_states(folder)]))
 
 
 def model_folder(model: LocalModel) -> Path:
@@ -59,13 +64,16 @@ def model_folder(model: LocalModel) -> Path:
 def source_mark(model: LocalModel) -> str:
     """Return what tells whether two models lead to the same folder, without looking into the store.
 
-    The files of a local folder are in it with their sizes and times, so that a model that was replaced is another one.
+    The weights of a local folder are in it with their sizes and times, so that a model that was replaced is another one.
     """
-    files: list[tuple[str, int, int]] = []
-    if model.is_local:
-        states = ((file.name, file.stat()) for file in sorted(Path(model.model_id).glob("*")) if file.is_file())
-        files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    return json.dumps([_settings_of(model, (*SOURCE_FIELDS, *LOADING_FIELDS)), str(model.store_path), files])
+    states = _weight_states(Path(model.model_id)) if model.is_local else []
+    return json.dumps([_settings_of(model, (*SOURCE_FIELDS, *LOADING_FIELDS)), str(model.store_path), states])
+
+
+def _weight_states(folder: Path) -> list[tuple[str, int, int]]:
+    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    states = ((file.name, file.stat()) for file in files)
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _settings_of(model: LocalModel, names: tuple[str, ...]) -> str:
