@@ -30,7 +30,11 @@ from prefect_huggingface.tasks.storage.tables import TableFormat
 logger = get_logger(__name__)
 
 
-@flow(name="batch-inference", task_runner=ThreadPoolTaskRunner(max_workers=4))
+# Threads share one engine, so that more of them would not make it faster.
+_runner: Any = ThreadPoolTaskRunner(max_workers=4)
+
+
+@flow(name="batch-inference", task_runner=_runner)
 def batch_inference(
     model: LocalModel | InferenceEndpoint,
     source: str,

@@ -101,14 +101,14 @@ class PromptRows:
 
     def __call__(self, number: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
         """Return the request of a row."""
-        options: GenerationOptions | None | RowProblem = self._options
-        suffix = ""
+        options, suffix = self._options, ""
         if self._option_columns:
             given = {name: row[name] for name in self._option_columns if row.get(name) not in (None, "")}
             suffix = json.dumps(given, sort_keys=True, default=str)
-            options = self._row_options(given, suffix)
-            if isinstance(options, RowProblem):
-                return options
+            found = self._row_options(given, suffix)
+            if isinstance(found, RowProblem):
+                return found
+            options = found
         greedy = self._greedy and not (options is not None and options.do_sample)
         if self._prompt is not None and self._system is None:
             prompt = self._prompt.render(row)

@@ -126,7 +126,9 @@ def inspect_table(source: str, format: TableFormat | None = None) -> Table:
     if len(formats) > 1:
         raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
     (found,) = formats
-    files, columns, schema = [], (), None
+    files: list[TableFile] = []
+    columns: tuple[str, ...] = ()
+    schema = None
     for place in places:
         reader = open_reader(place, found)
         try:
