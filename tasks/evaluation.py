@@ -72,7 +72,7 @@ def compare_formats(
     """
     _check_input(model, prompts, formats)
     texts = list(prompts if prompts is not None else DEFAULT_PROMPTS)
-    models = [model.model_copy(update={"weight_format": name}) for name in formats or [model.weight_format]]
+    models = [model.model_copy(update={"weight_format": name}) for name in formats or (model.weight_format,)]
     exports = [get_export(one) for one in models]
     snapshot = get_snapshot(model)
     if is_openvino_folder(file.path for file in snapshot.files):

@@ -25,6 +25,7 @@ from prefect.logging import get_logger, get_run_logger
 
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.storage.exporter import REPORT_MARK
+from prefect_huggingface.tasks.storage.resources import free_disk
 
 RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
 """Logger of a Prefect run, or a plain one."""
@@ -33,6 +34,7 @@ SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL|AUTH", re.I
 NO_MEMORY = ("bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory")
 NO_SPACE = "No space left on device"
 NOISE = re.compile(r"TracerWarning|^\s+(if|torch|is_causal|warnings\.warn)\b")
+FULL_DISK_BYTES = 4 << 20
 TAIL_LINES = 40
 PROGRESS_SECONDS = 5.0
 
@@ -101,7 +103,7 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
         _end(process)
     if code == 0 and report.result is not None:
         return report.result
-    raise _failure(program, report, code)
+    raise _failure(program, report, code, work)
 
 
 def child_environment(work: Path, network: bool = False) -> dict[str, str]:
@@ -163,7 +165,8 @@ def _note_step(values: dict[str, Any], report: ChildReport, program: ChildProgra
         report.result = values
         return
     number = list(program.steps).index(report.step) + 1 if report.step in program.steps else 0
-    log.info("Step %d of %d: %s.", number, len(program.steps), program.describe(report.step))
+    name = f" ({values['name']})" if "name" in values else ""
+    log.info("Step %d of %d: %s%s.", number, len(program.steps), program.describe(report.step), name)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -175,7 +178,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _failure(program: ChildProgram, report: ChildReport, code: int) -> ExportError:
+def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path) -> ExportError:
     """Return the error for a child that did not come to its end."""
     text = "\n".join(report.tail)
     where = f"at the step {program.describe(report.step)!r}"
@@ -186,7 +189,8 @@ def _failure(program: ChildProgram, report: ChildReport, code: int) -> ExportErr
             exit_code=code,
             step=report.step,
         )
-    if NO_SPACE in text:
+    # OpenVINO does not say why it cannot write.
+    if NO_SPACE in text or free_disk(work) < FULL_DISK_BYTES:
         return ExportError(
             f"The disk of the store is full; the {program.purpose} failed {where}. Free some space, or set another "
             "`path` of the store.",

@@ -21,6 +21,10 @@ EXPORT_TASKS = {
     "image-text-to-text": "image-text-to-text",
 }
 GROUP_SIZES = {"int4": 128, "nf4": 128, "mxfp4": 32, "cb4": -1}
+SENSITIVITY_METRICS = (
+    "weight_quantization_error", "hessian_input_activation", "mean_activation_variance", "max_activation_variance",
+    "mean_activation_magnitude",
+)  # fmt: skip
 DATA_AWARE = ("awq", "scale_estimation", "gptq", "lora_correction")
 ONLY_FOUR_BITS = ("group_size", "ratio", "backup_precision", "sensitivity_metric", "all_layers", *DATA_AWARE)
 
@@ -137,15 +141,20 @@ def _eight_bits(options: QuantizationOptions, recommended: Mapping[str, Any] | N
 def _four_bits(
     model: LocalModel, weight_format: str, options: QuantizationOptions, recommended: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    group_size = options.group_size if options.group_size not in (None, 0) else GROUP_SIZES[weight_format]
+    group_size = GROUP_SIZES[weight_format] if options.group_size is None else options.group_size
+    fallback = options.group_size_fallback
     if weight_format == "mxfp4":
         _refuse_options(model, weight_format, DATA_AWARE)
+        # The format has groups of 32 and no others, so there is nothing to adjust.
+        fallback = "ignore" if fallback == "adjust" else fallback
+    if group_size == 0 or (weight_format == "mxfp4" and group_size != GROUP_SIZES["mxfp4"]):
+        raise PlanError(f"`group_size` {group_size!r} does not go with weight format {weight_format!r}. Leave it out.")
     base: dict[str, Any] = {
         "dtype": weight_format,
         "bits": 4,
         "sym": bool(options.sym),
         "group_size": group_size,
-        "group_size_fallback": options.group_size_fallback,
+        "group_size_fallback": fallback,
         "ratio": 1.0 if options.ratio is None else options.ratio,
         "backup_precision": options.backup_precision,
         "all_layers": options.all_layers,
@@ -207,5 +216,12 @@ def _check_data(quantization: Mapping[str, Any]) -> None:
     for name in ("scale_estimation", "gptq", "lora_correction"):
         if quantization.get(name) and quantization.get("dataset") is None:
             raise PlanError(f"`{name}` needs calibration data. Set `dataset` to texts of yours or 'auto'.")
+    metric = quantization.get("sensitivity_metric")
+    if metric is not None and metric not in SENSITIVITY_METRICS:
+        raise PlanError(
+            f"`sensitivity_metric` must be one of {', '.join(SENSITIVITY_METRICS)}, got {metric!r}. Correct it."
+        )
+    if metric not in (None, "weight_quantization_error") and quantization.get("dataset") is None:
+        raise PlanError(f"`sensitivity_metric` {metric!r} needs calibration data. Set `dataset`, or leave it out.")
     if quantization.get("gptq") and quantization.get("lora_correction"):
         raise PlanError("`gptq` and `lora_correction` exclude each other. Leave one out.")

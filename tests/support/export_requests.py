@@ -7,8 +7,22 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.records import Export
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedExport:
+    """An export that a flow made, with the messages in the log of its run."""
+
+    model: LocalModel
+    export: Export
+    messages: list[str]
+
 
 PROGRAM = """
 import json, sys, time

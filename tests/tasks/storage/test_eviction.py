@@ -108,6 +108,7 @@ def test_pruning_needs_a_size(store: Path) -> None:
     assert len(report.removed) == 2
 
 
+@pytest.mark.slow
 def test_a_new_export_makes_room_for_itself(tiny_llama: Path, store: Path) -> None:
     model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=store, max_size_gb=0.002))
     export = get_export(model)

@@ -1,0 +1,89 @@
+"""The child process: no secrets, an error that says what happened, and an end with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError, PlanError
+from prefect_huggingface.tasks.storage.child_process import child_environment
+from prefect_huggingface.tasks.storage.exports import get_export
+from support.export_requests import processes_below, published, staged, wait_for_child
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 100 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this user may not mount a disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def ask_in_thread(model: LocalModel) -> tuple[threading.Thread, list[BaseException]]:
+    """Ask for an export in a thread, and return it with the list that takes its error."""
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            get_export(model)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread, errors
+
+
+def test_the_child_knows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_KEY", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, "hf_canary")
+    environment = child_environment(tmp_path)
+    assert "hf_canary" not in environment.values()
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert not Path(environment["HF_TOKEN_PATH"]).exists()
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_a_child_that_is_killed_is_out_of_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=tmp_path / "store"))
+    thread, errors = ask_in_thread(model)
+    wait_for_child(model.store_path)
+    time.sleep(0.3)
+    for child in processes_below(model.store_path):
+        os.kill(child, signal.SIGKILL)
+    thread.join(timeout=30)
+    assert isinstance(errors[0], ExportOutOfMemoryError)
+    assert "memory" in str(errors[0])
+    assert "OpenVINO repository" in str(errors[0])
+    assert staged(model.store_path) == published(model.store_path) == []
+
+
+def test_a_full_disk_is_found_before_the_start(tiny_llama: Path, small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(b"x" * 90_000_000)
+    model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=small_disk / "store"))
+    with pytest.raises(PlanError, match="of disk and .* are free"):
+        get_export(model)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_named(tiny_llama: Path, small_disk: Path) -> None:
+    model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=small_disk / "store"))
+    thread, errors = ask_in_thread(model)
+    wait_for_child(model.store_path)
+    (small_disk / "ballast").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    thread.join(timeout=120)
+    assert isinstance(errors[0], ExportError)
+    assert "disk of the store is full" in str(errors[0])
+    assert staged(model.store_path) == published(model.store_path) == []
