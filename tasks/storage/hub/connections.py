@@ -1,20 +1,26 @@
-"""The connection to one Hub: whom to ask, with which token, and how long to wait for an answer."""
+"""The connection to one Hub: whom to ask, with which token, and how long to wait for an answer.
+
+The requests are those of `huggingface_hub`, whose own client waits without limit, follows redirects in circles, keeps
+the token in its exceptions and asks huggingface.co also when another Hub is meant.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 
 from prefect_huggingface.blocks import HuggingFaceCredentials
-from prefect_huggingface.tasks.hub_errors import InvalidTokenError, UntrustedHubError
-from prefect_huggingface.tasks.storage.hub.explanations import Subject
+from prefect_huggingface.tasks.hub_errors import HubUnavailableError, InvalidTokenError, OfflineError, UntrustedHubError
+from prefect_huggingface.tasks.storage.hub.explanations import Subject, explain_status
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
 
 if TYPE_CHECKING:
@@ -22,7 +28,11 @@ if TYPE_CHECKING:
 
 ETAG = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 LARGEST_REDIRECTION_COUNT = 5
-_LIBRARY = "prefect-huggingface"
+LARGEST_ANSWER_BYTES = 256 << 20
+ANSWER_TIMEOUTS = 10
+"""How many timeouts an answer of the API may take altogether."""
+
+USER_AGENT = "prefect-huggingface"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +62,12 @@ class HubConnection:
 
     Raises:
         InvalidTokenError: If the token is malformed.
+        OfflineError: If HF_HUB_OFFLINE is set.
     """
 
     def __init__(self, credentials: HuggingFaceCredentials, repo_id: str) -> None:
         redact_client_logs()
+        _check_online(repo_id)
         self.endpoint = credentials.endpoint
         self.repo_id = repo_id
         self.timeout = credentials.timeout_seconds
@@ -81,21 +93,37 @@ class HubConnection:
         """Return the subject of a request, for the words of an error."""
         return Subject(self.repo_id, self.endpoint, revision, self._token is not None, path)
 
-    def model_info(self, revision: str | None) -> ModelInfo:
+    def model_info(self, revision: str) -> ModelInfo:
         """Ask what the repository holds at a revision, with sizes and hashes."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import ModelInfo
+        from huggingface_hub.utils import validate_repo_id
 
-        # `False` stops the client from looking for a token by itself.
-        client = HfApi(endpoint=self.endpoint, token=self._token or False, library_name=_LIBRARY)
-        return client.model_info(self.repo_id, revision=revision, files_metadata=True, timeout=self.timeout)
+        validate_repo_id(self.repo_id)
+        address = f"{self.endpoint}/api/models/{self.repo_id}/revision/{quote(revision, safe='')}?blobs=true"
+        content, _ = self._ask(address, self.about(revision))
+        return ModelInfo(**content)
 
     def tree_page(self, commit: str, address: str | None) -> tuple[list[dict[str, Any]], str | None]:
         """Ask for one page of the file tree; return its entries and the address of the next page."""
         first = f"{self.endpoint}/api/models/{self.repo_id}/tree/{commit}?recursive=true"
-        response = self._client.get(address or first, headers=self._headers(address or first))
-        response.raise_for_status()
-        following = response.links.get("next", {}).get("url")
-        return response.json(), following
+        return self._ask(address or first, self.about(commit))
+
+    def _ask(self, address: str, about: Subject) -> tuple[Any, str | None]:
+        """Return the JSON of an answer, and the address of the next page if there is one.
+
+        Raises:
+            HubError: If the Hub refuses, or its answer does not end.
+        """
+        deadline, content = time.monotonic() + ANSWER_TIMEOUTS * self.timeout, bytearray()
+        with self._client.stream("GET", address, headers=self._headers(address)) as answer:
+            if answer.status_code != 200:
+                raise explain_status(answer.status_code, answer.headers, about)
+            for block in answer.iter_bytes():
+                content += block
+                if len(content) > LARGEST_ANSWER_BYTES or time.monotonic() > deadline:
+                    text = f"The answer of {self.endpoint!r} about {self.repo_id!r} does not end. Try again later."
+                    raise HubUnavailableError(text, **about.fields())
+            return json.loads(content), answer.links.get("next", {}).get("url")
 
     def locate(self, path: str, commit: str) -> Location:
         """Ask where a file can be read now. The answer of an unsafe server is refused.
@@ -105,36 +133,34 @@ class HubConnection:
         """
         from huggingface_hub import hf_hub_url
 
-        answer = self._head(hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.endpoint))
+        about = self.about(commit, path)
+        answer = self._head(hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.endpoint), about)
         etag = (answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or "").removeprefix("W/").strip('"')
         size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length") or ""
         if not ETAG.fullmatch(etag) or not re.fullmatch(r"[0-9]{1,18}", size):
             raise UntrustedHubError(
                 f"{self.endpoint!r} names no usable hash or size for {path!r}. Use another Hub address.",
-                **self.about(commit, path).fields(),
+                **about.fields(),
             )
         if answer.headers.get("X-Repo-Commit", commit) != commit:
             raise UntrustedHubError(
                 f"{self.endpoint!r} answers with another commit than {commit!r}. Use another Hub address.",
-                **self.about(commit, path).fields(),
+                **about.fields(),
             )
         return Location(answer.headers.get("Location") or str(answer.request.url), etag, int(size))
 
-    def _head(self, url: str) -> httpx.Response:
-        """Ask about a file. Only redirects within the Hub are followed, and not in circles as the client would."""
-        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
-
+    def _head(self, url: str, about: Subject) -> httpx.Response:
+        """Ask about a file. Only redirects within the Hub are followed, and not in circles."""
         for _ in range(LARGEST_REDIRECTION_COUNT):
             headers = {**self._headers(url), "Accept-Encoding": "identity"}
             answer = self._client.head(url, headers=headers, follow_redirects=False)
-            hf_raise_for_status(answer)
+            if answer.status_code >= 400:
+                raise explain_status(answer.status_code, answer.headers, about)
             target = answer.headers.get("Location")
             if not answer.is_redirect or target is None or urlsplit(target).netloc:
                 return answer
             url = urljoin(url, target)
-        raise UntrustedHubError(
-            f"{self.endpoint!r} redirects in a circle. Use another Hub address.", **self.about().fields()
-        )
+        raise UntrustedHubError(f"{self.endpoint!r} redirects in a circle. Use another Hub address.", **about.fields())
 
     @contextmanager
     def read(self, location: Location, start: int) -> Iterator[httpx.Response]:
@@ -150,10 +176,10 @@ class HubConnection:
         return _origin(url) == _origin(self.endpoint)
 
     def _headers(self, url: str) -> dict[str, str]:
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-        token = self._token if self._token is not None and self.is_own(url) else False
-        return dict(build_hf_headers(token=token, library_name=_LIBRARY))
+        headers = {"User-Agent": USER_AGENT}
+        if self._token is not None and self.is_own(url):
+            headers["Authorization"] = f"Bearer {self._token}"
+        return headers
 
     def _refuse_plain_http(self, request: httpx.Request) -> None:
         if self.endpoint.startswith("https:") and request.url.scheme != "https":
@@ -165,6 +191,16 @@ class HubConnection:
 def _origin(url: str) -> tuple[str, str | None, int]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _check_online(repo_id: str) -> None:
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        raise OfflineError(
+            f"{repo_id!r} is not complete here and HF_HUB_OFFLINE is set. Unset it, or set `offline` on the block.",
+            repo_id=repo_id,
+        )
 
 
 def _check_token(token: str | None, repo_id: str) -> str | None:

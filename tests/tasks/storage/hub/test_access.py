@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
 import pytest
 from pydantic import ValidationError
 
@@ -107,3 +113,26 @@ def test_a_malformed_token_of_the_machine_is_refused_before_any_request(guarded,
         fetch_snapshot(hub_model(guarded, tmp_path, "org/gated", settings={"use_ambient_token": True}))
     assert token not in str(caught.value)
     assert guarded.journal.requests == []
+
+
+def test_no_other_host_is_asked(guarded, tmp_path):
+    # The standard client asks huggingface.co for a list of agents, whichever Hub is meant.
+    code = (
+        "import sys, socket\n"
+        "hosts = set()\n"
+        "note = {'socket.connect': lambda a: hosts.add(a[1][1]), 'socket.getaddrinfo': lambda a: hosts.add(a[1])}\n"
+        "sys.addaudithook(lambda name, args: name in note and note[name](args))\n"
+        "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from support.hub_models import hub_model\n"
+        "from prefect_huggingface.tasks.storage.hub import fetch_snapshot\n"
+        f"hub = SimpleNamespace(endpoint={guarded.endpoint!r})\n"
+        f"fetch_snapshot(hub_model(hub, Path({str(tmp_path)!r}), 'org/gated', token='hf_alice'))\n"
+        "print(*sorted(map(str, hosts)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment.pop("HF_HUB_DISABLE_TELEMETRY")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    ports = {urlsplit(address).port for address in (guarded.endpoint, guarded.cdn)}
+    assert set(done.stdout.split()) == {str(port) for port in ports}

@@ -116,6 +116,11 @@ def test_dripping_for_ever_is_an_error(hub, tmp_path):
     check_failure(hub, tmp_path, HubUnavailableError)
 
 
+def test_an_answer_of_the_api_that_only_drips_is_given_up(hub, tmp_path):
+    hub.fault("drip", "api")
+    check_recovery(hub, tmp_path, settings={"timeout_seconds": 0.2})
+
+
 def test_a_truncated_answer_is_noticed_and_continued(hub, tmp_path):
     hub.fault("truncate", after=3 * MEGABYTE)
     check_recovery(hub, tmp_path)

@@ -26,10 +26,11 @@ from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files, random_bytes
 
 
-def test_a_snapshot_holds_the_right_files_with_their_hashes(hub, tmp_path):
-    repository = hub.create("org/model", files := model_files())
-    snapshot = get_snapshot(hub_model(hub, tmp_path))
-    assert (snapshot.repo_id, snapshot.commit) == ("org/model", repository.references["main"])
+@pytest.mark.parametrize("model_id", ["org/model", "model", "Org-1.5/Model_2.5-B"])
+def test_a_snapshot_holds_the_right_files_with_their_hashes(hub, tmp_path, model_id):
+    repository = hub.create(model_id, files := model_files())
+    snapshot = get_snapshot(hub_model(hub, tmp_path, model_id))
+    assert (snapshot.repo_id, snapshot.commit) == (model_id, repository.references["main"])
     check_snapshot(snapshot.path, files)
     stored = repository.commits[snapshot.commit]
     assert {f.path: (f.size, f.sha256 or f.git_sha1) for f in snapshot.files} == {

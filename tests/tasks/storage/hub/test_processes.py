@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def test_a_killed_download_is_continued_by_another_process(hub, files, tmp_path,
     check_snapshot(fetch_snapshot(hub_model(hub, tmp_path)).path, files)
     assert [r.start for r in hub.journal.gets(place="cdn")] == [0, point]
     assert hub.journal.sent(place="cdn") == SIZE
+
+
+def test_a_download_that_is_killed_after_its_last_large_file_costs_no_byte_of_it_again(hub, files, tmp_path):
+    hub.fault("stall", "resolve", path="/config.json")
+    process = DownloadProcess(hub, tmp_path, settings=PATIENT)
+    name = hashlib.sha256(files[WEIGHTS]).hexdigest()
+    wait_for(lambda: list(tmp_path.rglob(f"blobs/{name}")))
+    process.kill()
+    assert not list(tmp_path.rglob("manifests/*.json"))
+    check_snapshot(fetch_snapshot(hub_model(hub, tmp_path)).path, files)
+    assert len(hub.journal.gets(place="cdn")) == 1
 
 
 def test_a_download_that_is_killed_again_and_again_is_finished_in_the_end(hub, files, tmp_path):
