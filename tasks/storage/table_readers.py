@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 from typing_extensions import override
 
@@ -18,7 +16,6 @@ from prefect_huggingface.tasks.storage.tables import CHUNK_BYTES, CHUNK_ROWS, Ch
 
 MARK_ROWS = 50_000  # JSONL rows between two remembered byte offsets
 SAMPLE_ROWS = 1000  # JSONL rows whose columns are looked at
-MAX_CELL = 2**31 - 1
 
 _decode = json.JSONDecoder().decode
 
@@ -97,102 +94,6 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
     if not isinstance(row, dict):
         return {}, f"is no JSON object but {type(row).__name__}. Write the row as {{...}}."
     return row, None
-
-
-class CsvReader(Reader):
-    """Comma-separated values with a header. Every cell is text, exactly as it is written."""
-
-    delimiter: ClassVar[str] = ","
-
-    @override
-    def inspect(self) -> tuple[TableFile, tuple[str, ...], Any]:
-        columns, rows = None, 0
-        with self._records() as records:
-            columns = self._header(records)
-            rows = sum(1 for _ in _recovering(records))
-        digest = hash_place(self.place)
-        return TableFile(self.place.url, rows, digest), columns, "text"
-
-    @override
-    def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
-        with self._records() as records:
-            columns = self._header(records)
-            chunk, size = Chunk(start, []), 0
-            for number, cells in enumerate(_recovering(records)):
-                if number < start:
-                    continue
-                if number >= stop:
-                    break
-                problem = _csv_problem(cells, len(columns))
-                if problem:
-                    chunk.problems[len(chunk.rows)] = f"Row {number + 1} of {self.place.name!r} {problem}"
-                chunk.rows.append({} if problem else dict(zip(columns, cells, strict=True)))
-                size += sum(map(len, cells)) if isinstance(cells, list) else 0
-                if len(chunk.rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                    yield chunk
-                    chunk, size = Chunk(number + 1, []), 0
-            if chunk.rows:
-                yield chunk
-
-    def _records(self) -> _CsvFile:
-        return _CsvFile(self.place.open(self.compression()), self.delimiter)
-
-    def _header(self, records: Iterator[list[str]]) -> tuple[str, ...]:
-        try:
-            header = tuple(next(records))
-        except StopIteration:
-            raise TableError(f"{self.place.url!r} is empty. Give a file with a header and at least one row.") from None
-        if len(set(header)) < len(header):
-            raise TableError(f"{self.place.url!r} names a column twice: {list(header)!r}. Rename one of them.")
-        return header
-
-
-class _CsvFile:
-    """The records of an open CSV file, as a context manager."""
-
-    def __init__(self, raw: IO[bytes], delimiter: str) -> None:
-        self._text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        self._delimiter = delimiter
-
-    def __enter__(self) -> Iterator[list[str]]:
-        # The limit is one number per process; the module's default would refuse cells above 128 KB.
-        csv.field_size_limit(MAX_CELL)
-        return csv.reader(self._text, delimiter=self._delimiter, strict=True)
-
-    def __exit__(self, *_: object) -> None:
-        self._text.close()
-
-
-def _recovering(records: Iterator[list[str]]) -> Iterator[list[str] | str]:
-    """Yield the records that are not empty lines, and the text of the error for those that cannot be read."""
-    while True:
-        try:
-            cells = next(records)
-        except StopIteration:
-            return
-        except csv.Error as exc:
-            yield str(exc)
-            continue
-        if cells:
-            yield cells
-
-
-def _csv_problem(cells: list[str] | str, width: int) -> str | None:
-    if isinstance(cells, str):
-        return f"is no CSV: {cells}. Correct its quotes."
-    if len(cells) != width:
-        return f"has {len(cells)} cells where the header has {width}. Correct the row."
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return "is not UTF-8. Convert the file."
-    return None
-
-
-class TsvReader(CsvReader):
-    """Tab-separated values with a header."""
-
-    delimiter = "\t"
 
 
 class ColumnarReader(Reader):
@@ -277,7 +178,8 @@ def open_reader(place: Place, format: TableFormat) -> Reader:
     """Return the reader of a file."""
     if format in ("parquet", "arrow"):
         return ColumnarReader(place, format)
-    kinds: dict[str, type[Reader]] = {
-        "jsonl": JsonLinesReader, "openai": JsonLinesReader, "csv": CsvReader, "tsv": TsvReader,
-    }  # fmt: skip
-    return kinds[format](place)
+    if format in ("csv", "tsv"):
+        from prefect_huggingface.tasks.storage.csv_readers import CsvReader
+
+        return CsvReader(place, "\t" if format == "tsv" else ",")
+    return JsonLinesReader(place)

@@ -90,6 +90,16 @@ def test_from_the_file_to_the_answers(
     assert re.search(r"!\[answer lengths\]\(data:image/svg\+xml;base64,", text)
 
 
+def test_a_huge_cell_is_one_row_with_an_error(tmp_path: Path, model: LocalModel) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"country": "France"}, {"country": "long " * 2_000_000}, {"country": "Spain"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = batch_inference(model, str(source), str(destination), PROMPT)
+
+    assert summary.statuses == {"ok": 2, "too_long": 1}
+    assert [row["completion"] for row in read_rows(str(destination))] == ["Paris", "", "Madrid"]
+
+
 def test_nothing_is_overwritten_and_bad_plans_fail_at_once(tmp_path: Path, source: Path, model: LocalModel) -> None:
     destination = tmp_path / "out.jsonl"
     with pytest.raises(BatchError, match="no column 'town'"):
@@ -149,6 +159,24 @@ def test_messages_and_row_options(tmp_path: Path, model: LocalModel) -> None:
     assert rows[3]["my_generated_tokens"] == "1"
     assert float(rows[0]["my_seconds"]) > 0
     assert "chat" not in rows[0]
+
+
+def test_structured_answers_have_columns_of_their_own(tmp_path: Path, model: LocalModel) -> None:
+    source, destination = tmp_path / "in.csv", tmp_path / "out.parquet"
+    source.write_text('sentence\nMaria is 34 years old.\nPeter is 7 years old.\n""\n')
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    options: Any = {"response_format": {"json_schema": schema}, "max_new_tokens": 60}
+    batch_inference(model, str(source), str(destination), "{sentence}", options)
+    rows = read_rows(str(destination))
+
+    assert [row["status"] for row in rows] == ["ok", "ok", "empty_prompt"]
+    assert [(type(row["name"]), type(row["age"])) for row in rows] == [(str, int), (str, int), (type(None),) * 2]
+    assert json.loads(rows[0]["completion"]) == {"name": rows[0]["name"], "age": rows[0]["age"]}
 
 
 @pytest.mark.parametrize("shards", [3])
