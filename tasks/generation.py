@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.engines.cache import load_engine
 from prefect_huggingface.tasks.records import Completion, Message, Request
+from prefect_huggingface.tasks.storage.child_process import run_log
 
-logger = get_logger(__name__)
+LOGGED_CHARACTERS = 80
 
 
 def complete_prompts(
@@ -68,7 +68,7 @@ def complete_conversations(
 def stream_completion(
     model: LocalModel | InferenceEndpoint, prompt: str, options: GenerationOptions | None = None
 ) -> Iterator[str]:
-    """Yield the text of one completion piece by piece as it is generated. The log shows it line by line.
+    """Yield the text of one completion piece by piece as it is generated. The log of the run shows it.
 
     Args:
         model: Model or endpoint to use.
@@ -93,15 +93,18 @@ def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> 
 
 
 def _shown(pieces: Iterable[str]) -> Iterator[str]:
-    """Pass pieces on and log their text, one entry per line."""
+    """Pass pieces on and log their text as it comes: at line ends, and where a line gets long."""
+    log = run_log()
     line = ""
     for piece in pieces:
         yield piece
         *lines, line = (line + piece).split("\n")
+        if len(line) > LOGGED_CHARACTERS:
+            lines, line = [*lines, line], ""
         for whole in lines:
-            logger.info("%s", whole)
+            log.info("%s", whole)
     if line:
-        logger.info("%s", line)
+        log.info("%s", line)
 
 
 generate_text = task(name="generate-text", cache_policy=NO_CACHE)(complete_prompts)

@@ -64,7 +64,7 @@ def model_folder(model: LocalModel) -> Path:
 def source_mark(model: LocalModel) -> str:
     """Return what tells whether two models lead to the same folder, without looking into the store.
 
-    The weights of a local folder are in it with their sizes and times, so that a model that was replaced is another one.
+    The weights of a local folder are in it with their sizes and times, so that a replaced model is another one.
     """
     states = _weight_states(Path(model.model_id)) if model.is_local else []
     return json.dumps([_settings_of(model, (*SOURCE_FIELDS, *LOADING_FIELDS)), str(model.store_path), states])
