@@ -96,12 +96,12 @@ class HubConnection:
     def model_info(self, revision: str) -> ModelInfo:
         """Ask what the repository holds at a revision, with sizes and hashes."""
         from huggingface_hub import ModelInfo
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         validate_repo_id(self.repo_id)
         address = f"{self.endpoint}/api/models/{self.repo_id}/revision/{quote(revision, safe='')}?blobs=true"
         content, _ = self._ask(address, self.about(revision))
-        return ModelInfo(**content)
+        return ModelInfo(**content)  # type: ignore[no-untyped-call]
 
     def tree_page(self, commit: str, address: str | None) -> tuple[list[dict[str, Any]], str | None]:
         """Ask for one page of the file tree; return its entries and the address of the next page."""
