@@ -57,8 +57,9 @@ class RowFeed:
         """Commit the answer of a request, for all rows that wait for it."""
         row = int(completion.request_id or 0)
         digest = self._digests.pop(row, None)
+        text = completion.text if completion.error is None else completion.text or None
         fields = (
-            completion.text, completion.status, completion.finish_reason, completion.prompt_tokens,
+            text, completion.status, completion.finish_reason, completion.prompt_tokens,
             completion.generated_tokens, completion.seconds, completion.error, _details(completion),
         )  # fmt: skip
         answers: Answers = [(row, *fields, False, digest)]

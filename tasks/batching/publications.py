@@ -135,7 +135,7 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
 
 
 def _answered(job: BatchJob, journal: Journal) -> Iterator[tuple[Chunk, Any]]:
-    rows = JournalRows(journal, job.key, journal.check(job.key))
+    rows = JournalRows(journal, job.key)
     for chunk in read_chunks(job.table):
         answers = rows.take(chunk.first, chunk.first + len(chunk))
         if answers.num_rows != len(chunk):

@@ -93,12 +93,12 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
     began = time.time()
     record = journal.read_job() or {}
     job = BatchJob.from_dict(record)
-    spans = [span for span in journal.check(job.key) if span.last >= shard.start and span.first < shard.stop]
+    names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
     should_stop = _StopCheck(journal, shard.attempt)
-    done = _Done(JournalRows(journal, job.key, spans), shard.retry_before, should_stop)
+    done = _Done(JournalRows(journal, job.key, names), shard.retry_before, should_stop)
     finished = 0
     with ExitStack() as stack:
-        writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch, shard.start))
+        writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
         index = stack.enter_context(AnswerIndex()) if shard.settings.deduplicate else None
 
         def commit(answers: list[tuple[object, ...]]) -> None:

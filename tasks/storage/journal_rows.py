@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from prefect_huggingface.tasks.storage.journals import Journal, SegmentSpan
-from prefect_huggingface.tasks.storage.segments import segment_schema
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.segments import SegmentError, SegmentName, segment_schema
 
 
 class JournalRows:
@@ -18,12 +19,13 @@ class JournalRows:
     Args:
         journal: Journal to read.
         job: Key of its job.
-        spans: Where its segments lie, from `Journal.check`.
+        names: Segments to look at; all of the journal by default.
     """
 
-    def __init__(self, journal: Journal, job: str, spans: Iterable[SegmentSpan]) -> None:
+    def __init__(self, journal: Journal, job: str, names: Iterable[SegmentName] | None = None) -> None:
         self._journal, self._job = journal, job
-        self._waiting = sorted(spans, key=lambda span: (span.first, span.name), reverse=True)
+        chosen = journal.names() if names is None else names
+        self._waiting = sorted(chosen, key=lambda name: (name.first, name), reverse=True)
         self._open: list[Any] = []
 
     def take(self, start: int, stop: int) -> Any:
@@ -31,15 +33,15 @@ class JournalRows:
 
         It has the columns of a segment and the epoch. A row of a later epoch replaces one of an earlier. Rows before
         `stop` cannot be taken any more.
+
+        Raises:
+            BatchError: If a segment cannot be trusted any more.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
 
         while self._waiting and self._waiting[-1].first < stop:
-            span = self._waiting.pop()
-            table = self._journal.load(span.name, self._job)
-            epoch = pa.array([span.name.epoch] * table.num_rows, pa.int32())
-            self._open.append(table.append_column("epoch", epoch))
+            self._open.append(self._load(self._waiting.pop()))
         taken, kept = [], []
         for table in self._open:
             rows = table["row"]
@@ -51,6 +53,18 @@ class JournalRows:
         if not taken:
             return segment_schema().append(pa.field("epoch", pa.int32())).empty_table()
         return _latest(pa.concat_tables(taken).combine_chunks())
+
+    def _load(self, name: SegmentName) -> Any:
+        import pyarrow as pa
+
+        try:
+            table = self._journal.load(name, self._job)
+        except SegmentError as exc:
+            raise BatchError(
+                f"Segment {str(name)!r} of the journal {self._journal.place.url!r} is damaged: {exc}. Start again: "
+                "it is set aside then, and its rows are generated again."
+            ) from None
+        return table.append_column("epoch", pa.array([name.epoch] * table.num_rows, pa.int32()))
 
 
 def _latest(table: Any) -> Any:

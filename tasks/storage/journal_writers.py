@@ -26,11 +26,10 @@ class JournalWriter:
         journal: Journal to write to.
         job: Key of the job.
         epoch: Number of the run.
-        start: First row of the shard.
     """
 
-    def __init__(self, journal: Journal, job: str, epoch: int, start: int) -> None:
-        self._journal, self._job, self._epoch, self._start = journal, job, epoch, start
+    def __init__(self, journal: Journal, job: str, epoch: int) -> None:
+        self._journal, self._job, self._epoch = journal, job, epoch
         self._attempt = os.urandom(4).hex()
         self._first_interval = FIRST_INTERVAL_SECONDS if journal.place.is_local else REMOTE_INTERVAL_SECONDS
         self._number = 0
@@ -39,7 +38,7 @@ class JournalWriter:
         self._closed = False
         self._error: BaseException | None = None
         self._began = self._committed = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name=f"journal-{start}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
         self._thread.start()
 
     def add(self, answers: list[tuple[Any, ...]]) -> None:
@@ -111,7 +110,10 @@ class JournalWriter:
     def _commit(self, rows: list[tuple[Any, ...]]) -> None:
         failed = sum(row[7] is not None for row in rows)
         tokens = sum(row[5] for row in rows if not row[9])
-        name = SegmentName(self._epoch, self._start, self._attempt, self._number, len(rows), failed, tokens)
+        numbers = [row[0] for row in rows]
+        name = SegmentName(
+            self._epoch, self._attempt, self._number, min(numbers), max(numbers), len(rows), failed, tokens
+        )
         self._journal.append(name, self._job, rows)
         self._number += 1
         self._committed = time.monotonic()

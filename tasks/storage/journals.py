@@ -42,15 +42,6 @@ class JournalCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentSpan:
-    """A segment and the rows between which it lies."""
-
-    name: SegmentName
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
 class Journal:
     """Access to the journal at a place. It holds nothing in memory and can travel between processes.
 
@@ -103,9 +94,13 @@ class Journal:
         """Tell whether the shards of a run have to stop: they were asked to, or another run has taken over."""
         return self.place.child("stop").exists() or self.read_attempt().get("id") != attempt
 
+    def names(self) -> list[SegmentName]:
+        """Return the names of all segments, which are not read."""
+        return [name for name in map(SegmentName.parse, self.segments.names()) if name]
+
     def count(self) -> JournalCounts:
         """Return the counts that the names of the segments tell, without reading them."""
-        names = [name for name in map(SegmentName.parse, self.segments.names()) if name]
+        names = self.names()
         return JournalCounts(
             sum(name.rows for name in names),
             sum(name.failed for name in names),
@@ -123,25 +118,34 @@ class Journal:
         Raises:
             SegmentError: If the segment cannot be trusted.
         """
-        return decode_segment(job, self.segments.child(str(name)).read())[1]
+        import pyarrow.compute as pc
 
-    def check(self, job: str) -> list[SegmentSpan]:
-        """Read every segment, set those aside that cannot be trusted, and return where the others lie."""
-        spans = []
-        for name in self.segments.names():
-            place, parsed = self.segments.child(name), SegmentName.parse(name)
-            if parsed is None:
-                if name.endswith(".tmp"):
-                    place.remove()
+        table = decode_segment(job, self.segments.child(str(name)).read())
+        bounds = pc.min_max(table["row"]).as_py()
+        if (name.rows, name.first, name.last) != (table.num_rows, bounds["min"], bounds["max"]):
+            raise SegmentError("its rows are not those that its name tells")
+        return table
+
+    def check(self, job: str) -> list[SegmentName]:
+        """Read every segment, set those aside that cannot be trusted, and return the names of the others.
+
+        Call it only while the journal is owned and no shard runs.
+        """
+        trusted = []
+        for text in self.segments.names():
+            name = SegmentName.parse(text)
+            if name is None:
+                if text.endswith(".tmp"):  # what a killed process was about to rename
+                    self.segments.child(text).remove()
                 continue
             try:
-                head, _ = decode_segment(job, place.read())
+                self.load(name, job)
             except SegmentError as exc:
-                logger.warning("Segment %s is set aside, %s. Its rows are generated again.", place.url, exc)
-                self._set_aside(place)
+                logger.warning("Segment %s is set aside: %s. Its rows are generated again.", text, exc)
+                self._set_aside(self.segments.child(text))
                 continue
-            spans.append(SegmentSpan(parsed, head["first"], head["last"]))
-        return spans
+            trusted.append(name)
+        return trusted
 
     def remove(self) -> None:
         """Delete the journal."""

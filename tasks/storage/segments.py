@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 MAGIC = "prefect-huggingface-segment-1"
-NAME = re.compile(r"^e(\d{3,})-(\d{12})-([0-9a-f]{8})-(\d{6,})-r(\d+)-f(\d+)-t(\d+)\.segment$")
+NAME = re.compile(r"^e(\d{3,})-([0-9a-f]{8})-(\d{6,})-(\d{12,})-(\d{12,})-r(\d+)-f(\d+)-t(\d+)\.segment$")
 
 
 class SegmentError(Exception):
@@ -29,18 +29,20 @@ class SegmentName:
 
     Attributes:
         epoch: Number of the run that wrote it. A row of a later epoch replaces one of an earlier.
-        start: First row of the shard that it belongs to.
-        attempt: Random name of the attempt at that shard.
+        attempt: Random name of the attempt at a shard that it belongs to.
         number: Number within the attempt.
+        first: Least number of its rows.
+        last: Greatest number of its rows.
         rows: Number of rows in it.
         failed: Number of those that failed.
         tokens: Number of tokens that were generated for them.
     """
 
     epoch: int
-    start: int
     attempt: str
     number: int
+    first: int
+    last: int
     rows: int
     failed: int
     tokens: int
@@ -51,12 +53,12 @@ class SegmentName:
         found = NAME.match(name)
         if found is None:
             return None
-        epoch, start, attempt, *rest = found.groups()
-        return cls(int(epoch), int(start), attempt, *map(int, rest))
+        epoch, attempt, *rest = found.groups()
+        return cls(int(epoch), attempt, *map(int, rest))
 
     def __str__(self) -> str:
         return (
-            f"e{self.epoch:03}-{self.start:012}-{self.attempt}-{self.number:06}"
+            f"e{self.epoch:03}-{self.attempt}-{self.number:06}-{self.first:012}-{self.last:012}"
             f"-r{self.rows}-f{self.failed}-t{self.tokens}.segment"
         )
 
@@ -128,16 +130,15 @@ def encode_segment(job: str, answers: Sequence[tuple[Any, ...]]) -> bytes:
     with pa.ipc.new_stream(body, schema) as stream:
         stream.write_batch(batch)
     content = body.getvalue()
-    rows = [answer[0] for answer in answers]
     head = {
-        "magic": MAGIC, "job": job, "rows": len(rows), "first": min(rows), "last": max(rows), "bytes": len(content),
+        "magic": MAGIC, "job": job, "rows": len(answers), "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip
     return json.dumps(head).encode() + b"\n" + content
 
 
-def decode_segment(job: str, content: bytes) -> tuple[dict[str, Any], Any]:
-    """Return the head and the `pyarrow.Table` of a segment.
+def decode_segment(job: str, content: bytes) -> Any:
+    """Return the rows of a segment as a `pyarrow.Table`.
 
     Raises:
         SegmentError: If it is torn, changed, or of another job.
@@ -159,4 +160,4 @@ def decode_segment(job: str, content: bytes) -> tuple[dict[str, Any], Any]:
         raise SegmentError(f"it is no segment: {type(exc).__name__}") from None
     if table.num_rows != head["rows"] or table.schema != segment_schema():
         raise SegmentError("its rows are not those that its head names")
-    return head, table
+    return table

@@ -14,8 +14,8 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.tasks.batching.runs import cut_shards
 from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.segments import SegmentName
 
 pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingface[dask]"')
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
@@ -27,8 +27,9 @@ OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
 
 def attempts(journal: Journal) -> set[tuple[int, str]]:
     """Shards and attempts that have committed rows."""
-    names = map(SegmentName.parse, journal.segments.names())
-    return {(name.start, name.attempt) for name in names if name}
+    cut = cut_shards(ROWS, SHARDS)
+    shards = {name: next(start for start, stop in cut if name.first < stop) for name in journal.names()}
+    return {(start, name.attempt) for name, start in shards.items()}
 
 
 def kill_a_worker(journal: Journal, cluster: Any, killed: list[int]) -> None:

@@ -14,7 +14,6 @@ import pytest
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.segments import SegmentName
 from support.batch_runs import read_answers, start_batch
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -35,9 +34,8 @@ def committed_rows(journal: Journal) -> set[int]:
     """Rows in whole segments. The journal must not be in use."""
     rows: set[int] = set()
     job = (journal.read_job() or {}).get("key", "")
-    for name in map(SegmentName.parse, journal.segments.names()):
-        if name:
-            rows |= set(journal.load(name, job)["row"].to_pylist())
+    for name in journal.names():
+        rows |= set(journal.load(name, job)["row"].to_pylist())
     return rows
 
 

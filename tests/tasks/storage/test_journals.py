@@ -34,8 +34,11 @@ def answer(row: int, text: str = "", error: str | None = None) -> tuple[Any, ...
     return Answer(row, text or f"text {row}", "ok", "stop", 3, 4, 0.5, error).as_tuple()
 
 
-def name(number: int, rows: int = 1, epoch: int = 1) -> SegmentName:
-    return SegmentName(epoch, 0, "0123abcd", number, rows, 0, 0)
+def append(journal: Journal, number: int, answers: list[tuple[Any, ...]], epoch: int = 1) -> SegmentName:
+    rows = [answer[0] for answer in answers]
+    name = SegmentName(epoch, "0123abcd", number, min(rows), max(rows), len(rows), 0, 0)
+    journal.append(name, JOB, answers)
+    return name
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -45,7 +48,7 @@ def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
 
 
 def test_names_tell_the_counts() -> None:
-    segment = SegmentName(12, 5000, "00ff00ff", 7, 512, 3, 99)
+    segment = SegmentName(12, "00ff00ff", 7, 5000, 9000, 512, 3, 99)
     assert SegmentName.parse(str(segment)) == segment
     assert SegmentName.parse("notes.txt") is None
     assert Answer.__slots__[0] == "row"
@@ -56,8 +59,8 @@ def test_rows_come_back_in_order_whatever_the_order_of_writing(journal: Journal)
     rows = list(range(1000))
     random.Random(7).shuffle(rows)
     for number in range(10):
-        journal.append(name(number, 100), JOB, [answer(row) for row in rows[number * 100 : number * 100 + 100]])
-    sweep = JournalRows(journal, JOB, journal.check(JOB))
+        append(journal, number, [answer(row) for row in rows[number * 100 : number * 100 + 100]])
+    sweep = JournalRows(journal, JOB)
 
     taken = [sweep.take(start, start + 64) for start in range(0, 1000, 64)]
     assert [row for table in taken for row in table["row"].to_pylist()] == list(range(1000))
@@ -66,20 +69,21 @@ def test_rows_come_back_in_order_whatever_the_order_of_writing(journal: Journal)
 
 
 def test_a_later_epoch_replaces_rows_and_no_row_comes_twice(journal: Journal) -> None:
-    journal.append(name(0, 3), JOB, [answer(0), answer(1, error="bad"), answer(2)])
-    journal.append(name(1, 2), JOB, [answer(2), answer(3)])
-    journal.append(name(0, 1, epoch=2), JOB, [answer(1, "better")])
+    append(journal, 0, [answer(0), answer(1, error="bad"), answer(2)])
+    append(journal, 1, [answer(2), answer(3)])
+    append(journal, 0, [answer(1, "better")], epoch=2)
 
-    table = JournalRows(journal, JOB, journal.check(JOB)).take(0, 10)
+    table = JournalRows(journal, JOB).take(0, 10)
     assert table["row"].to_pylist() == [0, 1, 2, 3]
     assert table["completion"].to_pylist()[1] == "better"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "other version", "not a segment", "longer"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "flipped", "empty", "foreign", "other version", "not a segment", "longer", "other rows"]
+)
 def test_damaged_segments_are_set_aside(journal: Journal, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    journal.append(name(0), JOB, [answer(0)])
-    journal.append(name(1), JOB, [answer(1)])
-    place = journal.segments.child(str(name(1)))
+    append(journal, 0, [answer(0)])
+    place = journal.segments.child(str(append(journal, 1, [answer(1)])))
     content = bytearray(place.read())
     if damage == "flipped":
         content[-200] ^= 1
@@ -89,23 +93,26 @@ def test_damaged_segments_are_set_aside(journal: Journal, damage: str, caplog: p
             "flipped": bytes(content),
             "empty": b"",
             "foreign": encode_segment("b" * 32, [answer(1)]),
+            "other rows": encode_segment(JOB, [answer(2)]),
             "other version": bytes(content).replace(b"segment-1", b"segment-9"),
             "not a segment": b"[]\n",
             "longer": bytes(content) + b"\0",
         }[damage]
     )
-    spans = journal.check(JOB)
+    with pytest.raises(BatchError, match="is damaged"):
+        JournalRows(journal, JOB).take(0, 10)
+    names = journal.check(JOB)
 
-    assert [span.name.number for span in spans] == [0]
-    assert JournalRows(journal, JOB, spans).take(0, 10)["row"].to_pylist() == [0]
+    assert [name.number for name in names] == [0]
+    assert JournalRows(journal, JOB, names).take(0, 10)["row"].to_pylist() == [0]
     assert sum(found.endswith(".damaged") for found in journal.segments.names()) == 1
-    assert journal.check(JOB) == spans  # it is noticed once
+    assert journal.check(JOB) == names  # it is noticed once
 
 
 def test_every_cut_and_every_flipped_bit_is_noticed() -> None:
     content = encode_segment(JOB, [answer(row) for row in range(5)])
     head = content.index(b"\n")
-    assert decode_segment(JOB, content)[1].num_rows == 5
+    assert decode_segment(JOB, content).num_rows == 5
     for end in range(len(content)):
         with pytest.raises(SegmentError):
             decode_segment(JOB, content[:end])
@@ -137,7 +144,7 @@ def test_stopping_and_being_taken_over(journal: Journal) -> None:
 
 def test_the_writer_commits_without_being_closed(tmp_path: Path) -> None:
     journal = Journal(Place.of(tmp_path))
-    with JournalWriter(journal, JOB, 1, 0) as writer:
+    with JournalWriter(journal, JOB, 1) as writer:
         writer.add([answer(0)])
         deadline = time.monotonic() + 10
         while journal.count().rows == 0 and time.monotonic() < deadline:
@@ -145,12 +152,12 @@ def test_the_writer_commits_without_being_closed(tmp_path: Path) -> None:
         assert journal.count().rows == 1
         writer.add([answer(row) for row in range(1, 2000)])
     assert journal.count().rows == 2000
-    assert JournalRows(journal, JOB, journal.check(JOB)).take(0, 3000)["row"].to_pylist() == list(range(2000))
+    assert JournalRows(journal, JOB).take(0, 3000)["row"].to_pylist() == list(range(2000))
 
 
 def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path) -> None:
     (tmp_path / "segments").write_text("a file where the folder should be")
-    writer = JournalWriter(Journal(Place.of(tmp_path)), JOB, 1, 0)
+    writer = JournalWriter(Journal(Place.of(tmp_path)), JOB, 1)
     writer.add([answer(0)])
     with pytest.raises(OSError, match="segments"):
         writer.close()
@@ -161,7 +168,7 @@ import sys
 from prefect_huggingface.tasks.storage.journal_writers import JournalWriter
 from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.places import Place
-writer = JournalWriter(Journal(Place.of(sys.argv[1])), "a" * 32, int(sys.argv[2]), 0)
+writer = JournalWriter(Journal(Place.of(sys.argv[1])), "a" * 32, int(sys.argv[2]))
 row = int(sys.argv[3])
 print("writing", flush=True)
 while True:
@@ -181,9 +188,9 @@ def test_killed_writers_leave_whole_segments_only(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        spans = journal.check(JOB)
-        first = max((span.last for span in spans), default=-1) + 1
-    rows = JournalRows(journal, JOB, spans).take(0, first)["row"].to_pylist()
+        names = journal.check(JOB)
+        first = max((name.last for name in names), default=-1) + 1
+    rows = JournalRows(journal, JOB, names).take(0, first)["row"].to_pylist()
 
     assert rows == list(range(first))
     assert not any(found.endswith((".tmp", ".damaged")) for found in journal.segments.names())
