@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.tasks.engines.answers import Answer
+from prefect_huggingface.tasks.engines.torch_loading import input_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +88,7 @@ class DenseBatch:
     def __init__(self, model: Any, pad_token: int) -> None:
         self._model = model
         self._pad = pad_token
+        self._device = input_device(model)
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_last_only = "logits_to_keep" in parameters
@@ -178,7 +180,7 @@ class DenseBatch:
         return cache
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        device = self._model.get_input_embeddings().weight.device
+        device = self._device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if self._takes_positions:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]

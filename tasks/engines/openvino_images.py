@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from prefect_huggingface.tasks.engines.image_engine import ImageReader, Scene
 from prefect_huggingface.tasks.engines.images import check_pillow
 from prefect_huggingface.tasks.engines.openvino_text import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
-from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.records import Completion
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
@@ -99,7 +99,7 @@ def write_tagged_prompt(prompts: PromptWriter, scene: Scene) -> Prompt:
     """
     request = scene.submission.request
     if request.prompt is not None:
-        prompt = prompts.write(Request(prompt=request.prompt))
+        prompt = prompts.write(replace(request, images=()))
         if prompt.text == request.prompt:
             return prompt
     if prompts.template is None:

@@ -16,8 +16,8 @@ from prefect_huggingface.tasks.engines.answer_engine import AnswerEngine
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.openvino_devices import choose_device, compile_properties
-from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context
-from prefect_huggingface.tasks.engines.text_jobs import TextJobs
+from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.text_jobs import TextJobs, skip
 from prefect_huggingface.tasks.engines.tokenization import pad_token
 from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
 from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes, free_cached_memory, is_out_of_memory
@@ -135,7 +135,13 @@ class Seq2SeqJobs(TextJobs):
         if hasattr(loaded.config, "relative_attention_num_buckets"):
             self.context_length = None
 
-    def _job(self, submission: Submission, options: GenerationOptions) -> Job | None:
+    def make(self, submission: Submission) -> Job | None:
+        """Return the job of a request, or None where it is completed already.
+
+        Raises:
+            RequestError: If the request cannot be worked on.
+        """
+        options = resolve_options(self._defaults, submission.request)
         prompt = self.prompts.write(submission.request)
         text = prompt.text if prompt.text.startswith(self._prefix) else self._prefix + prompt.text
         ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
@@ -143,6 +149,7 @@ class Seq2SeqJobs(TextJobs):
         one_new = options.model_copy(update={"max_new_tokens": 0})
         fitting = fit_context(ids, one_new, self.context_length)
         if fitting is None:
+            skip(submission, len(ids))
             return None
         return self.job_of(submission, options, fitting, echo=prompt.text if options.echo else "", seen_ids=())
 

@@ -45,17 +45,11 @@ class TextJobs:
             RequestError: If the request cannot be worked on.
         """
         options = resolve_options(self._defaults, submission.request)
-        job = self._job(submission, options)
-        if job is None:
-            submission.complete(Completion("", "skipped", seconds=submission.seconds, request_id=submission.request.id))
-        return job
-
-    def _job(self, submission: Submission, options: GenerationOptions) -> Job | None:
-        """Return the job of a request, or None where it is to be skipped."""
         prompt = self.prompts.write(submission.request)
         ids = self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         fitting = fit_context(ids, options, self.context_length)
         if fitting is None:
+            skip(submission, len(ids))
             return None
         return self.job_of(submission, options, fitting, echo=prompt.text if options.echo else "")
 
@@ -115,3 +109,10 @@ class TextJobs:
                 submission.complete(job.completion())
             except RequestError as exc:
                 fail(submission, exc.code, str(exc), **counts)
+
+
+def skip(submission: Submission, prompt_tokens: int) -> None:
+    """Complete a submission whose prompt is too long and is to be skipped."""
+    submission.complete(
+        Completion("", "skipped", prompt_tokens, seconds=submission.seconds, request_id=submission.request.id)
+    )

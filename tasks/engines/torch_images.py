@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene
 from prefect_huggingface.tasks.engines.images import check_pillow
 from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
-from prefect_huggingface.tasks.engines.text_jobs import TextJobs
+from prefect_huggingface.tasks.engines.text_jobs import TextJobs, skip
 from prefect_huggingface.tasks.engines.tokenization import pad_token
-from prefect_huggingface.tasks.engines.torch_loading import load_processor, load_torch_model
+from prefect_huggingface.tasks.engines.torch_loading import input_device, load_processor, load_torch_model
 from prefect_huggingface.tasks.engines.whole_batches import prepare_model, run_beams, run_whole_batch
-from prefect_huggingface.tasks.records import Completion, Request
 
 
 class TorchImageEngine(ImageEngine):
@@ -61,8 +61,7 @@ class TorchImageEngine(ImageEngine):
         inputs = self._inputs(prompt, scene)
         ids = inputs["input_ids"][0].tolist()
         if not self._fits(ids, options):
-            completion = Completion("", "skipped", prompt_tokens=len(ids), request_id=scene.submission.request.id)
-            scene.submission.complete(completion)
+            skip(scene.submission, len(ids))
             return
         job = self._jobs.job_of(scene.submission, options, ids, echo=prompt.text if options.echo else "")
         if options.num_beams > 1:
@@ -86,7 +85,7 @@ class TorchImageEngine(ImageEngine):
                 f"The processor of the model refuses the text with {len(scene.images)} images: "
                 f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
             ) from exc
-        return dict(inputs.to(self._model.device, self._model.dtype))
+        return dict(inputs.to(input_device(self._model), self._model.dtype))
 
     def _fits(self, ids: list[int], options: GenerationOptions) -> bool:
         """Tell whether a prompt fits the context; one with images cannot be cut.
@@ -104,7 +103,7 @@ def write_prompt(prompts: PromptWriter, scene: Scene) -> Prompt:
     """Return the prompt of a scene, through the chat template where one is to be used."""
     request = scene.submission.request
     if request.prompt is not None:
-        prompt = prompts.write(Request(prompt=request.prompt))
+        prompt = prompts.write(replace(request, images=()))
         if prompt.text == request.prompt:
             return prompt
     if prompts.template is None:

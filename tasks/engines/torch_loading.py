@@ -142,6 +142,19 @@ def available_devices() -> list[str]:
     return ["cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))]
 
 
+def input_device(loaded: Any) -> Any:
+    """Return the device that takes the token ids of a model, which may be spread over several or kept on disk."""
+    # Models of Optimum have no embeddings of torch.
+    embeddings = loaded.get_input_embeddings() if hasattr(loaded, "hf_device_map") else None
+    hook = getattr(embeddings, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        import torch
+
+        return torch.device(device)
+    return loaded.device if embeddings is None else embeddings.weight.device
+
+
 def _source(model: LocalModel) -> dict[str, Any]:
     # The files are here already; nothing may be asked of the Hub.
     return {"local_files_only": True, "trust_remote_code": model.trust_remote_code}

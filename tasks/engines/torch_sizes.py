@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect_huggingface.blocks import EngineOptions
 from prefect_huggingface.tasks.engines.answers import Answer
+from prefect_huggingface.tasks.engines.torch_loading import input_device
 
 CPU_SEQUENCES, CPU_STEP_TOKENS, CPU_MEMORY_SHARE = 64, 2048, 0.25
 GPU_SEQUENCES, GPU_STEP_TOKENS, GPU_MEMORY_SHARE = 128, 16384, 0.8
@@ -34,7 +35,7 @@ class EngineSizes:
     @classmethod
     def of(cls, loaded: Any, options: EngineOptions) -> EngineSizes:
         """Choose the sizes by the device of a loaded model, where the options leave them open."""
-        on_cpu = loaded.device.type == "cpu"
+        on_cpu = input_device(loaded).type == "cpu"
         return cls(
             sequences=options.max_num_seqs or (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES),
             step_tokens=options.max_num_batched_tokens or (CPU_STEP_TOKENS if on_cpu else GPU_STEP_TOKENS),
@@ -75,10 +76,11 @@ def _final_columns(answer: Answer) -> int:
 
 
 def _free_memory(loaded: Any) -> int:
-    if loaded.device.type == "cuda":
+    device = input_device(loaded)
+    if device.type == "cuda":
         import torch
 
-        return int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(loaded.device)[0])
+        return int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
     import psutil
 
     return int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)

@@ -13,6 +13,7 @@ from typing import Any
 from prefect_huggingface.tasks.engines.answers import Answer, Job
 from prefect_huggingface.tasks.engines.sampling import choose_tokens, log_probabilities
 from prefect_huggingface.tasks.engines.stopping import Decode
+from prefect_huggingface.tasks.engines.torch_loading import input_device
 
 Take = Callable[[Answer, int, float | None], None]
 
@@ -160,4 +161,5 @@ def padded_inputs(rows: Sequence[Sequence[int]], model: Any, *, left: bool) -> d
         place = slice(longest - len(row), None) if left else slice(0, len(row))
         ids[index, place] = torch.tensor(row)
         mask[index, place] = 1
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    device = input_device(model)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

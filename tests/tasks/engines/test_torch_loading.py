@@ -44,6 +44,13 @@ def test_placements_of_one_model_say_the_same(tiny_llama, expected, settings):
     assert answer(tiny_llama, **settings) == expected
 
 
+def test_layers_that_do_not_fit_are_kept_on_disk(tiny_llama, expected, tmp_path):
+    places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map = {**places, "model.rotary_emb": "cpu", "lm_head": "disk"}
+    settings = {"device_map": device_map, "model_kwargs": {"offload_folder": str(tmp_path)}}
+    assert answer(tiny_llama, **settings) == expected
+
+
 def test_lower_precision_runs(tiny_llama):
     with TorchTextEngine(tiny_llama, block(tiny_llama, device="cpu", dtype="bfloat16")) as engine:
         assert str(engine._model.dtype) == "torch.bfloat16"
