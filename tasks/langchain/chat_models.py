@@ -244,7 +244,7 @@ class ChatHuggingFace(BaseChatModel):
     def _to_chat_prompt(self, messages: list[BaseMessage]) -> str:
         """Return the prompt that messages come to."""
         engine = self.llm.get_engine()
-        read, _ = read_messages(messages)
+        read = read_messages(messages)
         prompt = written_prompt(engine, read, tokenizer=self.tokenizer)
         return render_messages(engine, read) if prompt is None else prompt
 

@@ -50,8 +50,7 @@ def chat_request(
     """
     settings = {name: value for name, value in settings.items() if name not in STREAM_ARGUMENTS}
     tools, shown = _take_tools(engine, settings)
-    read, images = read_messages(messages)
-    settings["images"] = (*settings.pop("images", ()), *images)
+    read = read_messages(messages)
     prompt = written_prompt(engine, read, shown, tokenizer)
     if prompt is not None:
         return ChatRequest(llm.make_request(engine, prompt, settings, stop), tools)

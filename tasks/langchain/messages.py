@@ -28,20 +28,21 @@ ROLE_OF: tuple[tuple[type[BaseMessage], str], ...] = (
 SKIPPED_BLOCKS = ("tool_call", "tool_use", "reasoning", "thinking")
 
 
-def read_messages(messages: Sequence[BaseMessage]) -> tuple[list[Message], tuple[str, ...]]:
-    """Return the messages in the form of chat templates, and the images in them as paths or URLs.
+def read_messages(messages: Sequence[BaseMessage]) -> list[Message]:
+    """Return the messages in the form of chat templates.
+
+    The content is a text, or, where there are images in it, a list of parts in which the images have their place.
 
     Raises:
         SettingsError: If there is no message, or one has an unknown role or content.
     """
     if not messages:
         raise SettingsError("`messages` must hold at least one message, got []. Add a human message.")
-    images: list[str] = []
-    return [_read_message(message, images) for message in messages], tuple(images)
+    return [_read_message(message) for message in messages]
 
 
-def _read_message(message: BaseMessage, images: list[str]) -> Message:
-    read: dict[str, Any] = {"role": _role_of(message), "content": _text_of(message.content, images)}
+def _read_message(message: BaseMessage) -> Message:
+    read: dict[str, Any] = {"role": _role_of(message), "content": _read_content(message.content)}
     if isinstance(message, AIMessage) and message.tool_calls:
         read["tool_calls"] = [
             {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
@@ -63,23 +64,22 @@ def _role_of(message: BaseMessage) -> str:
     return role
 
 
-def _text_of(content: str | list[Any], images: list[str]) -> str:
-    """Return the text of a content, and put its images to the others."""
+def _read_content(content: str | list[Any]) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    texts = []
+    parts: list[dict[str, Any]] = []
     for block in content:
-        if isinstance(block, str):
-            texts.append(block)
-        elif block.get("type") == "text":
-            texts.append(block["text"])
+        if isinstance(block, str) or block.get("type") == "text":
+            parts.append({"type": "text", "text": block if isinstance(block, str) else block["text"]})
         elif block.get("type") in ("image", "image_url"):
-            images.append(_image_of(block))
+            parts.append({"type": "image_url", "image_url": {"url": _image_of(block)}})
         elif block.get("type") not in SKIPPED_BLOCKS:
             raise SettingsError(
                 f"A block of a message must be a text or an image, got type {block.get('type')!r}. Remove it."
             )
-    return "".join(texts)
+    if any(part["type"] == "image_url" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _image_of(block: Mapping[str, Any]) -> str:

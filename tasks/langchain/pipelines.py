@@ -12,7 +12,7 @@ from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.generation_settings import Generation, merge_generation, read_generation
 from prefect_huggingface.tasks.langchain.llms import EngineLLM
-from prefect_huggingface.tasks.langchain.settings import TOKEN_NAMES, read_settings
+from prefect_huggingface.tasks.langchain.settings import TOKEN_NAMES, read_settings, template_use
 from prefect_huggingface.tasks.langchain.transformers_pipelines import pipeline_engine, pipeline_settings
 
 IDENTIFYING_FIELDS = ("task", "backend", "revision", "weight_format", "device", "device_map", "dtype")
@@ -70,8 +70,7 @@ class HuggingFacePipeline(EngineLLM):
             generation = pipeline_settings(pipeline) if model is None else Generation(model.options)
             kwargs.setdefault("batch_size", getattr(pipeline, "_batch_size", None))
         if model is not None and "chat_template" not in model.model_fields_set:
-            # Prompts of LangChain's LLMs are plain text; its chat models send messages, which are always templated.
-            model = model.model_copy(update={"chat_template": "never"})
+            model = model.model_copy(update={"chat_template": template_use(model.task)})
         fields = {
             "pipeline": pipeline,
             "model": model,

@@ -68,9 +68,17 @@ def read_settings(
     batch_size = given.pop("batch_size", None)
     generation = read_generation({name: given.pop(name) for name in list(given) if name in GENERATION_NAMES}, task)
     fields = _read_fields(given, backend)
-    # LangChain's LLMs take plain text; its chat models send messages, which always go through the template.
-    fields |= {"model_id": model_id, "task": check_task(task), "backend": backend, "chat_template": "never"}
+    fields |= {"model_id": model_id, "task": check_task(task), "backend": backend, "chat_template": template_use(task)}
     return Settings(LocalModel(**fields, options=generation.options), generation, batch_size)
+
+
+def template_use(task: str) -> str:
+    """Return whether plain prompts of a task go through the chat template.
+
+    LangChain's LLMs take plain text; its chat models send messages, which always go through it. Only there do images
+    have a place in the prompt.
+    """
+    return "auto" if task == "image-text-to-text" else "never"
 
 
 def check_backend(backend: str) -> str:

@@ -25,6 +25,8 @@ TOOL_TEMPLATE = (
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# At a lower precision, rows beside it may change a text of random weights.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 QUESTIONS = ["The capital of France?", "One, two, three?", "What is the number 42 in French?"]
 CONVERSATION = [SystemMessage("Be short."), HumanMessage("Hello"), AIMessage("Hi."), HumanMessage("The capital?")]
 TEMPLATED = (
@@ -54,7 +56,11 @@ class CapitalDict(TypedDict):
 
 def load(folder: Path, backend: str) -> HuggingFacePipeline:
     return HuggingFacePipeline.from_model_id(
-        str(folder), "text-generation", backend, pipeline_kwargs={"max_new_tokens": 12}
+        str(folder),
+        "text-generation",
+        backend,
+        model_kwargs={"ov_config": EXACT} if backend == "openvino" else None,
+        pipeline_kwargs={"max_new_tokens": 12},
     )
 
 

@@ -20,7 +20,7 @@ from prefect_huggingface.tasks.langchain.messages import read_messages
 
 
 def test_roles_and_texts() -> None:
-    messages, images = read_messages(
+    messages = read_messages(
         [
             SystemMessage("Be short."),
             HumanMessage([{"type": "text", "text": "What is "}, "this?"]),
@@ -28,7 +28,6 @@ def test_roles_and_texts() -> None:
             ChatMessage(role="user", content="Right."),
         ]
     )
-    assert images == ()
     assert messages == [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "What is this?"},
@@ -39,7 +38,7 @@ def test_roles_and_texts() -> None:
 
 def test_tool_calls_and_their_results() -> None:
     call = {"name": "add", "args": {"a": 1, "b": 2}, "id": "call_1"}
-    messages, _ = read_messages([AIMessage("", tool_calls=[call]), ToolMessage("3", tool_call_id="call_1", name="add")])
+    messages = read_messages([AIMessage("", tool_calls=[call]), ToolMessage("3", tool_call_id="call_1", name="add")])
     function = {"name": "add", "arguments": {"a": 1, "b": 2}}
     assert messages == [
         {
@@ -60,10 +59,10 @@ def test_tool_calls_and_their_results() -> None:
         ({"type": "image", "base64": "QUJD", "mime_type": "image/jpeg"}, "data:image/jpeg;base64,QUJD"),
     ],
 )
-def test_images_stand_beside_the_text(block: dict[str, Any], place: str) -> None:
-    messages, images = read_messages([HumanMessage([block, {"type": "text", "text": "What is this?"}])])
-    assert messages == [{"role": "user", "content": "What is this?"}]
-    assert images == (place,)
+def test_images_stand_where_they_are_in_the_text(block: dict[str, Any], place: str) -> None:
+    messages = read_messages([HumanMessage([block, {"type": "text", "text": "What is this?"}])])
+    parts = [{"type": "image_url", "image_url": {"url": place}}, {"type": "text", "text": "What is this?"}]
+    assert messages == [{"role": "user", "content": parts}]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
+from langchain_core.messages import HumanMessage
 
-from prefect_huggingface.tasks.errors import SettingsError
-from prefect_huggingface.tasks.langchain import HuggingFacePipeline
+from prefect_huggingface.tasks.errors import GenerationError, SettingsError
+from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
 from support.export_models import make_model
 
 TEXTS = ["The capital of France is Paris and the capital of Spain is Madrid.", "One, two, three, four, five."]
@@ -38,3 +40,28 @@ def test_seq2seq_tasks(tiny_t5: Path, task: str, backend: str) -> None:
 def test_a_pipeline_task_that_is_unknown_is_named(tiny_t5: Path) -> None:
     with pytest.raises(SettingsError, match="'question-answering'"):
         HuggingFacePipeline.from_model_id(str(tiny_t5), "question-answering")
+
+
+def test_images_in_messages_and_beside_prompts(session_folder: Path) -> None:
+    pytest.importorskip("PIL", reason="the extra `vision` is not installed")
+    from support.tiny_vision_model import draw_image, make_tiny_llava
+
+    folder = make_tiny_llava(session_folder / "models" / "langchain-llava")
+    pictures = [draw_image(session_folder / f"langchain picture {seed}.png", seed) for seed in range(2)]
+    llm = HuggingFacePipeline.from_model_id(
+        str(folder), "image-text-to-text", device=-1, pipeline_kwargs={"max_new_tokens": 12}
+    )
+    chat = ChatHuggingFace(llm=llm)
+
+    def ask(picture: Path) -> str:
+        image = {"type": "image_url", "image_url": {"url": str(picture)}}
+        return str(chat.invoke([HumanMessage([image, {"type": "text", "text": "What is this?"}])]).content)
+
+    answers = [ask(picture) for picture in pictures]
+    assert answers[0] != answers[1]
+    assert [llm.invoke("What is this?", images=[str(picture)]) for picture in pictures] == answers
+    encoded = base64.b64encode(pictures[0].read_bytes()).decode()
+    image = {"type": "image", "base64": encoded, "mime_type": "image/png"}
+    assert chat.invoke([HumanMessage([image, {"type": "text", "text": "What is this?"}])]).content == answers[0]
+    with pytest.raises(GenerationError):
+        ask(session_folder / "no such picture.png")

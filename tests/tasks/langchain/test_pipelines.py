@@ -22,12 +22,16 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.errors import GenerationError, HuggingFaceTaskError, SettingsError
 from prefect_huggingface.tasks.langchain import HuggingFacePipeline
 
+# At a lower precision, rows beside it may change a text of random weights.
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 TOKEN = "hf_CanaryTokenOfThePipeline"
 PROMPTS = ["The capital of France", "One, two, three", "A small model", "What is the number 42 in French?"]
 
 
 def load(folder: Path, backend: str, **arguments: Any) -> HuggingFacePipeline:
     settings = {"max_new_tokens": 12, **arguments.pop("pipeline_kwargs", {})}
+    if backend == "openvino":
+        arguments["model_kwargs"] = {"ov_config": EXACT}
     return HuggingFacePipeline.from_model_id(
         str(folder), "text-generation", backend, pipeline_kwargs=settings, **arguments
     )
