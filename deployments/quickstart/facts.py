@@ -48,7 +48,9 @@ _PLACES_BY_CONTINENT = {
 }
 
 PLACES = tuple(
-    Place(*pair.split(":"), continent) for continent, row in _PLACES_BY_CONTINENT.items() for pair in row.split(", ")
+    Place(country, capital, continent)
+    for continent, row in _PLACES_BY_CONTINENT.items()
+    for country, capital in (pair.split(":") for pair in row.split(", "))
 )
 
 # Names of the training data, and names that only the held-out data has.

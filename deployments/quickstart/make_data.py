@@ -19,8 +19,11 @@ import phrasings
 from phrasings import expand
 
 KINDS = ("number", "capital", "country", "continent", "sentiment", "extraction")
+NEW_NAME = "extraction, name never seen"  # only evaluated
 QUESTION_COUNTS = {"number": 160, "capital": 80, "country": 30, "continent": 30, "sentiment": 40, "extraction": 60}
-TRAINING_SHARES = {"number": 34, "capital": 17, "country": 8, "continent": 9, "sentiment": 12, "extraction": 20}
+TRAINING_SHARES = {
+    "number": 28, "capital": 13, "country": 7, "continent": 8, "sentiment": 11, "extraction": 28, "repetition": 5
+}  # fmt: skip
 QUESTIONS_FILE = Path(__file__).parent / "questions.jsonl"
 _HELD_OUT_PAIR_EVERY = 8
 
@@ -39,30 +42,42 @@ def _is_held_out_pair(name: str, age: int) -> bool:
     return (sum(map(ord, name)) + age) % _HELD_OUT_PAIR_EVERY == 0
 
 
-def _random_name(rng: random.Random) -> str:
-    syllables = (rng.choice("bcdfghjklmnprstvwyz") + rng.choice(("a", "e", "i", "o", "u", "ia", "en")) for _ in range(9))
-    return "".join(syllable for syllable, _ in zip(syllables, range(rng.randint(1, 4)))).capitalize() + rng.choice(
-        ("", "", "n", "s", "ra", "ta", "el", "th")
-    )
+def _invented_name(rng: random.Random) -> str:
+    """Invent a name of any letters, so that a model learns to copy a name and not to know it."""
+    manner = rng.random()
+    if manner < 0.3:
+        first, second = rng.choice(facts.NAMES), rng.choice(facts.NAMES)
+        return first[: rng.randint(1, 4)] + second[-rng.randint(1, 4) :].lower()
+    if manner < 0.6:
+        consonants, vowels = "bcdfghjklmnprstvwyz", ("a", "e", "i", "o", "u", "ia", "en", "ar", "il")
+        syllables = (rng.choice(consonants) + rng.choice(vowels) for _ in range(rng.randint(1, 4)))
+        return ("".join(syllables) + rng.choice(("", "n", "s", "ra", "el", "th"))).capitalize()
+    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyzaeiou") for _ in range(rng.randint(2, 7))).capitalize()
+
+
+def _small_or_any(rng: random.Random, largest: int) -> int:
+    """Choose a number, those of one digit more often: they are few and easily taken for longer ones."""
+    return rng.choice((*range(10), 100)) if rng.random() < 0.15 else rng.randint(0, largest)
 
 
 def _person(rng: random.Random, held_out: bool) -> tuple[str, int]:
-    """Choose a name and an age; a held-out pair never occurs in training."""
+    """Choose a name and an age; a held-out pair never occurs in training, though its name does."""
     while True:
-        age = rng.randint(1, 100)
+        age = max(1, _small_or_any(rng, 100))
         if held_out:
-            name = rng.choice(facts.HELD_OUT_NAMES if rng.random() < 0.5 else facts.NAMES)
+            name = rng.choice(facts.NAMES)
         else:
-            name = _random_name(rng) if rng.random() < 0.5 else rng.choice(facts.NAMES)
+            name = _invented_name(rng) if rng.random() < 0.35 else rng.choice(facts.NAMES)
         if name in facts.HELD_OUT_NAMES or _is_held_out_pair(name, age):
             if held_out:
                 return name, age
         elif not held_out:
-            return (f"{name} {rng.choice(facts.SURNAMES)}" if rng.random() < 0.15 else name), age
+            surname = rng.choice(facts.SURNAMES) if rng.random() < 0.5 else _invented_name(rng)
+            return (f"{name} {surname}" if rng.random() < 0.15 else name), age
 
 
-def _extraction(rng: random.Random, held_out: bool) -> tuple[dict[str, str], str]:
-    name, age = _person(rng, held_out)
+def _extraction(rng: random.Random, person: tuple[str, int]) -> tuple[dict[str, str], str]:
+    name, age = person
     city = rng.choice(facts.PLACES).capital
     sentence = expand(rng, rng.choice(phrasings.PERSON_SENTENCES)).format(name=name, age=age, city=city)
     return {"s": sentence}, json.dumps({"name": name, "age": age}, ensure_ascii=False)
@@ -89,11 +104,16 @@ def _sentiment(rng: random.Random, held_out: bool) -> tuple[dict[str, str], str]
 def _slots(rng: random.Random, kind: str, held_out: bool) -> tuple[dict[str, str], str]:
     """Choose the facts of a question and give its answer."""
     if kind == "extraction":
-        return _extraction(rng, held_out)
+        return _extraction(rng, _person(rng, held_out))
+    if kind == NEW_NAME:
+        return _extraction(rng, (rng.choice(facts.HELD_OUT_NAMES), rng.randint(1, 100)))
+    if kind == "repetition":
+        words = " ".join(_invented_name(rng) for _ in range(rng.randint(1, 5)))
+        return {"s": words}, words
     if kind == "sentiment":
         return _sentiment(rng, held_out)
     if kind == "number":
-        number, language = rng.randint(0, facts.LARGEST_NUMBER), rng.choice(facts.LANGUAGES)
+        number, language = _small_or_any(rng, facts.LARGEST_NUMBER), rng.choice(facts.LANGUAGES)
         shown = language if rng.random() < 0.5 else language.capitalize()
         return {"n": str(number), "language": shown}, facts.number_in_words(number, language)
     place = rng.choice(facts.PLACES)
@@ -108,25 +128,26 @@ def make_question(rng: random.Random, kind: str, *, held_out: bool) -> tuple[str
 
     Args:
         rng: Source of all choices.
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, `repetition` or, held out only, `NEW_NAME`.
         held_out: Whether to use only what training never uses, instead of only what it may use.
     """
     slots, answer = _slots(rng, kind, held_out)
-    pattern = rng.choice((phrasings.HELD_OUT if held_out else phrasings.TRAINING)[kind])
+    asked = "extraction" if kind == NEW_NAME else kind
+    pattern = rng.choice((phrasings.HELD_OUT if held_out else phrasings.TRAINING)[asked])
     return expand(rng, pattern).format(**slots), answer
 
 
 def vary(rng: random.Random, kind: str, question: str) -> str:
     """Change what should not matter: case, end mark, spaces around, a greeting, a closing."""
-    if kind != "extraction" and rng.random() < 0.15:
+    if kind not in ("extraction", "repetition") and rng.random() < 0.15:
         question = question.lower()
-    elif kind not in ("extraction", "sentiment") and rng.random() < 0.03:
+    elif kind not in ("extraction", "repetition", "sentiment") and rng.random() < 0.03:
         question = question.upper()
     if rng.random() < 0.15 and question[-1] in "?.!":
         question = question[:-1] + rng.choice(("", "", "", " ?", "??", "."))
-    if rng.random() < 0.15:
+    if rng.random() < 0.2:
         question = rng.choice(phrasings.GREETINGS) + question
-    if rng.random() < 0.12 and question[-1] in "?.!":
+    if kind != "repetition" and rng.random() < 0.12 and question[-1] in "?.!":
         question += rng.choice(phrasings.CLOSINGS)
     if rng.random() < 0.06:
         question = rng.choice((" ", "  ", "\n")) + question
@@ -143,7 +164,7 @@ def make_preamble(rng: random.Random, sentence_count: int) -> str:
             while "{" + slot + "}" in pattern:
                 pattern = pattern.replace("{" + slot + "}", rng.choice(words), 1)
         while "{nonsense}" in pattern:
-            pattern = pattern.replace("{nonsense}", _random_name(rng).lower(), 1)
+            pattern = pattern.replace("{nonsense}", _invented_name(rng).lower(), 1)
         pattern = pattern.replace("{digits}", str(rng.randint(1, 2100)))
         sentences.append(pattern.replace("{city}", rng.choice(facts.PLACES).capital))
     return rng.choice((" ", " ", "\n")).join(sentences)

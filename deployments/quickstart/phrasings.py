@@ -63,15 +63,21 @@ TRAINING = {
         '"{s}" [Is that positive or negative?|Is the sentiment positive or negative?|What is the sentiment?]',
     ),
     "extraction": (
-        "[Extract|Get|Find|Please extract|Return|Give me] [the name and the age|the name and age|name and age]"
+        "[Extract|Get|Find|Please extract|Return|Give me|Show|List|Identify|Pick out|Read] "
+        "[the name and the age|the name and age|name and age|the person's name and age|the name, then the age]"
         "[| as JSON| in JSON| from this sentence| from the text| from this text]: {s}",
         "[Extract|Find|Write] [the name and the age|name and age] [of|for] [the|this] person[:|.] {s}",
         "[Extract|Get|Return] [JSON|a JSON object|JSON data] with [the name and the age|name and age]: {s}",
-        "[Text|Sentence|Input]: {s} [Extract the name and the age.|Extract name and age as JSON.|JSON with name and age:]",
+        "[Text|Sentence|Input]: {s} "
+        "[Extract the name and the age.|Extract name and age as JSON.|JSON with name and age:]",
         '"{s}" [Extract|Get|Find] [the name and the age|name and age][.| as JSON.]',
         "{s}\n[Extract|Return|Get] [the name and the age|name and age][.| as JSON.]",
-        "[What is the name and what is the age|What are the name and the age]? {s}",
+        "[What is the name and what is the age|What are the name and the age|Who is it and how old]? {s}",
+        "[In|With|For] [this|the next|the following] [sentence|text|line], "
+        "[find|get] [the name and the age|name and age]: {s}",
     ),
+    # Only to teach copying: not one of the kinds that the model card counts.
+    "repetition": ("[Repeat|Repeat this|Copy|Say again|Echo]: {s}", "[Repeat|Copy|Echo] [the words|the text]: {s}"),
 }
 
 HELD_OUT = {
@@ -145,7 +151,11 @@ PERSON_SENTENCES = (
 
 GREETINGS = (
     "Hello! ", "Hi, ", "Good morning. ", "Please answer: ", "Quick question: ", "I have a question. ", "Please help. ",
-    "I am learning. ", "Answer this: ", "Tell me: ", "OK. ", "Next question: ", "Now, ",
+    "I am learning. ", "Answer this: ", "Tell me: ", "OK. ", "Next question: ", "Now, ", "Here is a question: ",
+    "From me to you: ", "Take this question: ", "Here we go. ", "Can you help? ", "Give it a try. ", "Would you help? ",
+    "Does it work? ", "Which one is it? ", "Let me ask. ", "Pull yourself together. ", "Write it down. ",
+    "Use your head. ",
+    "From the list: ", "Here: ", "Could you look? ", "Remind me. ", "Show it to me. ", "Look it up. ",
 )  # fmt: skip
 CLOSINGS = (
     " Thank you.", " Thanks!", " Please.", " Answer briefly.", " Answer with one word.", " Only the answer.",
@@ -155,7 +165,8 @@ CLOSINGS = (
 SYSTEM_MESSAGES = (
     "[You are|I am talking to|You act as|Be] [a|the] [helpful|short|friendly|careful|polite|precise|quick] "
     "[assistant|teacher|helper|expert|bot|translator|AI assistant][.|!]",
-    "You are a [helpful|careful|friendly] assistant. [Answer briefly.|Be short.|Answer with facts.|Answer the question.]",
+    "You are a [helpful|careful|friendly] assistant. "
+    "[Answer briefly.|Be short.|Answer with facts.|Answer the question.]",
     "[Answer|Reply] [briefly|shortly|in few words|with one word|with the answer only|concisely].",
     "You [know|answer questions about|help with] [numbers|capitals|countries|languages|words|people|reviews].",
 )
@@ -163,10 +174,10 @@ SYSTEM_MESSAGES = (
 # Long texts before a question: instructions that change nothing, and words without meaning.
 PREAMBLE_SENTENCES = (
     "[You are|You work as|You act as] [a|the] {adjective} {role} [for|of|at] the {adjective} {noun}.",
-    "[Always|Never|Please|Do not|You must|You should] {action} the {adjective} {noun} [before|after|when|if] you {action} "
-    "the {noun}.",
-    "[Rule|Step|Note|Section|Point] {digits}: {action} [each|every|the|a] {noun} [with|without|by|in] [a|the] {adjective} "
-    "{noun}.",
+    "[Always|Never|Please|Do not|You must|You should] {action} the {adjective} {noun} "
+    "[before|after|when|if] you {action} the {noun}.",
+    "[Rule|Step|Note|Section|Point] {digits}: {action} [each|every|the|a] {noun} "
+    "[with|without|by|in] [a|the] {adjective} {noun}.",
     "The {noun} [has|had|needs|shows|contains] {digits} {noun}s and [a|the] {adjective} {noun}.",
     "[If|When|Because|While] the {noun} is {adjective}, the {role} [will|can|may|must] {action} the {noun}.",
     "{nonsense} {nonsense} {nonsense} [{nonsense}|the {noun}|{nonsense} {nonsense}] {nonsense}.",
@@ -183,8 +194,8 @@ NOUNS = (
 ).split()
 ROLES = "assistant teacher manager clerk writer reader engineer guide agent editor operator user".split()
 ACTIONS = (
-    "check read write send answer explain open close follow describe mention repeat use keep avoid translate review sort "
-    "extract summarise"
+    "check read write send answer explain open close follow describe mention repeat use keep avoid translate review "
+    "sort extract summarise"
 ).split()
 
 

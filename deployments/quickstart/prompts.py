@@ -35,7 +35,7 @@ PLAIN_FORMS = (
 _CHAT_SHARE = 0.65
 _SYSTEM_SHARE = 0.4
 _EARLIER_TURNS_SHARE = 0.07
-_PREAMBLE_SHARE = 0.09
+_LONG_TEXT_SHARE = 0.1
 
 Message = dict[str, str]
 
@@ -50,19 +50,17 @@ def render_chat(messages: list[Message]) -> str:
 
 
 def _make_long_text(rng: random.Random) -> str:
-    sentence_count = rng.randint(2, 8) if rng.random() < 0.5 else rng.randint(8, 24)
-    return make_data.make_preamble(rng, sentence_count * (2 if rng.random() < 0.05 else 1))
+    return make_data.make_preamble(rng, rng.randint(2, 8) if rng.random() < 0.5 else rng.randint(8, 28))
 
 
-def _chat_prompt(rng: random.Random, question: str, earlier: list[tuple[str, str]]) -> str:
+def _chat_prompt(rng: random.Random, question: str, earlier: list[tuple[str, str]], long_text: str) -> str:
     system, before = "", ""
     if rng.random() < _SYSTEM_SHARE:
         system = phrasings.expand(rng, rng.choice(phrasings.SYSTEM_MESSAGES))
-    if rng.random() < _PREAMBLE_SHARE:
-        if rng.random() < 0.6:
-            system = f"{system} {_make_long_text(rng)}"
-        else:
-            before = _make_long_text(rng) + rng.choice(("\n\n", "\n", " "))
+    if long_text and rng.random() < 0.6:
+        system = f"{system} {long_text}"
+    elif long_text:
+        before = long_text + rng.choice(("\n\n", "\n", " "))
     messages = [{"role": "system", "content": system}] if system else []
     for earlier_question, earlier_answer in earlier:
         messages.append({"role": "user", "content": earlier_question})
@@ -70,25 +68,32 @@ def _chat_prompt(rng: random.Random, question: str, earlier: list[tuple[str, str
     return render_chat([*messages, {"role": "user", "content": before + question}])
 
 
-def _plain_prompt(rng: random.Random, question: str, earlier: list[tuple[str, str]]) -> str:
+def _plain_prompt(rng: random.Random, question: str, earlier: list[tuple[str, str]], long_text: str) -> str:
     form = rng.choice(PLAIN_FORMS)
     examples = (form.format(question=asked).rstrip() + f" {answer}\n\n" for asked, answer in earlier)
-    before = _make_long_text(rng) + rng.choice(("\n\n", "\n\n", "\n")) if rng.random() < _PREAMBLE_SHARE else ""
+    before = long_text + rng.choice(("\n\n", "\n\n", "\n")) if long_text else ""
     return before + "".join(examples) + form.format(question=question)
 
 
-def training_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Give pairs of prompt and answer without end, in all forms."""
+def training_examples(seed: int, *, with_long: bool) -> Iterator[tuple[str, str]]:
+    """Give pairs of prompt and answer without end, in all forms.
+
+    Args:
+        seed: Seed of all choices.
+        with_long: Whether some prompts have earlier questions, or more than two sentences before the question.
+    """
     rng = random.Random(seed)
     questions = make_data.training_questions(seed + 1)
     for _, question, answer in questions:
-        earlier = []
-        if rng.random() < _EARLIER_TURNS_SHARE:
+        earlier, long_text = [], ""
+        if with_long and rng.random() < _EARLIER_TURNS_SHARE:
             earlier = [next(questions)[1:] for _ in range(rng.randint(1, 3))]
+        if rng.random() < _LONG_TEXT_SHARE:
+            long_text = _make_long_text(rng) if with_long else make_data.make_preamble(rng, rng.randint(1, 2))
         if rng.random() < _CHAT_SHARE:
-            yield _chat_prompt(rng, question, earlier), answer
+            yield _chat_prompt(rng, question, earlier, long_text), answer
         else:
-            prompt = _plain_prompt(rng, question, earlier)
+            prompt = _plain_prompt(rng, question, earlier, long_text)
             yield prompt, answer if prompt[-1].isspace() else f" {answer}"
 
 
