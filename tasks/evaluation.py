@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,10 @@ def _compare(
             purpose=f"comparison of {model.model_id!r}",
             steps=STEPS,
         )
-        with open_staging(model.store_path) as staging, hold_export(snapshot.path):
+        with ExitStack() as held:
+            for path in (snapshot.path, *(export.path for export in exports)):
+                held.enter_context(hold_export(path))
+            staging = held.enter_context(open_staging(model.store_path))
             found = run_child(program, {**job, "work": str(staging.path)}, staging.path, staging.descriptor)
         _keep_result(kept, found)
     return ExportQuality(

@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.storage.hub import plan_snapshot
 from prefect_huggingface.tasks.storage.manifests import SCHEMA
 from prefect_huggingface.tasks.storage.openvino_folders import check_precision
 from prefect_huggingface.tasks.storage.recipes import export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.remote_sources import read_remote_config
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.storage.source_weights import SourceWeights, estimate_weights, measure_weights
 from prefect_huggingface.tasks.storage.versions import export_versions
@@ -109,7 +110,7 @@ def _describe_source(model: LocalModel) -> tuple[str, list[str], Mapping[str, An
         names = [file.path for file in planned.files]
         if not planned.complete:
             size = sum(file.size or 0 for file in planned.files)
-            return planned.commit, names, {}, estimate_weights(size)
+            return planned.commit, names, read_remote_config(model, planned.commit), estimate_weights(size)
     snapshot = get_snapshot(model)
     names = [file.path for file in snapshot.files]
     if is_openvino_folder(names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from filelock import FileLock, Timeout
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
-from prefect_huggingface.tasks.storage.child_process import run_log
+from prefect_huggingface.tasks.storage.child_process import run_log as run_log
 from prefect_huggingface.tasks.storage.eviction import evict
 from prefect_huggingface.tasks.storage.export_plans import ExportPlan, check_plan, gigabytes, make_plan
 from prefect_huggingface.tasks.storage.export_process import run_export
@@ -34,12 +33,11 @@ from prefect_huggingface.tasks.storage.manifests import (
 )
 from prefect_huggingface.tasks.storage.openvino_folders import check_precision
 from prefect_huggingface.tasks.storage.recipes import Recipe, export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.remote_sources import check_source, plan_source
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.storage.source_weights import measure_weights
 from prefect_huggingface.tasks.storage.staging import discard, not_writable, open_staging, publish, sweep_staging
 from prefect_huggingface.tasks.storage.versions import export_versions
-
-FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def get_export(model: LocalModel, verify: bool = False) -> Export:
@@ -59,12 +57,14 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
     """
     repo_id = None if model.is_local else model.model_id
     recipe, versions, store = resolve_recipe(model, repo_id), export_versions(), model.store_path
-    commit = known_commit_of(model)
-    if commit is not None:
+    if not model.is_local:
+        planned = plan_source(model)
         # The source may have been evicted since; what was made from it is enough.
-        found = find_export(store, export_key(commit, recipe, versions, SCHEMA), verify=verify)
-        if found is not None:
-            return found
+        if planned.commit is not None:
+            found = find_export(store, export_key(planned.commit, recipe, versions, SCHEMA), verify=verify)
+            if found is not None:
+                return found
+        check_source(model, recipe, planned)
     snapshot = get_snapshot(model)
     if is_openvino_folder(file.path for file in snapshot.files):
         return use_openvino_folder(model, snapshot)
@@ -114,13 +114,6 @@ def keep_within_budget(model: LocalModel, made: Export) -> None:
         run_log().info("Removed %s %s (%s) from the store.", entry.kind, entry.name, gigabytes(entry.size_bytes))
     if report.kept_bytes > limit * 1e9:
         run_log().warning("The store holds %s, more than its %g GB.", gigabytes(report.kept_bytes), limit)
-
-
-def known_commit_of(model: LocalModel) -> str | None:
-    """Return the commit of a model on the Hub where it is known without asking, else None."""
-    if not model.is_local and model.revision is not None and FULL_COMMIT.fullmatch(model.revision):
-        return model.revision
-    return None
 
 
 def use_openvino_folder(model: LocalModel, snapshot: Snapshot) -> Export:
