@@ -88,8 +88,6 @@ def explain(exc: Exception, exchange: Exchange, endpoint: InferenceEndpoint) -> 
         return exc
     # By name: the classes come from `httpx` or, with newer clients, from `httpx2`.
     names = [kind.__name__ for kind in type(exc).__mro__]
-    if exchange.status is not None and exchange.status >= 400:
-        return explain_status(exchange.status, words_of(exchange.body), exchange, endpoint)
     for name in names:
         if name in STREAM_STATUSES:
             return explain_status(STREAM_STATUSES[name], str(exc), exchange, endpoint)
@@ -154,8 +152,12 @@ def _explain_transport(
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in chain):
         text = f"The certificate of {place} cannot be verified. Correct `url`, or trust its authority (SSL_CERT_FILE)."
         return EndpointFailure("unavailable", text)
+    if any(getattr(cause, "reason", None) == "WRONG_VERSION_NUMBER" for cause in chain):
+        return EndpointFailure("unavailable", f"{place} does not speak https. Correct the scheme of `url`.")
     if "TooManyRedirects" in names:
         return EndpointFailure("bad_answer", f"{place} redirects in circles. Check `url`.")
+    if exchange.status is None and "RemoteProtocolError" in names and "disconnected" not in str(exc):
+        return not_an_endpoint(endpoint, exchange, "an answer that is no HTTP")
     if "TimeoutException" in names and "ConnectTimeout" not in names:
         text = f"{place} was silent for {endpoint.timeout_seconds:g} s. Raise `timeout_seconds`, or look at the server."
         return EndpointFailure("unavailable", text, "down" if exchange.status is None else "retry")

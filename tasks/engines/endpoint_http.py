@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from prefect_huggingface.blocks import InferenceEndpoint
-from prefect_huggingface.tasks.engines.endpoint_failures import Exchange, not_an_endpoint, too_large
+from prefect_huggingface.tasks.engines.endpoint_failures import (
+    Exchange,
+    explain_status,
+    not_an_endpoint,
+    too_large,
+    words_of,
+)
 from prefect_huggingface.tasks.errors import EngineError
 
 if TYPE_CHECKING:
@@ -74,6 +80,9 @@ class EndpointHttp(httpx.AsyncClient):
         response.stream = _Bounded(response.stream, REFUSAL_BYTES if refused else limit, self._endpoint, refused)
         if refused:
             exchange.body = (await response.aread()).decode(errors="replace")
+            if response.request.method == "POST":
+                # The client above would leave out what some servers refuse, and ask again.
+                raise explain_status(response.status_code, words_of(exchange.body), exchange, self._endpoint)
         elif response.is_success:
             if exchange.content_type == "text/html":
                 raise not_an_endpoint(self._endpoint, exchange, "a web page")

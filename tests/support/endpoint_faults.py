@@ -117,6 +117,8 @@ async def _large(size: int) -> AsyncIterator[bytes]:
     yield b'[{"generated_text":"'
     for _ in range(size // 65536 + 1):
         yield b"a" * 65536
+        # The client may be gone.
+        await asyncio.sleep(0.001)
     yield b'"}]'
 
 

@@ -11,6 +11,8 @@ from prefect_huggingface.tasks.engines.cache import load_engine, unload_engines
 from prefect_huggingface.tasks.engines.endpoint import EndpointEngine
 from prefect_huggingface.tasks.errors import EngineError, GenerationError
 from prefect_huggingface.tasks.records import Request
+from support.text_models import TextModel
+from support.tgi_server import TgiServer
 
 PROMPTS = ["The capital of France is", "One, two,", "A small model", "Quarante-deux", "What is the number"]
 MESSAGES = [{"role": "user", "content": "The capital of France is"}]
@@ -110,6 +112,43 @@ def test_a_choice_is_one_of_the_texts(engine):
     found = answer(engine, response_format=form)
     assert found.text in form.choices
     assert found.parsed == found.text
+
+
+def test_a_json_form_is_asked_for_and_the_answer_is_parsed(bundled_model):
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+    form = ResponseFormat(json_schema=schema | {"required": ["name", "age"]})
+    prompt = "Extract the name and the age: Maria is 34 years old."
+    with TgiServer(TextModel(bundled_model)) as server:
+        with EndpointEngine(InferenceEndpoint(url=server.url, send_prompts_as="chat")) as engine:
+            found = answer(engine, prompt, max_new_tokens=48, response_format=form)
+            assert (found.error, found.parsed) == (None, {"name": "Maria", "age": 34})
+            assert answer(engine, "What is the capital of France?", response_format=form).error_code == "schema_invalid"
+    assert server.posts()[0].body["response_format"] == {"type": "json_object", "value": form.json_schema}
+
+
+def test_the_json_form_of_openai_is_that_of_its_protocol(tgi):
+    form = ResponseFormat(json_schema={"type": "object"})
+    with EndpointEngine(InferenceEndpoint(url=tgi.url, protocol="openai", model_id="tiny")) as engine:
+        assert answer(engine, response_format=form).error_code == "schema_invalid"
+        parameters = {"n": 2, "do_sample": True, "top_p": 0.5, "seed": 5}
+        assert answer(engine, **parameters).error_code == "invalid_option"
+    sent = tgi.posts()[0].body
+    schema = {"name": "answer", "schema": {"type": "object"}, "strict": True}
+    assert sent["response_format"] == {"type": "json_schema", "json_schema": schema}
+    assert (sent["model"], sent["temperature"], sent["max_tokens"]) == ("tiny", 0.0, 12)
+    sampled = tgi.posts()[1].body
+    assert (sampled["temperature"], sampled["top_p"], sampled["seed"], sampled["n"]) == (1.0, 0.5, 5, 2)
+
+
+def test_extra_options_and_parameters_are_sent_where_the_block_says_so(tgi):
+    fields = {"extra_options": ["top_k", "repetition_penalty", "min_new_tokens"], "extra_parameters": {"echo_id": 3}}
+    sampling = {"do_sample": True, "top_k": 5, "repetition_penalty": 1.1, "min_new_tokens": 2}
+    for protocol in ("openai", "tgi"):
+        with EndpointEngine(InferenceEndpoint(url=tgi.url, protocol=protocol, **fields)) as engine:
+            assert answer(engine, **(sampling if protocol == "openai" else {})).error is None
+    chat, text = (entry.body for entry in tgi.posts())
+    assert (chat["top_k"], chat["repetition_penalty"], chat["min_tokens"], chat["echo_id"]) == (5, 1.1, 2, 3)
+    assert text["parameters"]["echo_id"] == 3
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def test_a_lasting_failure_of_a_request_is_its_error(tgi, status):
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_honoured(tgi, whole, as_date, seconds=2):
+def test_retry_after_is_honoured(tgi, whole, as_date):
+    seconds = 2
     after = formatdate(time.time() + seconds + 1, usegmt=True) if as_date else str(seconds)
     tgi.fault("status", status=429, path=TEXT_ROUTE, headers={"Retry-After": after})
     began = time.monotonic()
@@ -183,7 +184,7 @@ def test_one_request_at_a_time_tries_an_endpoint_that_is_down(tgi):
 
 def test_a_row_that_the_server_cannot_take_does_not_stop_the_others(tgi, whole):
     tgi.fault("status", status=503, path=TEXT_ROUTE, times=None, contains="poison")
-    with make(tgi.url, max_attempts=3, max_concurrency=4, wake_timeout_seconds=30) as engine:
+    with make(tgi.url, max_attempts=3, max_concurrency=4, wake_timeout_seconds=5) as engine:
         requests = [Request("poison" if i % 10 == 3 else PROMPT, id=i) for i in range(40)]
         rows: dict[int, Completion] = {row.request_id: row for row in engine.generate(requests)}
     assert [rows[i].error_code for i in range(40)] == ["unavailable" if i % 10 == 3 else None for i in range(40)]
@@ -233,10 +234,11 @@ def test_a_web_site_is_recognised(tgi):
     assert (found.error_code, "a web page" in found.error) == ("bad_answer", True)
 
 
-def test_an_answer_that_is_too_large_is_refused_before_it_is_read(tgi):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_that_is_too_large_is_refused_before_it_is_read(tgi, streamed):
     tgi.fault("large", size=500_000_000, path=TEXT_ROUTE, times=None)
     began = time.monotonic()
-    found = ask(tgi.url, max_answer_mb=2)
+    found = ask(tgi.url, (lambda text: None) if streamed else None, max_answer_mb=2)
     assert found.error_code == "bad_answer"
     assert "larger than 2 MB" in found.error
     assert time.monotonic() - began < 10
@@ -252,6 +254,41 @@ def test_a_refused_connection_and_an_unknown_host_are_told_in_time():
     found = ask("http://no-such-host.invalid", outage_timeout_seconds=1)
     assert found.error_code == "unavailable"
     assert time.monotonic() - began < 20
+
+
+def test_a_server_without_http_and_a_wrong_scheme_are_recognised(tgi):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=greet, args=(listener,), daemon=True).start()
+        found = ask(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert (found.error_code, "no HTTP" in found.error) == ("bad_answer", True)
+    found = ask(tgi.url.replace("http", "https"))
+    assert (found.error_code, "scheme" in found.error) == ("unavailable", True)
+
+
+def greet(listener):
+    """Answer what is no HTTP to every client."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        connection.recv(65536)
+        connection.sendall(b"220 mail.example ESMTP\r\n")
+        connection.close()
+
+
+def test_options_that_a_server_refuses_are_not_dropped(tgi, whole):
+    words = '{"error": "The following `model_kwargs` are not used by the model: [\'seed\'] (note: typos)"}'
+    tgi.fault("status", status=400, words=words, path=TEXT_ROUTE, times=None)
+    found = ask(tgi.url, options=GenerationOptions(max_new_tokens=8, do_sample=True, seed=1))
+    assert found.error_code == "invalid_option"
+    assert "not used by the model" in found.error
+    assert len(tgi.posts()) == 1
+
+
+def test_the_offline_mode_of_the_hub_is_not_for_endpoints(tgi, whole, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert ask(tgi.url).text == whole
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
