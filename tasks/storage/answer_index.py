@@ -29,12 +29,14 @@ class AnswerIndex:
     def add(self, answers: Iterable[tuple[Any, ...]]) -> None:
         """Remember answers: (digest, *fields of `Answer` from `text` to `details`). Known digests are kept."""
         self._base.execute("BEGIN")
-        self._base.executemany("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", answers)
+        # Sorted, neighbours in the index are written together.
+        self._base.executemany("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", sorted(answers, key=_digest))
         self._base.execute("COMMIT")
 
     def find(self, digests: Sequence[bytes]) -> dict[bytes, tuple[Any, ...]]:
         """Return the fields of the answers that are known, by digest."""
         found: dict[bytes, tuple[Any, ...]] = {}
+        digests = sorted(digests)
         for start in range(0, len(digests), QUERY_SIZE):
             some = digests[start : start + QUERY_SIZE]
             marks = ",".join("?" * len(some))
@@ -54,3 +56,8 @@ class AnswerIndex:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _digest(answer: tuple[Any, ...]) -> bytes:
+    digest: bytes = answer[0]
+    return digest

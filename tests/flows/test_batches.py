@@ -179,6 +179,38 @@ def test_structured_answers_have_columns_of_their_own(tmp_path: Path, model: Loc
     assert json.loads(rows[0]["completion"]) == {"name": rows[0]["name"], "age": rows[0]["age"]}
 
 
+def test_a_file_of_openai_requests(tmp_path: Path, model: LocalModel) -> None:
+    def line(custom_id: str, name: str, url: str = "/v1/chat/completions", **body: Any) -> str:
+        return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": name, **body}})
+
+    name, question = Path(model.model_id).name, "What is the capital of France?"
+    chat = [{"role": "user", "content": question}]
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        line("a", name, messages=chat, max_tokens=20),
+        line("b", model.model_id, "/v1/completions", prompt=question, max_tokens=1, temperature=0),
+        '{"custom_id": "torn"',
+        line("a", name, messages=chat),
+        line("c", "gpt-4o", messages=chat),
+    ]
+    source.write_text("\n".join(lines))
+    summary = batch_inference(model, str(source), str(destination), keep_journal="never")
+    responses = [json.loads(each) for each in destination.read_text().splitlines()]
+    errors = [json.loads(each) for each in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+
+    assert (summary.rows, summary.succeeded, summary.failed) == (5, 2, 3)
+    assert summary.errors_destination == str(tmp_path / "out.errors.jsonl")
+    assert [each["custom_id"] for each in responses] == ["a", "b"]
+    bodies = [each["response"]["body"] for each in responses]
+    assert bodies[0]["choices"][0]["message"]["content"] == "Paris"
+    assert bodies[1]["choices"][0]["finish_reason"] == "length"
+    assert bodies[1]["usage"]["completion_tokens"] == 1
+    assert [each["custom_id"] for each in errors] == [None, "a", "c"]
+    destination.unlink()
+    with pytest.raises(BatchError, match="out.errors.jsonl' exists already"):
+        batch_inference(model, str(source), str(destination))
+
+
 @pytest.mark.parametrize("shards", [3])
 def test_shards_on_threads_share_the_engine(tmp_path: Path, model: LocalModel, shards: int) -> None:
     source = tmp_path / "in.jsonl"
