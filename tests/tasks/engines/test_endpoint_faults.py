@@ -273,7 +273,7 @@ def greet(listener):
         except OSError:
             return
         connection.recv(65536)
-        connection.sendall(b"220 mail.example ESMTP\r\n")
+        connection.sendall(b"220 mail.example ESMTP\r\n\r\n")
         connection.close()
 
 
