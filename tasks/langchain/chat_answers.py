@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
@@ -33,24 +33,34 @@ def chat_result(completion: Completion, tools: Sequence[Tool], model_name: str) 
     )
 
 
-def text_chunk(text: str) -> ChatGenerationChunk:
-    """Return the chunk of a piece of text."""
+def chat_chunks(
+    piece: str | Completion, tools: Sequence[Tool], model_name: str, with_usage: bool
+) -> Iterator[ChatGenerationChunk]:
+    """Yield the chunks of a piece of a stream.
+
+    Text that may be a tool call waits for its end. The last chunk has the finish reason and, with `with_usage`, the
+    token counts.
+    """
+    if isinstance(piece, Completion):
+        if tools:
+            yield _call_chunk(piece.text, tools)
+        usage = usage_metadata(piece) if with_usage else None
+        message = AIMessageChunk(content="", usage_metadata=usage, chunk_position="last")
+        info = {**generation_info(piece), "model_name": model_name}
+        yield ChatGenerationChunk(message=message, generation_info=info)
+    elif not tools:
+        yield _text_chunk(piece)
+
+
+def _text_chunk(text: str) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=AIMessageChunk(content=text))
 
 
-def last_chunk(completion: Completion, model_name: str, with_usage: bool) -> ChatGenerationChunk:
-    """Return the chunk at the end of a stream, with the finish reason and the token counts."""
-    usage = usage_metadata(completion) if with_usage else None
-    message = AIMessageChunk(content="", usage_metadata=usage, chunk_position="last")
-    info = {**generation_info(completion), "model_name": model_name}
-    return ChatGenerationChunk(message=message, generation_info=info)
-
-
-def call_chunk(text: str, tools: Sequence[Tool]) -> ChatGenerationChunk:
+def _call_chunk(text: str, tools: Sequence[Tool]) -> ChatGenerationChunk:
     """Return the chunk of a whole answer that may hold tool calls. Calls that are no JSON stay text."""
     found = _find(text, tools)
     if found.invalid:
-        return text_chunk(text)
+        return _text_chunk(text)
     chunks = [
         tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=index)
         for index, call in enumerate(found.calls)

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import SettingsError
-from prefect_huggingface.tasks.langchain.chat_answers import call_chunk, chat_result, last_chunk, text_chunk
+from prefect_huggingface.tasks.langchain.chat_answers import chat_chunks, chat_result
 from prefect_huggingface.tasks.langchain.chat_prompts import render_messages
 from prefect_huggingface.tasks.langchain.chat_requests import ChatRequest, chat_request, written_prompt
 from prefect_huggingface.tasks.langchain.llms import EngineLLM, concurrent_configs
@@ -26,8 +26,7 @@ from prefect_huggingface.tasks.langchain.messages import read_messages
 from prefect_huggingface.tasks.langchain.pipelines import HuggingFacePipeline
 from prefect_huggingface.tasks.langchain.streams import acomplete, astream_completion, complete, stream_completion
 from prefect_huggingface.tasks.langchain.structured_outputs import Method, bind_schema
-from prefect_huggingface.tasks.langchain.tool_calls import Tool, choose_tools
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.langchain.tool_calls import choose_tools
 
 # Arguments of `from_model_id` that are for the LLM.
 LLM_ARGUMENTS = ("device", "device_map", "model_kwargs", "pipeline_kwargs", "batch_size")
@@ -202,8 +201,9 @@ class ChatHuggingFace(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         engine = self.llm.get_engine()
         request, tools = self._make_request(engine, messages, stop, kwargs)
+        with_usage = kwargs.get("stream_usage", self.stream_usage) is not False
         for piece in stream_completion(engine, request):
-            for chunk in self._to_chunks(piece, tools, kwargs):
+            for chunk in chat_chunks(piece, tools, str(self.model_id), with_usage):
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -217,23 +217,12 @@ class ChatHuggingFace(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         engine = await asyncio.to_thread(self.llm.get_engine)
         request, tools = self._make_request(engine, messages, stop, kwargs)
+        with_usage = kwargs.get("stream_usage", self.stream_usage) is not False
         async for piece in astream_completion(engine, request):
-            for chunk in self._to_chunks(piece, tools, kwargs):
+            for chunk in chat_chunks(piece, tools, str(self.model_id), with_usage):
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
-
-    def _to_chunks(
-        self, piece: str | Completion, tools: Sequence[Tool], call: Mapping[str, Any]
-    ) -> Iterator[ChatGenerationChunk]:
-        if isinstance(piece, Completion):
-            if tools:
-                yield call_chunk(piece.text, tools)
-            stream_usage = call.get("stream_usage", self.stream_usage)
-            yield last_chunk(piece, str(self.model_id), stream_usage is not False)
-        elif not tools:
-            # Text that may be a tool call waits for its end.
-            yield text_chunk(piece)
 
     def _make_request(
         self, engine: Engine, messages: list[BaseMessage], stop: list[str] | None, call: Mapping[str, Any]

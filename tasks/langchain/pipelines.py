@@ -76,7 +76,7 @@ class HuggingFacePipeline(EngineLLM):
             "model": model,
             "model_id": model_id or (str(pipeline.model.name_or_path) if model is None else model.model_id),
             "model_kwargs": _without_token(model_kwargs),
-            "pipeline_kwargs": None if pipeline_kwargs is None else dict(pipeline_kwargs),
+            "pipeline_kwargs": _without_token(pipeline_kwargs),
         }
         super().__init__(**fields, **kwargs)
         self._generation = merge_generation(generation, read_generation(pipeline_kwargs or {}, self.task))
@@ -114,7 +114,7 @@ class HuggingFacePipeline(EngineLLM):
         settings = read_settings(model_id, task, backend, device, device_map, model_kwargs, pipeline_kwargs)
         llm = cls(model=settings.model, batch_size=batch_size or settings.batch_size, **kwargs)
         llm.model_id, llm._generation = model_id, settings.generation
-        llm.model_kwargs, llm.pipeline_kwargs = _without_token(model_kwargs), dict(pipeline_kwargs or {})
+        llm.model_kwargs, llm.pipeline_kwargs = _without_token(model_kwargs), _without_token(pipeline_kwargs or {})
         llm.get_engine()
         return llm
 
@@ -166,7 +166,12 @@ def _check_one_source(pipeline: Any, model: LocalModel | None, model_id: str | N
         raise SettingsError("`model` excludes `model_id` and `model_kwargs`. Set the fields of the block instead.")
 
 
-def _without_token(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if model_kwargs is None:
+def _without_token(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what was given, for the record; a token may also be in a dictionary inside."""
+    if given is None:
         return None
-    return {name: value for name, value in model_kwargs.items() if name not in TOKEN_NAMES}
+    return {
+        name: _without_token(value) if isinstance(value, Mapping) else value
+        for name, value in given.items()
+        if name not in TOKEN_NAMES
+    }

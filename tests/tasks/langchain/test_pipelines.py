@@ -208,8 +208,16 @@ def test_the_llm_of_a_pickle_answers_the_same_in_another_process(
     assert output.strip().splitlines()[-1] == repr(torch_llm.invoke(PROMPTS[0]))
 
 
-def test_a_token_is_shown_nowhere(tiny_llama: Path) -> None:
-    llm = load(tiny_llama, "default", model_kwargs={"token": TOKEN})
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"model_kwargs": {"token": TOKEN}},
+        {"pipeline_kwargs": {"token": TOKEN}},
+        {"pipeline_kwargs": {"model_kwargs": {"use_auth_token": TOKEN}}},
+    ],
+)
+def test_a_token_is_shown_nowhere(tiny_llama: Path, arguments: dict[str, Any]) -> None:
+    llm = load(tiny_llama, "default", **arguments)
     assert llm.model is not None
     assert llm.model.get_credentials().get_token() == TOKEN
     shown = [repr(llm), str(llm), dumps(llm), str(llm._identifying_params), str(llm.model_dump()), str(llm.__dict__)]
