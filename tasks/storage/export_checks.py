@@ -161,6 +161,7 @@ def check_packages(case: ExportCase) -> str | None:
     """The packages that the recipe needs are installed."""
     needed = ["optimum-intel", "openvino", "openvino-tokenizers"]
     needed += ["nncf"] if case.recipe.quantization is not None else []
+    needed += ["pillow"] if case.recipe.task == "image-text-to-text" else []
     for package in needed:
         if installed_version(package) is None:
             return f"The export needs the package {package!r}. Install it with `pip install {package}`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -122,6 +123,20 @@ def test_hidden_damage_is_found_when_asked_for(exported: LocalModel, tmp_path: P
     manifest_path.write_text(json.dumps(data))
     assert find_export(model.store_path, export.key) is not None
     assert find_export(model.store_path, export.key, verify=True) is None
+
+
+def test_a_copy_is_checked_when_it_is_first_used(exported: LocalModel, tmp_path: Path) -> None:
+    """What a machine has not checked itself, it checks: a byte that was lost on the way is found."""
+    export = get_export(exported)
+    model = copy_of(exported, tmp_path / "store")
+    damaged = model.store_path / "exports" / export.path.name / "openvino_tokenizer.bin"
+    times = damaged.stat()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(damaged, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert find_export(model.store_path, export.key) is None
+    damaged.write_bytes(content)
+    assert find_export(model.store_path, export.key) is not None
 
 
 def test_an_openvino_folder_is_used_as_it_is(exported: LocalModel, tmp_path: Path) -> None:
