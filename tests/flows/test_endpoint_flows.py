@@ -40,6 +40,20 @@ def test_the_generation_tasks_give_the_same_text_for_either_block(models):
     assert remote[2] == remote[0][0]
 
 
+def test_the_wait_for_a_sleeping_endpoint_shows_in_the_log_of_the_run(models, tgi, caplog):
+    tgi.fault("status", status=503, path="", method=None, times=6)
+
+    @flow
+    def ask(model: InferenceEndpoint):
+        return generate_text(model, PROMPTS)
+
+    with caplog.at_level("INFO"):
+        assert [row.error for row in ask(models[0])] == [None, None]
+    lines = [record for record in caplog.records if "Waiting for" in record.getMessage()]
+    assert lines
+    assert {record.name for record in lines} == {"prefect.task_runs"}
+
+
 def test_a_chain_runs_on_an_endpoint(models, tgi):
     steps = [{"name": "one", "prompt": "Begin: {topic}"}, {"name": "two", "prompt": "Go on: {one}"}]
     remote, local = (prompt_chain(model, steps, {"topic": "Paris"}) for model in models)
