@@ -354,3 +354,15 @@ def test_chat_with_bitsandbytes(bundled_model: Path) -> None:
     else:
         llm = HuggingFacePipeline.from_model_id(**arguments)
         assert ChatHuggingFace(llm=llm).invoke("What is the capital of France?").content
+
+
+def test_openvino_from_an_exported_folder_needs_neither_torch_nor_transformers(ov_model_dir: str) -> None:
+    code = """
+import sys
+from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
+llm = HuggingFacePipeline.from_model_id("ov_model_dir", "text-generation", backend="openvino")
+print(ChatHuggingFace(llm=llm).invoke("What is the capital of France?").content)
+print([name for name in ("torch", "transformers", "optimum", "nncf", "huggingface_hub") if name in sys.modules])
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-2:] == ["Paris", "[]"]
