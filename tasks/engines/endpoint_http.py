@@ -125,6 +125,15 @@ def origin_of(url: httpx.URL) -> tuple[str, str, int]:
     return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
 
 
+def warm_up() -> None:
+    """Load the client of Hugging Face. It also asks the Hub, without a token, for what it puts into a header."""
+    from huggingface_hub import AsyncInferenceClient
+    from huggingface_hub.utils import build_hf_headers
+
+    build_hf_headers(token=False)
+    AsyncInferenceClient(base_url="http://localhost", api_key=PLACEHOLDER_KEY)
+
+
 def open_client(http: EndpointHttp, endpoint: InferenceEndpoint) -> AsyncInferenceClient:
     """Return a client of Hugging Face for one request; closing it ends the request and leaves the connections open.
 

@@ -24,7 +24,7 @@ from prefect_huggingface.tasks.engines.endpoint_failures import (
     not_an_endpoint,
     words_of,
 )
-from prefect_huggingface.tasks.engines.endpoint_http import CURRENT_EXCHANGE, EndpointHttp, open_client
+from prefect_huggingface.tasks.engines.endpoint_http import CURRENT_EXCHANGE, EndpointHttp, open_client, warm_up
 from prefect_huggingface.tasks.engines.failures import RequestError
 
 # A server that does not know the route answers with one of these.
@@ -47,6 +47,8 @@ class EndpointService:
         """Return which protocol the server speaks, and how long its context is. It is asked once."""
         if self._server is None:
             async with self._lock:
+                # This takes a second or more, and other requests must go on.
+                await asyncio.to_thread(warm_up)
                 self._server = self._server or await self._find_out()
         return self._server
 

@@ -18,7 +18,6 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +153,6 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
         return False
     # Requests that are under way when the server stops are ended.
     return not (record.exc_info and isinstance(record.exc_info[1], Hangup | asyncio.CancelledError))
-
-
-def serve(folder: Path) -> Iterator[TgiServer]:
-    """Yield a running server over the model of a folder."""
-    with TgiServer(TextModel(folder)) as server:
-        yield server
 
 
 def main() -> None:
