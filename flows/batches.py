@@ -15,7 +15,7 @@ from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, Loc
 from prefect_huggingface.tasks.artifacts import ProgressReport
 from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
 from prefect_huggingface.tasks.batching.monitors import BatchMonitor
-from prefect_huggingface.tasks.batching.plans import check_free, check_places
+from prefect_huggingface.tasks.batching.plans import check_free, check_places, may_replace
 from prefect_huggingface.tasks.batching.publications import Publication
 from prefect_huggingface.tasks.batching.runs import BatchRun, check_failures, open_run
 from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings
@@ -96,7 +96,7 @@ def batch_inference(
         TableError: If the input cannot be read or the output cannot be written.
     """
     journal = Journal.beside(destination)
-    replace = retry_failed and journal.read_job() is not None
+    replace = may_replace(journal, destination, retry_failed)
     check_free(destination, replace)
     plan = plan_batch(
         model, source, destination, prompt, options, source_format=source_format, messages_column=messages_column,

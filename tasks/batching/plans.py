@@ -17,6 +17,7 @@ from prefect_huggingface.tasks.storage.journals import SUFFIX, Journal
 from prefect_huggingface.tasks.storage.openai_batches import errors_place
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.row_ids import find_duplicates
+from prefect_huggingface.tasks.storage.table_readers import hash_place
 from prefect_huggingface.tasks.storage.tables import Table, TableFormat, get_format, inspect_table
 
 MAX_DUPLICATES = 10_000
@@ -149,6 +150,14 @@ def choose_columns(table: Table, output: Output, columns: Sequence[str] | None, 
             "or leave them out with `columns`."
         )
     return chosen
+
+
+def may_replace(journal: Journal, destination: str, retry_failed: bool) -> bool:
+    """Tell whether an output is there that the journal's own batch has written, to be replaced by a better one."""
+    place = Place.of(destination)
+    if not retry_failed or not place.exists() or place.is_folder():
+        return False
+    return journal.read_published().get("sha256") == hash_place(place)
 
 
 def check_places(job: BatchJob, output: Output, journal: Journal, replace: bool) -> None:

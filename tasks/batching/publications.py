@@ -16,9 +16,10 @@ from prefect_huggingface.tasks.storage.journal_rows import JournalRows
 from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.openai_batches import OpenAIBatchWriter, errors_place
 from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.storage.table_readers import hash_place
 from prefect_huggingface.tasks.storage.table_schemas import get_schema
 from prefect_huggingface.tasks.storage.table_writers import open_writer
-from prefect_huggingface.tasks.storage.tables import Chunk, TableFormat, read_chunks
+from prefect_huggingface.tasks.storage.tables import Chunk, TableFormat, check_unchanged, read_chunks
 
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
 SAMPLE_ROWS = 20
@@ -117,6 +118,7 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
         BatchError: If the journal lacks a row.
         TableError: If the input has changed, or the destination was taken meanwhile.
     """
+    check_unchanged(job.table)
     publication = Publication()
     place = Place.of(output.destination)
     with ExitStack() as stack:
@@ -131,6 +133,7 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
         for chunk, answers in _answered(job, journal):
             publication.count(chunk, answers)
             write(chunk, answers)
+    journal.write_published({"sha256": hash_place(place)})
     return publication
 
 

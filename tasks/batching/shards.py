@@ -110,7 +110,8 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
         chunks = done.skip(read_chunks(job.table, shard.start, shard.stop), feed)
         in_flight = shard.settings.in_flight or engine.in_flight
         for completion in run_requests(engine, feed.requests(chunks), in_flight, should_stop):
-            feed.finish(completion)
+            if completion.finish_reason != "cancelled":  # somebody closed the engine; the row is left for the next run
+                feed.finish(completion)
     return ShardResult(shard.start, shard.stop, finished + done.rows, began, time.time())
 
 

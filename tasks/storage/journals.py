@@ -4,6 +4,7 @@ It is a folder beside the destination:
 
     job.json       what the job consists of, human readable, and its key
     attempt.json   the run that owns the journal now; shards of an older run notice it and stop
+    published.json the hash of the output, once there is one
     stop           asks all shards to stop, wherever they run
     lock           held while a run owns the journal (local file systems)
     segments/      finished rows, see `segments`
@@ -76,6 +77,14 @@ class Journal:
     def write_job(self, job: Mapping[str, Any]) -> None:
         """Write what the job consists of."""
         self._write_record("job.json", job)
+
+    def read_published(self) -> dict[str, Any]:
+        """Return the record of the output that was published last, empty if there is none."""
+        return self._read_record("published.json") or {}
+
+    def write_published(self, record: Mapping[str, Any]) -> None:
+        """Note what was published."""
+        self._write_record("published.json", record)
 
     def read_attempt(self) -> dict[str, Any]:
         """Return the record of the run that owns the journal, empty if there is none."""

@@ -60,8 +60,9 @@ class JsonLinesReader(Reader):
                         columns.update(dict.fromkeys(_parse_line(line)[0]))
                     rows += 1
                 offset += len(line)
-        kept = () if self.compression() else tuple(marks)
-        return TableFile(self.place.url, rows, digest.hexdigest(), kept), tuple(columns), None
+        if self.compression():
+            return TableFile(self.place.url, rows, hash_place(self.place)), tuple(columns), None
+        return TableFile(self.place.url, rows, digest.hexdigest(), tuple(marks)), tuple(columns), None
 
     @override
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:

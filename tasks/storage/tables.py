@@ -163,6 +163,22 @@ def _check_same(first: Place, columns: tuple[str, ...], schema: Any, place: Plac
         )
 
 
+def check_unchanged(table: Table) -> None:
+    """Check that the local files of a table have the content that they had when it was looked at.
+
+    Remote files are not read once more for this; their number of rows is checked while they are read.
+
+    Raises:
+        TableError: If one has changed.
+    """
+    from prefect_huggingface.tasks.storage.table_readers import hash_place
+
+    for file in table.files:
+        place = Place(file.url)
+        if place.is_local and hash_place(place) != file.digest:
+            raise TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
+
+
 def read_chunks(table: Table, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
     """Yield the rows of a table from `start` up to, and without, `stop`.
 

@@ -212,7 +212,7 @@ def measure_sharing(rows: int, format: str, folder: Path) -> None:
     from prefect_huggingface.tasks.engines.cache import load_engine
 
     dice = random.Random(0)
-    beginning = " ".join(f"{dice.randrange(10**6)}" for _ in range(60))
+    beginning = " ".join(f"{dice.randrange(10**6)}" for _ in range(44))
     questions = [f"Question {index}?" for index in range(rows * 9 // 10)]
     questions += dice.sample(questions, rows - len(questions))
     dice.shuffle(questions)

@@ -125,6 +125,9 @@ def test_failed_rows_are_retried(tmp_path: Path, source: Path, model: LocalModel
     assert destination.read_bytes() == before
     with pytest.raises(BatchError, match="options: "):
         batch_inference(model, str(source), str(destination), PROMPT, retry_failed=True)
+    destination.write_text("mine")
+    with pytest.raises(BatchError, match="exists already"):
+        batch_inference(model, str(source), str(destination), PROMPT, short, retry_failed=True)
 
 
 def test_too_many_failures_end_the_run_and_keep_what_is_finished(

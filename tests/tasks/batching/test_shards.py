@@ -15,7 +15,7 @@ from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
 from prefect_huggingface.tasks.batching.publications import publish_output
 from prefect_huggingface.tasks.batching.runs import count_finished, cut_shards, open_run
 from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings, process_shard
-from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.storage.journals import Journal
 from support.instant_engines import InstantEngine
 
@@ -167,6 +167,15 @@ def test_the_journal_of_another_job_is_refused(tmp_path: Path) -> None:
     batch.source.write_text('{"country": "New"}\n')
     with pytest.raises(BatchError, match="input: "):
         open_run(batch.journal, plan_job(str(batch.source), None, PROMPT))
+
+
+def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, countries(20))
+    batch.run(InstantEngine())
+    batch.source.write_text(batch.source.read_text().replace("Land 7", "Land 8"))
+    with pytest.raises(TableError, match="has changed since the batch began"):
+        batch.publish()
+    assert not batch.destination.exists()
 
 
 def test_shards_cover_all_rows_and_none_is_tiny() -> None:
