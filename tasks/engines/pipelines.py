@@ -18,7 +18,8 @@ def engine_of_pipeline(pipeline: Any) -> Engine:
     over. Plain prompts are taken as they are, messages go through the chat template of the tokenizer.
 
     Args:
-        pipeline: Pipeline of Transformers for text generation, with a model for torch or of Optimum for OpenVINO.
+        pipeline: Pipeline of Transformers for text, or for images and text. Its model is one of torch, or one of
+            Optimum for OpenVINO.
 
     Raises:
         SettingsError: If it is no such pipeline.
@@ -33,6 +34,11 @@ def engine_of_pipeline(pipeline: Any) -> Engine:
     name = str(getattr(loaded, "name_or_path", None) or "").rstrip("/").rpartition("/")[2]
     model = LocalModel.model_construct(model_id=name or "pipeline", backend="torch", task=pipeline.task)
     writer = prompt_writer(tokenizer)
+    processor = getattr(pipeline, "processor", None)
+    if pipeline.task == "image-text-to-text" and processor is not None:
+        from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+
+        return TorchImageEngine.of_loaded(loaded, processor, prompt_writer(processor), model.options)
     if loaded.config.is_encoder_decoder:
         from prefect_huggingface.tasks.engines.seq2seq import Seq2SeqEngine
 
@@ -43,8 +49,9 @@ def engine_of_pipeline(pipeline: Any) -> Engine:
 
 
 def prompt_writer(tokenizer: Any) -> PromptWriter:
-    """Return what writes the prompts of a tokenizer of Transformers: plain ones as they are, messages by template."""
-    tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(tokenizer, name, None))}
+    """Return what writes the prompts of a tokenizer or processor: plain ones as they are, messages by template."""
+    named = getattr(tokenizer, "tokenizer", tokenizer)
+    tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(named, name, None))}
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):
         source = source.get("default")

@@ -17,7 +17,7 @@ from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.openvino_devices import choose_device, compile_properties
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
-from prefect_huggingface.tasks.engines.text_jobs import TextJobs, skip
+from prefect_huggingface.tasks.engines.text_jobs import TextJobs, refuse_images, skip
 from prefect_huggingface.tasks.engines.tokenization import pad_token
 from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
 from prefect_huggingface.tasks.engines.torch_sizes import EngineSizes, free_cached_memory, is_out_of_memory
@@ -142,6 +142,7 @@ class Seq2SeqJobs(TextJobs):
             RequestError: If the request cannot be worked on.
         """
         options = resolve_options(self._defaults, submission.request)
+        refuse_images(submission.request)
         prompt = self.prompts.write(submission.request)
         text = prompt.text if prompt.text.startswith(self._prefix) else self._prefix + prompt.text
         ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)

@@ -15,7 +15,7 @@ from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context,
 from prefect_huggingface.tasks.engines.sampling import TokenChooser
 from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.tokenization import TransformersTokenizer, context_length_of, end_tokens
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.records import Completion, Request
 
 logger = get_logger(__name__)
 
@@ -45,6 +45,7 @@ class TextJobs:
             RequestError: If the request cannot be worked on.
         """
         options = resolve_options(self._defaults, submission.request)
+        refuse_images(submission.request)
         prompt = self.prompts.write(submission.request)
         ids = self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         fitting = fit_context(ids, options, self.context_length)
@@ -116,3 +117,16 @@ def skip(submission: Submission, prompt_tokens: int) -> None:
     submission.complete(
         Completion("", "skipped", prompt_tokens, seconds=submission.seconds, request_id=submission.request.id)
     )
+
+
+def refuse_images(request: Request) -> None:
+    """Refuse images for a model of text.
+
+    Raises:
+        RequestError: If the request has images.
+    """
+    if request.images:
+        raise RequestError(
+            "invalid_prompt",
+            f"The model takes no images, got {len(request.images)}. Leave them out, or set task='image-text-to-text'.",
+        )

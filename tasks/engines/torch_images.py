@@ -35,13 +35,29 @@ class TorchImageEngine(ImageEngine):
         """
         check_pillow()
         loaded = load_torch_model(path, model, "AutoModelForImageTextToText")
-        self._processor = load_processor(path, model, "AutoProcessor")
-        tokenizer = self._processor.tokenizer
-        self.prompts = PromptWriter.of_folder(path, model.chat_template)
-        self._defaults = model.options
-        self._jobs = TextJobs(loaded, tokenizer, self.prompts, model.options)
-        self._model = prepare_model(loaded, pad_token(tokenizer, self._jobs.end_ids))
-        super().__init__()
+        processor = load_processor(path, model, "AutoProcessor")
+        self._start(loaded, processor, PromptWriter.of_folder(path, model.chat_template), model.options)
+
+    @classmethod
+    def of_loaded(
+        cls, loaded: Any, processor: Any, prompts: PromptWriter, defaults: GenerationOptions
+    ) -> TorchImageEngine:
+        """Return an engine of a model and a processor of Transformers that are loaded already.
+
+        They are not changed.
+        """
+        check_pillow()
+        engine = cls.__new__(cls)
+        engine._start(loaded, processor, prompts, defaults)
+        return engine
+
+    def _start(self, loaded: Any, processor: Any, prompts: PromptWriter, defaults: GenerationOptions) -> None:
+        self._processor = processor
+        self.prompts = prompts
+        self._defaults = defaults
+        self._jobs = TextJobs(loaded, processor.tokenizer, prompts, defaults)
+        self._model = prepare_model(loaded, pad_token(processor.tokenizer, self._jobs.end_ids))
+        ImageEngine.__init__(self)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""

@@ -188,6 +188,24 @@ def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
     assert waiting.result(60).error is not None
 
 
+def test_a_pipeline_with_images_is_an_engine(folder, pictures):
+    from PIL import Image
+    from transformers import pipeline
+
+    from prefect_huggingface.tasks.engines.pipelines import engine_of_pipeline
+
+    parts = [{"type": "image", "image": Image.open(pictures[0])}, {"type": "text", "text": "What is this?"}]
+    chat = [{"role": "user", "content": parts}]
+    made = pipeline("image-text-to-text", model=str(folder), device="cpu")
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    expected = made(text=chat, return_full_text=False, generate_kwargs=settings)[0]["generated_text"]
+    messages = [{"role": "user", "content": [{"type": "image"}, parts[1]]}]
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS)
+    with engine_of_pipeline(made) as engine:
+        request = Request(messages=messages, images=[str(pictures[0])], options=options)
+        assert engine.submit(request).result(60).text == expected
+
+
 def test_left_over_images_stand_in_the_last_message_of_the_user():
     history = [
         {"role": "user", "content": [{"type": "image", "url": "a"}, {"type": "text", "text": "first"}]},

@@ -249,12 +249,13 @@ def test_a_deadline_cuts_one_answer_off(engine, expected):
 
 
 def test_every_bad_row_has_its_own_error_and_every_good_row_is_right(engine, expected):
-    """10 % bad rows of every kind from 8 threads."""
+    """1000 rows from 8 threads, and every eighth of them is bad or cancelled."""
     bad = {
         "empty_prompt": Request(""),
         "empty_prompt ": Request(" \n\t "),
         "too_long": Request("word " * 600),
         "invalid_prompt": Request(messages=[{"role": "nobody", "content": "x"}]),
+        "invalid_prompt ": Request("x", images=["a.png"]),
         "invalid_option": Request("x", options=GenerationOptions(num_beams=2)),
     }
     with load(Path(engine._model.config._name_or_path), options=GenerationOptions(do_sample=True, seed=0)) as sampling:
@@ -263,8 +264,11 @@ def test_every_bad_row_has_its_own_error_and_every_good_row_is_right(engine, exp
 
     def work(thread: int) -> list[tuple[str | None, Completion]]:
         rows = []
-        for index in range(40):
-            kind = list(bad)[index // 10] if index % 10 == thread else None
+        for index in range(125):
+            kind = [*bad, "cancelled"][index // 21] if index % 8 == thread else None
+            if kind == "cancelled":
+                assert engine.submit(Request(PROMPTS[0])).cancel()
+                continue
             request = bad[kind] if kind else Request(PROMPTS[index % len(PROMPTS)], id=index % len(PROMPTS))
             rows.append((kind, engine.submit(request)))
         return [(kind, future.result()) for kind, future in rows]
