@@ -287,7 +287,9 @@ def test_openvino_folder_of_the_command_line(
     bundled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: list[str]
 ) -> None:
     command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--model", str(bundled_model)]
-    subprocess.run([*command, *weight_format, str(tmp_path / "ov_model_dir")], check=True, capture_output=True)
+    # The command finds out the task of a model on the Hub, but not of a folder.
+    command += ["--task", "text-generation-with-past", *weight_format, str(tmp_path / "ov_model_dir")]
+    subprocess.run(command, check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
     test_openvino_from_an_exported_folder("ov_model_dir", FASTER_OV_CONFIG)
 
