@@ -184,7 +184,7 @@ def test_one_request_at_a_time_tries_an_endpoint_that_is_down(tgi):
 
 def test_a_row_that_the_server_cannot_take_does_not_stop_the_others(tgi, whole):
     tgi.fault("status", status=503, path=TEXT_ROUTE, times=None, contains="poison")
-    with make(tgi.url, max_attempts=3, max_concurrency=4, wake_timeout_seconds=5) as engine:
+    with make(tgi.url, max_attempts=3, max_concurrency=4, wake_timeout_seconds=2) as engine:
         requests = [Request("poison" if i % 10 == 3 else PROMPT, id=i) for i in range(40)]
         rows: dict[int, Completion] = {row.request_id: row for row in engine.generate(requests)}
     assert [rows[i].error_code for i in range(40)] == ["unavailable" if i % 10 == 3 else None for i in range(40)]
