@@ -53,23 +53,29 @@ class RowFeed:
             for each in order_window(asked, _text) if self._ordered else asked:
                 yield each.request
 
-    def finish(self, completion: Completion) -> None:
-        """Commit the answer of a request, for all rows that wait for it."""
+    def finish(self, completions: Iterable[Completion]) -> None:
+        """Commit the answers of requests, for all rows that wait for them."""
+        answers: Answers = []
+        for completion in completions:
+            if completion.finish_reason != "cancelled":  # somebody closed the engine; the next run takes the row
+                self._finish(completion, answers)
+        self._commit(answers)
+
+    def _finish(self, completion: Completion, answers: Answers) -> None:
         row = int(completion.request_id or 0)
         digest = self._digests.pop(row, None)
         text = completion.text if completion.error is None else completion.text or None
         fields = (
-            text, completion.status, completion.finish_reason, completion.prompt_tokens,
-            completion.generated_tokens, completion.seconds, completion.error, _details(completion),
+            text, completion.status, completion.finish_reason, completion.prompt_tokens, completion.generated_tokens,
+            completion.seconds, completion.error, _details(completion),
         )  # fmt: skip
-        answers: Answers = [(row, *fields, False, digest)]
+        answers.append((row, *fields, False, digest))
         for other in self._rows.pop(row, ()):
             answers.append((other, *fields, True, digest))
         if digest is not None:
             del self._first_rows[digest]
             if completion.error is None:  # what failed for want of time or memory may do better next time
                 self._learnt.append((digest, *fields))
-        self._commit(answers)
 
     def learn(self, row: Mapping[str, Any]) -> None:
         """Remember the answer of an earlier run, a row of the journal without an error."""

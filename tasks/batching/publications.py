@@ -199,9 +199,18 @@ def _parsed(details: str | None) -> Mapping[str, Any]:
 def _typed(value: Any, kind: Any) -> Any:
     import pyarrow as pa
 
-    if value is None or not pa.types.is_string(kind):
-        return value
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return None
+    if pa.types.is_string(kind):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        return pa.scalar(value, kind).as_py()
+    except (
+        pa.ArrowInvalid,
+        pa.ArrowTypeError,
+        OverflowError,
+    ):  # a number that the column cannot hold; it is in the text
+        return None
 
 
 def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
@@ -211,5 +220,12 @@ def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
         schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
         properties = schema.get("properties")
         if isinstance(properties, dict):
-            fields = {name: str(kind.get("type", "string")) for name, kind in properties.items()}
+            fields = {name: _json_type(kind) for name, kind in properties.items()}
     return fields
+
+
+def _json_type(schema: Any) -> str:
+    """Return the type that a property has when it is not null, "string" where it may have several."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
+    return names[0] if len(names) == 1 else "string"

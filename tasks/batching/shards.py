@@ -109,9 +109,8 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
         feed = RowFeed(make_requests(job), commit, index, shard.settings.ordered)
         chunks = done.skip(read_chunks(job.table, shard.start, shard.stop), feed)
         in_flight = shard.settings.in_flight or engine.in_flight
-        for completion in run_requests(engine, feed.requests(chunks), in_flight, should_stop):
-            if completion.finish_reason != "cancelled":  # somebody closed the engine; the row is left for the next run
-                feed.finish(completion)
+        for completions in run_requests(engine, feed.requests(chunks), in_flight, should_stop):
+            feed.finish(completions)
     return ShardResult(shard.start, shard.stop, finished + done.rows, began, time.time())
 
 
@@ -122,8 +121,8 @@ def make_requests(job: BatchJob) -> RequestMaker:
 
 def run_requests(
     engine: Engine, requests: Iterable[Request], in_flight: int, should_stop: Callable[[], bool]
-) -> Iterator[Completion]:
-    """Yield completions as they finish, like `Engine.generate`, until there are no more or it has to stop.
+) -> Iterator[list[Completion]]:
+    """Yield what has finished, like `Engine.generate`, until there is no more or it has to stop.
 
     It looks for a stop also while every request takes long.
     """
@@ -139,11 +138,13 @@ def run_requests(
             if not pending:
                 return
             try:
-                future = finished.get(timeout=STOP_CHECK_SECONDS)
+                done = [finished.get(timeout=STOP_CHECK_SECONDS)]
             except queue.Empty:
                 continue
-            pending.remove(future)
-            yield future.result()
+            while not finished.empty():
+                done.append(finished.get())
+            pending.difference_update(done)
+            yield [future.result() for future in done]
     finally:
         for future in pending:
             future.cancel()

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import Artifact
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.tasks.batches import ENGINE_TAG
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.places import Place
@@ -225,6 +227,28 @@ def test_shards_on_threads_share_the_engine(tmp_path: Path, model: LocalModel, s
     assert summary.rows == summary.succeeded == 100
     assert [row["completion"] for row in read_rows(str(destination))] == [COUNTRIES[names[i % 4]] for i in range(100)]
     assert not Path(f"{destination}.journal").exists()
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_tag_keeps_engines_apart(tmp_path: Path, model: LocalModel) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"country": f"Land {index}"}) + "\n" for index in range(64)))
+    with get_client(sync_client=True) as client:
+        client.create_concurrency_limit(tag=ENGINE_TAG, concurrency_limit=1)
+        try:
+            state = batch_inference(
+                model, str(source), str(tmp_path / "out.jsonl"), PROMPT, shards=2, return_state=True
+            )
+        finally:
+            client.delete_concurrency_limit_by_tag(tag=ENGINE_TAG)
+        chosen = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        runs = [run for run in client.read_task_runs(flow_run_filter=chosen) if ENGINE_TAG in run.tags]
+    first, second = sorted(runs, key=lambda run: run.start_time or run.expected_start_time)
+
+    assert state.result().succeeded == 64
+    assert first.end_time is not None
+    assert second.start_time is not None
+    assert first.end_time <= second.start_time
 
 
 @pytest.fixture

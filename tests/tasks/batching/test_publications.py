@@ -1,0 +1,72 @@
+"""Structured answers become typed columns, also where a value does not fit its column."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.plans import plan_job
+from prefect_huggingface.tasks.batching.publications import Output, get_fields, publish_output
+from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.segments import Answer, SegmentName
+from prefect_huggingface.tasks.storage.tables import inspect_table, read_chunks
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": ["integer", "null"]},
+        "height": {"type": "number"},
+        "tags": {"type": "array"},
+        "either": {"type": ["string", "integer"]},
+        "any": True,
+    },
+}
+PARSED: list[dict[str, Any] | None] = [
+    {"name": "Zoë", "age": 7, "height": 1, "tags": ["a"], "either": 5, "any": None},
+    {"age": 10**30, "height": 1.5},
+    None,
+]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> BatchJob:
+    source = tmp_path / "in.csv"
+    source.write_text("id\n1\n2\n3\n")
+    return plan_job(str(source), None, "{id}")
+
+
+def test_fields_of_a_schema() -> None:
+    fields = get_fields([None, {"response_format": {"json_schema": SCHEMA}}, {"max_new_tokens": 3}])
+    assert fields == {
+        "name": "string", "age": "integer", "height": "number", "tags": "array", "either": "string", "any": "string",
+    }  # fmt: skip
+    assert get_fields([None, {"response_format": {"regex": "a"}}]) == {}
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
+def test_values_get_columns_of_their_own(tmp_path: Path, job: BatchJob, format: Any) -> None:
+    journal = Journal.beside(str(tmp_path / "out"))
+    answers = [
+        Answer(row, "text", "ok", "stop", details=json.dumps({"parsed": parsed}) if parsed else None).as_tuple()
+        for row, parsed in enumerate(PARSED)
+    ]
+    journal.append(SegmentName(1, "00000000", 0, 0, 2, 3, 0, 0), job.key, answers)
+    fields = get_fields([{"response_format": {"json_schema": SCHEMA}}])
+    output = Output(str(tmp_path / f"out.{format}"), format, prefix="x_", fields=fields)
+    publish_output(job, journal, output)
+    rows = [row for chunk in read_chunks(inspect_table(output.destination)) for row in chunk.rows]
+
+    names = [f"x_{name}" for name in fields]
+    expected: list[list[Any]] = [
+        ["Zoë", 7, 1.0, '["a"]', "5", None], [None, None, 1.5, None, None, None], [None] * 6,
+    ]  # fmt: skip
+    found = [[row[name] for name in names] for row in rows]
+    if format == "csv":
+        expected = [["" if value is None else str(value) for value in row] for row in expected]
+    assert found == expected
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
