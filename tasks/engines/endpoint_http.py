@@ -128,7 +128,7 @@ def origin_of(url: httpx.URL) -> tuple[str, str, int]:
 def warm_up() -> None:
     """Load the client of Hugging Face. It also asks the Hub, without a token, for what it puts into a header."""
     from huggingface_hub import AsyncInferenceClient
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     build_hf_headers(token=False)
     AsyncInferenceClient(base_url="http://localhost", api_key=PLACEHOLDER_KEY)
