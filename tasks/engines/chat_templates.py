@@ -59,13 +59,14 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return _compile(self.source).render(
+            rendered: str = _compile(self.source).render(
                 messages=[dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=answer,
                 **self.tokens,
             )
+            return rendered
         except TemplateError as exc:
             raise RequestError(
                 "invalid_prompt",

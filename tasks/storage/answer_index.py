@@ -30,7 +30,8 @@ class AnswerIndex:
         """Remember answers: (digest, *fields of `Answer` from `text` to `details`). Known digests are kept."""
         self._base.execute("BEGIN")
         # Sorted, neighbours in the index are written together.
-        self._base.executemany("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", sorted(answers, key=_digest))
+        rows = sorted(answers, key=_digest)
+        self._base.executemany("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?,?)", rows)
         self._base.execute("COMMIT")
 
     def find(self, digests: Sequence[bytes]) -> dict[bytes, tuple[Any, ...]]:
