@@ -46,6 +46,11 @@ class EngineOptions(BaseModel):
         title="Draft model",
         description="Folder of a small OpenVINO model with the same tokenizer, for speculative decoding.",
     )
+    tuned: bool = Field(
+        default=True,
+        title="Tuned settings",
+        description="Use what `tune_engine` found for this model on this machine, where nothing else is given.",
+    )
     prompt_lookup_tokens: int | None = Field(
         default=None, ge=1, title="Prompt lookup", description="Number of tokens to guess from the prompt in each step."
     )

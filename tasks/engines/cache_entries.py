@@ -14,6 +14,7 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.prompts import TemplateUse, resolve_options
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
+from prefect_huggingface.tasks.engines.tunings import apply_tuning
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.leases import Lease, hold_export
@@ -47,7 +48,8 @@ class EngineKey:
                 f"There is no engine for task {model.task!r} with backend {model.backend!r}. Choose another backend."
             )
         folder = model_folder(model)
-        return cls(engine, folder, json.dumps([_settings_of(model, LOADING_FIELDS), _weight_states(folder)]))
+        tuned = apply_tuning(model, folder)
+        return cls(engine, folder, json.dumps([_settings_of(tuned, LOADING_FIELDS), _weight_states(folder)]))
 
 
 def model_folder(model: LocalModel) -> Path:
@@ -97,7 +99,7 @@ class EngineEntry:
         self._requests = 0
         self._lease = hold(key.path)
         try:
-            self.engine = engine(key.path, model)  # type: ignore[call-arg]
+            self.engine = engine(key.path, apply_tuning(model, key.path))  # type: ignore[call-arg]
         except BaseException:
             self._lease.close()
             raise

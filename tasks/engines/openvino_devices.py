@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect_huggingface.blocks import LocalModel
@@ -23,10 +24,13 @@ def compile_properties(model: LocalModel) -> dict[str, Any]:
     Full precision that is asked for (`INFERENCE_PRECISION_HINT` of f32, or `EXECUTION_MODE_HINT` of ACCURACY) is meant
     for all of the model, so that the properties of `EXACT_PROPERTIES` go with it unless they are given.
     """
-    given = dict(model.ov_config)
-    precision, mode = given.get("INFERENCE_PRECISION_HINT"), given.get("EXECUTION_MODE_HINT")
-    exact = str(precision).lower() in ("f32", "fp32", "float32") or str(mode).upper() == "ACCURACY"
-    return {**EXACT_PROPERTIES, **given} if exact else given
+    return {**EXACT_PROPERTIES, **model.ov_config} if wants_full_precision(model.ov_config) else dict(model.ov_config)
+
+
+def wants_full_precision(properties: Mapping[str, Any]) -> bool:
+    """Tell whether properties ask for full precision."""
+    precision, mode = properties.get("INFERENCE_PRECISION_HINT"), properties.get("EXECUTION_MODE_HINT")
+    return str(precision).lower() in ("f32", "fp32", "float32") or str(mode).upper() == "ACCURACY"
 
 
 def choose_device(model: LocalModel) -> str:

@@ -26,6 +26,8 @@ from typing import Any
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
 
+from support.request_counts import counted_requests  # noqa: E402
+
 MIB = 2**20
 FROM_PATH = "import sys, pathlib; path = pathlib.Path(sys.argv[1]); "
 MAKE_TINY = f"{FROM_PATH}from support.tiny_models import make_tiny_llama; make_tiny_llama(path)"
@@ -62,31 +64,6 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
-
-
-@contextmanager
-def counted_requests() -> Iterator[list[float]]:
-    """Yield the times of all HTTP requests of this process."""
-    import httpx
-
-    times: list[float] = []
-    kinds = (httpx.Client, httpx.AsyncClient)
-    originals = [kind.send for kind in kinds]
-
-    def counting(original: Any) -> Any:
-        def send(self: Any, *rest: Any, **named: Any) -> Any:
-            times.append(time.monotonic())
-            return original(self, *rest, **named)
-
-        return send
-
-    for kind, original in zip(kinds, originals, strict=True):
-        kind.send = counting(original)  # type: ignore[method-assign]
-    try:
-        yield times
-    finally:
-        for kind, original in zip(kinds, originals, strict=True):
-            kind.send = original  # type: ignore[method-assign]
 
 
 class MemoryWatch:

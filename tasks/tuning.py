@@ -1,0 +1,237 @@
+"""The task that finds the fastest settings of an engine on this machine, and keeps them with the model.
+
+Settings are tried one after the other, each beside the best ones so far: both engines answer the same prompts in turn,
+so that a machine that gets slower for a while makes neither look better. A setting is kept when it is clearly faster
+and the answers stay as good, which is measured by how far they agree with those in full precision.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.artifacts import publish_table
+from prefect_huggingface.tasks.engines.cache_entries import model_folder
+from prefect_huggingface.tasks.engines.openvino_devices import EXACT_PROPERTIES
+from prefect_huggingface.tasks.engines.openvino_text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.tunings import tuning_file, with_settings, write_settings
+from prefect_huggingface.tasks.errors import PlanError
+from prefect_huggingface.tasks.records import Request
+from prefect_huggingface.tasks.storage.child_process import run_log
+
+# In the order of what they have been seen to gain.
+GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("DYNAMIC_QUANTIZATION_GROUP_SIZE", (64, 128, 0)),
+    ("max_num_batched_tokens", (256, 1024)),
+    ("max_num_seqs", (32, 128)),
+    ("KV_CACHE_PRECISION", ("bf16", "u4")),
+    ("INFERENCE_PRECISION_HINT", ("bf16", "f16")),
+    ("INFERENCE_NUM_THREADS", (1, 2, 4, 8, 16)),
+)
+PROMPTS = (
+    "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "Explain in simple words why the sky is blue and the evening sky is red.",
+    "Summarise: The committee met on Monday, agreed on the budget, and put off the question of the new building.",
+    "List five things to take along on a walk in the mountains, with a reason for each of them.",
+    "Translate into French: The train leaves at nine, so we should be at the station by half past eight.",
+    "What is the difference between a virus and a bacterium? Answer for a child of ten years.",
+    "Classify the mood of this text as positive, negative or neutral: The room was small but very clean.",
+    "Name the planets of the solar system in the order of their distance from the sun.",
+)
+ROWS = 48
+NEW_TOKENS = 32
+REPEATS = 3
+CLEAR_GAIN = 1.03
+# Answers may agree this much less with those in full precision than the defaults do, and what chance explains.
+TOLERANCE = 0.02
+COMPARED_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TuningTrial:
+    """One setting that was tried beside the best ones so far.
+
+    Attributes:
+        setting: Name of the setting.
+        value: Value that was tried.
+        speed_up: How many times as fast as the best settings before it.
+        agreement: Share of the answers, from their beginning, that is the same as in full precision.
+        kept: Whether it is faster and answers as well.
+        problem: Why it could not be tried, or None.
+    """
+
+    setting: str
+    value: Any
+    speed_up: float
+    agreement: float
+    kept: bool
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The settings that were found.
+
+    Attributes:
+        settings: Settings that are faster than the defaults, by their names.
+        speed_up: How many times as fast as the defaults.
+        trials: Everything that was tried.
+        path: File that they are kept in.
+    """
+
+    settings: Mapping[str, Any]
+    speed_up: float
+    trials: tuple[TuningTrial, ...]
+    path: str
+
+
+def find_settings(model: LocalModel, prompts: Sequence[str] | None = None) -> Tuning:
+    """Measure a small grid of engine settings on this machine and keep the fastest for `load_engine`.
+
+    What the model's block gives is not changed and not tried. An engine that is loaded already keeps its settings.
+
+    Args:
+        model: Model with backend "openvino" for text generation.
+        prompts: Prompts like those of the work to come. When left out, eight of different kinds.
+
+    Returns:
+        The settings, their gain, and all trials.
+
+    Raises:
+        PlanError: If the model does not run on this engine.
+    """
+    if (model.backend, model.task) != ("openvino", "text-generation"):
+        raise PlanError(
+            f"Only text generation on OpenVINO is tuned, got task {model.task!r} with backend {model.backend!r}. "
+            "Use the settings of the block."
+        )
+    search = _Search(model, list(prompts or PROMPTS))
+    for name, values in GRID:
+        if name not in model.ov_config and getattr(model.engine, name, None) is None:
+            search.try_values(name, values)
+    return search.finish()
+
+
+class _Search:
+    """The best settings so far, with their engine."""
+
+    def __init__(self, model: LocalModel, prompts: list[str]) -> None:
+        self._model = model.model_copy(update={"options": GenerationOptions()})
+        self._folder = model_folder(model)
+        self._prompts = [prompts[row % len(prompts)] for row in range(max(ROWS, len(prompts)))]
+        self._compared = [f"{row}. {prompts[row % len(prompts)]}" for row in range(max(COMPARED_ROWS, len(prompts)))]
+        self._round = 0
+        self._settings: dict[str, Any] = {}
+        self._trials: list[TuningTrial] = []
+        self._speed_up = 1.0
+        with self._load(EXACT_PROPERTIES) as exact:
+            self._wanted = _answer(exact, self._compared)
+        self._best = self._load({})
+        self._defaults = _agreements(_answer(self._best, self._compared), self._wanted)
+
+    def try_values(self, name: str, values: Sequence[Any]) -> None:
+        """Try values of a setting and keep the best of them."""
+        for value in values:
+            if name == "INFERENCE_NUM_THREADS" and value > (os.cpu_count() or 1):
+                continue
+            started = time.perf_counter()
+            trial = self._try(name, value)
+            self._trials.append(trial)
+            run_log().info(
+                "%s=%s: %.2f times as fast, agreement %.2f%s (%.0f s)",
+                name, value, trial.speed_up, trial.agreement, ", kept" if trial.kept else "",
+                time.perf_counter() - started,
+            )  # fmt: skip
+
+    def finish(self) -> Tuning:
+        """Write the settings and return them."""
+        self._best.close()
+        trials = [
+            {"setting": trial.setting, "value": trial.value, "speed_up": round(trial.speed_up, 3),
+             "agreement": round(trial.agreement, 3), "kept": trial.kept, "problem": trial.problem}
+            for trial in self._trials
+        ]  # fmt: skip
+        facts = {"model": self._folder.name, "speed_up": round(self._speed_up, 3), "trials": trials}
+        path = write_settings(self._model, self._folder, self._settings, facts)
+        publish_table("engine-tuning", trials, f"Settings of {self._model.model_id} on this machine")
+        return Tuning(dict(self._settings), self._speed_up, tuple(self._trials), str(path))
+
+    def _load(self, settings: Mapping[str, Any]) -> OpenVINOTextEngine:
+        return OpenVINOTextEngine(self._folder, with_settings(self._model, settings))
+
+    def _try(self, name: str, value: Any) -> TuningTrial:
+        settings = {**self._settings, name: value}
+        try:
+            engine = self._load(settings)
+        except Exception as exc:
+            # Not every device and version knows every value.
+            return TuningTrial(name, value, 0.0, 0.0, kept=False, problem=str(exc))
+        agreements = _agreements(_answer(engine, self._compared), self._wanted)
+        speed_up = self._race(engine)
+        kept = speed_up >= CLEAR_GAIN and not _is_worse(agreements, self._defaults)
+        if kept:
+            self._best.close()
+            self._best, self._settings, self._speed_up = engine, settings, self._speed_up * speed_up
+        else:
+            engine.close()
+        return TuningTrial(name, value, speed_up, fmean(agreements), kept=kept)
+
+    def _race(self, engine: OpenVINOTextEngine) -> float:
+        """Return how many times as fast as the best one an engine is."""
+        seconds: dict[int, list[float]] = {0: [], 1: []}
+        for _ in range(REPEATS):
+            self._round += 1
+            for place, runner in enumerate((self._best, engine)):
+                seconds[place].append(_time(runner, [f"{self._round} {prompt}" for prompt in self._prompts]))
+        return median(seconds[0]) / median(seconds[1])
+
+
+def _time(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> float:
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    started = time.perf_counter()
+    for _ in engine.generate(Request(f"{row} {prompt}", options=options) for row, prompt in enumerate(prompts)):
+        pass
+    return time.perf_counter() - started
+
+
+def _answer(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> list[str]:
+    options = GenerationOptions(max_new_tokens=NEW_TOKENS)
+    futures = [engine.submit(Request(prompt, options=options)) for prompt in prompts]
+    return [future.result().text for future in futures]
+
+
+def _agreements(answers: Sequence[str], wanted: Sequence[str]) -> list[float]:
+    """Return which share of each wanted answer is met, from its beginning to the first difference."""
+    shares = []
+    for answer, right in zip(answers, wanted, strict=True):
+        pairs = zip(answer, right, strict=False)
+        same = next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(answer), len(right)))
+        longest = max(len(answer), len(right))
+        shares.append(same / longest if longest else 1.0)
+    return shares
+
+
+def _is_worse(agreements: Sequence[float], before: Sequence[float]) -> bool:
+    """Tell whether answers agree less than before, by more than chance explains."""
+    changes = [one - other for one, other in zip(agreements, before, strict=True)]
+    chance = stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
+    return fmean(changes) < -(TOLERANCE + chance)
+
+
+def forget_settings(model: LocalModel) -> bool:
+    """Remove what was found for a model on this machine, and tell whether there was anything."""
+    path = tuning_file(model, model_folder(model))
+    found = path.is_file()
+    path.unlink(missing_ok=True)
+    return found
+
+
+tune_engine = task(name="tune-engine", cache_policy=NO_CACHE)(find_settings)

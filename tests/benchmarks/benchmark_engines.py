@@ -1,0 +1,206 @@
+"""Measures this library's OpenVINO engine beside its peers, interleaved, on one model of random weights.
+
+    python tests/benchmarks/benchmark_engines.py [--quick] [--repeats 5] [--formats int8 int4] [--engines ...]
+
+Every engine has a process of its own; only one works at a time. The figures are tokens per second, medians over the
+repeats. langchain-huggingface is put into a folder of its own with pip; where that fails its rows are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmark_contenders import CONTENDERS
+from benchmark_models import make_checkpoint, make_exports
+from benchmark_workloads import Workload, make_workloads
+
+PEER = "langchain-huggingface==1.2.3"
+ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
+# These take minutes for a whole workload, so that they get a part of its rows.
+SLOW = (*ON_TORCH, "langchain-huggingface, openvino")
+SLOW_ROWS = 8
+ONLY_OURS = ("threads",)
+HERE = Path(__file__).parent
+
+
+class Worker:
+    """One engine in a process of its own."""
+
+    def __init__(self, name: str, folder: Path, peers: Path | None) -> None:
+        command = [sys.executable, str(HERE / "benchmark_contenders.py"), name, str(folder)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        if peers is not None:
+            environment["PYTHONPATH"] = str(peers)
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment,
+        )  # fmt: skip
+        self._read()
+
+    def run(self, workload: Workload) -> float:
+        """Do a workload and return its tokens per second."""
+        assert self._process.stdin is not None
+        print(json.dumps(asdict(workload)), file=self._process.stdin, flush=True)
+        answer = self._read()
+        return float(answer["tokens"] / answer["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}.")
+        return dict(json.loads(line))
+
+
+def install_peer(folder: Path) -> Path | None:
+    """Put langchain-huggingface beside the project and return its folder, or None where it cannot be had."""
+    if not (folder / "langchain_huggingface").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER]
+        if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+            print(f"{PEER} cannot be installed, so its rows are left out.")
+            return None
+    return folder
+
+
+def tune(export: Path) -> None:
+    """Find the best settings for this machine, for the contender that uses them."""
+    from prefect_huggingface.blocks import LocalModel
+    from prefect_huggingface.tasks.tuning import find_settings
+
+    found = find_settings(LocalModel(model_id=str(export)))
+    print(f"Tuned: {found.settings}, {found.speed_up:.2f} times as fast by its own measurement.")
+
+
+def measure(
+    folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """Run all workloads on all engines, one after the other, again and again.
+
+    Args:
+        folders: Model folder by engine.
+        peers: Folder with langchain-huggingface, or None without it.
+        workloads: What to do.
+        repeats: How often each engine does each workload, after one round to warm up.
+
+    Returns:
+        Tokens per second of every repeat, by workload and engine.
+    """
+    figures: dict[str, dict[str, list[float]]] = {workload.name: {} for workload in workloads}
+    for workload in workloads:
+        names = [name for name in folders if workload.name not in ONLY_OURS or name.startswith("ours")]
+        workers = [Worker(name, folders[name], peers) for name in names]
+        for repeat in range(repeats + 1):
+            for worker in workers:
+                rows = workload.sample(SLOW_ROWS) if worker.name in SLOW else workload
+                rate = worker.run(rows.fresh(repeat))
+                if repeat:
+                    figures[workload.name].setdefault(worker.name, []).append(rate)
+        for worker in workers:
+            worker.close()
+        print_table(workload.name, figures[workload.name])
+    return figures
+
+
+def print_table(title: str, figures: dict[str, list[float]]) -> None:
+    """Print the medians of one workload, and how many times slower than this library each engine is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is"):
+        table.add_column(heading)
+    own = median(figures["ours"])
+    for name, rates in figures.items():
+        middle = median(rates)
+        table.add_row(name, f"{middle:.1f}", f"{min(rates):.1f}", f"{max(rates):.1f}", f"{own / middle:.2f} times")
+    Console().print(table)
+
+
+def write_figures(folder: Path, figures: dict[str, Any], repeats: int) -> Path:
+    """Write the raw figures with the machine and the versions, and a plot where matplotlib is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packages = ("openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
+    facts = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in packages},
+        "repeats": repeats,
+        "tokens_per_second": figures,
+    }
+    path = folder / "figures.json"
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        print("There is no plot, matplotlib is missing. Install it with pip install matplotlib.")
+        return path
+    matplotlib.use("Agg")
+    plot(figures, folder / "figures.svg")
+    return path
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Draw the medians as bars, one panel per workload and weight format."""
+    from matplotlib import pyplot
+
+    panels = [(f"{form}, {name}", rates) for form, by_name in figures.items() for name, rates in by_name.items()]
+    drawing, axes = pyplot.subplots(len(panels), 1, figsize=(8, 1 + 2 * len(panels)), squeeze=False)
+    for axis, (title, rates) in zip(axes[:, 0], panels, strict=True):
+        axis.barh(list(rates), [median(values) for values in rates.values()])
+        axis.set_title(title)
+        axis.set_xlabel("tokens per second")
+        axis.invert_yaxis()
+    drawing.tight_layout()
+    drawing.savefig(path)
+
+
+def main() -> None:
+    """Read the arguments, measure, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model and few rows, to try the benchmark itself")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each engine does each workload")
+    parser.add_argument("--formats", nargs="+", default=["int8", "int4"], help="weight formats")
+    parser.add_argument("--engines", nargs="+", default=list(CONTENDERS), help="which engines")
+    parser.add_argument("--workloads", nargs="+", default=None, help="which workloads")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
+    arguments = parser.parse_args()
+    work = arguments.output / ("quick" if arguments.quick else "smollm2-135m-shape")
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = make_checkpoint(work / "checkpoint", quick=arguments.quick)
+    exports = make_exports(checkpoint, work.absolute() / "store", arguments.formats)
+    wants_peer = any(name.startswith("langchain") for name in arguments.engines)
+    peers = install_peer(arguments.output.absolute() / "peers") if wants_peer else None
+    workloads = make_workloads(checkpoint / "tokenizer.json", quick=arguments.quick)
+    if arguments.workloads:
+        workloads = [workload for workload in workloads if workload.name in arguments.workloads]
+    names = [name for name in arguments.engines if peers is not None or not name.startswith("langchain")]
+    figures = {}
+    for weight_format, export in exports.items():
+        print(f"Weights in {weight_format}:")
+        folders = {name: checkpoint if name in ON_TORCH else export for name in names}
+        figures[weight_format] = measure(
+            {**folders, **({"peers": peers} if peers else {})}, workloads, arguments.repeats
+        )
+    print(write_figures(work, figures, arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The model of the benchmark: SmolLM2-135M's shape with random weights, and a tokenizer of its size."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+VOCABULARY = 49152
+LONGEST_TOKEN = 8
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+QUICK_SHAPE = {**SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
+
+
+def make_checkpoint(folder: Path, *, quick: bool = False) -> Path:
+    """Make the checkpoint where it is missing and return its folder."""
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_tokenizer(unfinished)
+    torch.manual_seed(0)
+    shape = QUICK_SHAPE if quick else SHAPE
+    config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
+    LlamaForCausalLM(config).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Save a byte-level BPE tokenizer of random merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    choose = random.Random(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "<|end|>", "<|pad|>", *alphabet])}
+    parts = [letter for letter in alphabet if letter.isascii() and letter.isalpha()] + ["Ġ"]
+    merges = []
+    while len(vocabulary) < VOCABULARY:
+        left, right = choose.choice(parts), choose.choice(parts)
+        token = left + right
+        if token not in vocabulary and len(token) <= LONGEST_TOKEN and "Ġ" not in token[1:]:
+            vocabulary[token] = len(vocabulary)
+            merges.append((left, right))
+            parts.append(token)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="<|pad|>"
+    ).save_pretrained(folder)
+
+
+def make_exports(checkpoint: Path, store: Path, formats: list[str]) -> dict[str, Path]:
+    """Export the checkpoint in some weight formats and return the folders."""
+    from prefect_huggingface.blocks import LocalModel, ModelStore
+    from prefect_huggingface.tasks.storage.exports import get_export
+
+    return {
+        weight_format: get_export(
+            LocalModel(model_id=str(checkpoint), weight_format=weight_format, store=ModelStore(path=store))
+        ).path
+        for weight_format in formats
+    }

@@ -1,0 +1,98 @@
+"""Tuning keeps what is faster and as good, for this model on this machine, and `load_engine` uses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import EngineOptions, LocalModel, ModelStore
+from prefect_huggingface.tasks import tuning
+from prefect_huggingface.tasks.engines.cache import load_engine, unload_engines
+from prefect_huggingface.tasks.engines.tunings import read_settings, tuning_file, with_settings, write_settings
+from prefect_huggingface.tasks.errors import PlanError
+
+
+@pytest.fixture
+def model(tiny_openvino: Path, tmp_path: Path) -> Iterator[LocalModel]:
+    yield LocalModel(model_id=str(tiny_openvino), store=ModelStore(path=tmp_path / "store"))
+    unload_engines()
+
+
+def test_settings_are_tried_kept_and_used(model, tiny_openvino, monkeypatch):
+    # With these limits all that can be loaded is kept, however busy the machine is.
+    grid = (("max_num_seqs", (64,)), ("KV_CACHE_PRECISION", ("bf16", "nonsense")))
+    monkeypatch.setattr(tuning, "GRID", grid)
+    monkeypatch.setattr(tuning, "CLEAR_GAIN", 0.01)
+    monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
+    found = tuning.tune_engine.fn(model)
+    assert [(trial.setting, trial.value, trial.kept) for trial in found.trials] == [
+        ("max_num_seqs", 64, True),
+        ("KV_CACHE_PRECISION", "bf16", True),
+        ("KV_CACHE_PRECISION", "nonsense", False),
+    ]
+    assert "nonsense" in found.trials[-1].problem
+    assert all(0 <= trial.agreement <= 1 for trial in found.trials)
+    assert json.loads(Path(found.path).read_text())["settings"] == dict(found.settings)
+    engine = load_engine(model).unshared
+    assert engine._model.ov_config == {"KV_CACHE_PRECISION": "bf16"}
+
+
+def test_what_is_no_gain_is_not_kept(model, monkeypatch):
+    monkeypatch.setattr(tuning, "GRID", (("max_num_seqs", (1,)),))
+    found = tuning.find_settings(model, ["Hello there"])
+    assert found.trials[0].speed_up < 1
+    assert found.settings == {}
+    assert found.speed_up == 1.0
+
+
+def test_answers_that_are_worse_are_not_kept():
+    good = [1.0] * 30
+    assert tuning._is_worse([0.5] * 30, good)
+    assert tuning._is_worse([0.0] * 5 + [1.0] * 25, good)
+    assert not tuning._is_worse(good, good)
+    assert not tuning._is_worse([0.95] + [1.0] * 29, good)
+    assert tuning._agreements(["abcd", "", "x"], ["abxd", "", "y"]) == [0.5, 1.0, 0.0]
+
+
+def test_what_the_user_gives_goes_over_what_was_found(model):
+    settings = {"max_num_seqs": 16, "max_num_batched_tokens": 99, "KV_CACHE_PRECISION": "u4"}
+    given = model.model_copy(
+        update={"engine": EngineOptions(max_num_seqs=8), "ov_config": {"KV_CACHE_PRECISION": "u8"}}
+    )
+    tuned = with_settings(given, settings)
+    assert (tuned.engine.max_num_seqs, tuned.engine.max_num_batched_tokens) == (8, 99)
+    assert tuned.ov_config == {"KV_CACHE_PRECISION": "u8"}
+
+
+def test_full_precision_stays_full(model):
+    exact = model.model_copy(update={"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}})
+    tuned = with_settings(exact, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 64, "max_num_seqs": 16})
+    assert tuned.ov_config == {"INFERENCE_PRECISION_HINT": "f32"}
+    assert tuned.engine.max_num_seqs == 16
+
+
+def test_tuned_settings_can_be_left_out_and_forgotten(model, tiny_openvino):
+    write_settings(model, tiny_openvino, {"max_num_seqs": 7}, {})
+    assert read_settings(model, tiny_openvino) == {"max_num_seqs": 7}
+    assert load_engine(model).unshared.sizes.sequences == 7
+    untuned = model.model_copy(update={"engine": EngineOptions(tuned=False)})
+    assert load_engine(untuned).unshared.sizes.sequences != 7
+    assert tuning.forget_settings(model)
+    assert not tuning.forget_settings(model)
+    unload_engines()
+    assert load_engine(model).unshared.sizes.sequences != 7
+
+
+def test_a_broken_file_is_as_good_as_none(model, tiny_openvino):
+    path = tuning_file(model, tiny_openvino)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    assert read_settings(model, tiny_openvino) == {}
+
+
+def test_other_engines_are_not_tuned(tiny_llama):
+    with pytest.raises(PlanError, match="torch"):
+        tuning.find_settings(LocalModel(model_id=str(tiny_llama), backend="torch"))
