@@ -24,6 +24,7 @@ from prefect_huggingface.tasks.storage.journals import Journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables import inspect_table, read_chunks
 from support.batch_runs import read_answers, start_batch
+from support.request_counts import counted_requests
 from support.s3_servers import serve_s3
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -227,6 +228,21 @@ def test_shards_on_threads_share_the_engine(tmp_path: Path, model: LocalModel, s
     assert summary.rows == summary.succeeded == 100
     assert [row["completion"] for row in read_rows(str(destination))] == [COUNTRIES[names[i % 4]] for i in range(100)]
     assert not Path(f"{destination}.journal").exists()
+
+
+def test_requests_to_prefect_do_not_grow_with_the_rows(tmp_path: Path, model: LocalModel) -> None:
+    counts, names = {}, list(COUNTRIES)
+    for rows in (20, 5000):
+        source = tmp_path / f"in-{rows}.jsonl"
+        source.write_text("".join(json.dumps({"country": names[index % 4]}) + "\n" for index in range(rows)))
+        began = time.monotonic()
+        with counted_requests() as requests:
+            summary = batch_inference(model, str(source), str(tmp_path / f"out-{rows}.jsonl"), PROMPT)
+        counts[rows] = (len(requests), time.monotonic() - began)
+        assert summary.shared == rows - 4
+
+    allowed = 3 * max(counts[5000][1] - counts[20][1], 0)  # the progress is updated once a second
+    assert counts[5000][0] <= counts[20][0] + 10 + allowed
 
 
 @pytest.mark.slow
