@@ -14,6 +14,7 @@ from prefect_huggingface.tasks.engines.scheduling import BLOCK_TOKENS
 
 # Rows that share this many tokens at their beginning wait until the first of them has computed it for all.
 SHARED_TOKENS = 2 * BLOCK_TOKENS
+KNOWN_BEGINNINGS = 4096
 
 
 class RowQueue:
@@ -38,6 +39,8 @@ class RowQueue:
         self.waiting: deque[Row] = deque()
         self.running: dict[Row, None] = {}
         self._suspects: set[Row] = set()
+        # Beginnings that were computed, by their hashes. A wrong one costs a little time and nothing else.
+        self._known: dict[int, None] = {}
 
     @property
     def rows(self) -> list[Row]:
@@ -93,15 +96,16 @@ class RowQueue:
     def _next_rows(self) -> list[Row]:
         admitted: list[Row] = []
         held: list[Row] = []
-        beginnings = {self._beginning(row) for row in self.running if not row.has_begun} - {()}
+        under_way = self._beginnings_under_way()
         while self.waiting and self._has_room(self.waiting[0], [*self.running, *admitted]):
             row = self.waiting.popleft()
-            if self._beginning(row) in beginnings:
+            beginning = self._beginning(row)
+            if beginning in under_way:
                 held.append(row)
                 continue
             admitted.append(row)
-            if beginning := self._beginning(row):
-                beginnings.add(beginning)
+            if beginning is not None and beginning not in self._known:
+                under_way.add(beginning)
         self.waiting.extendleft(reversed(held))
         return admitted
 
@@ -115,10 +119,24 @@ class RowQueue:
             return True
         return sum(map(_reserved, [row, *others])) <= self._cache_tokens
 
-    def _beginning(self, row: Row) -> tuple[int, ...]:
+    def _beginnings_under_way(self) -> set[int]:
+        """Return the beginnings that running rows are computing, and take note of those that they have computed."""
+        under_way = set()
+        for row in self.running:
+            beginning = self._beginning(row)
+            if beginning is not None and beginning not in self._known:
+                if row.has_begun:
+                    self._known[beginning] = None
+                else:
+                    under_way.add(beginning)
+        while len(self._known) > KNOWN_BEGINNINGS:
+            del self._known[next(iter(self._known))]
+        return under_way - self._known.keys()
+
+    def _beginning(self, row: Row) -> int | None:
         if not self._share_beginnings or len(row.prompt_tokens) <= SHARED_TOKENS:
-            return ()
-        return tuple(row.prompt_tokens[:SHARED_TOKENS])
+            return None
+        return hash(tuple(row.prompt_tokens[:SHARED_TOKENS]))
 
 
 def _reserved(row: Row) -> int:

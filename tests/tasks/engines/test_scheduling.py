@@ -1,0 +1,145 @@
+"""Sizes come from the model and the memory, and rows run beside each other as the sizes allow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import EngineOptions, GenerationOptions
+from prefect_huggingface.tasks.engines.answers import Submission
+from prefect_huggingface.tasks.engines.genai_rows import Row
+from prefect_huggingface.tasks.engines.memory import available_bytes, resident_bytes, total_bytes
+from prefect_huggingface.tasks.engines.row_queue import SHARED_TOKENS, RowQueue
+from prefect_huggingface.tasks.engines.scheduling import BLOCK_TOKENS, choose_sizes, kv_bytes_per_token
+from prefect_huggingface.tasks.records import Request
+
+GIB = 2**30
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    settings = {
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576,
+        "max_position_embeddings": 2048,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_the_cache_has_room_for_the_rows_and_leaves_most_of_the_memory(folder):
+    sizes = choose_sizes(folder, EngineOptions(), "u8")
+    assert sizes.cache_tokens >= 64 * 2048 or sizes.cache_bytes >= 0.25 * available_bytes()
+    assert sizes.cache_bytes < 0.5 * total_bytes()
+    assert sizes.cache_bytes >= sizes.kv_blocks * BLOCK_TOKENS * kv_bytes_per_token(folder, "u8")
+
+
+def test_what_the_user_gives_is_taken(folder):
+    sizes = choose_sizes(folder, EngineOptions(max_num_seqs=3, max_num_batched_tokens=77, cache_size_gb=0.5), "f16")
+    assert (sizes.sequences, sizes.batched_tokens, sizes.cache_bytes) == (3, 77, GIB // 2)
+    assert sizes.cache_tokens == pytest.approx(GIB / 2 / (2 * 30 * 3 * 64 * 2), abs=BLOCK_TOKENS)
+
+
+def test_a_step_takes_less_than_the_cache_holds(folder):
+    sizes = choose_sizes(folder, EngineOptions(cache_size_gb=0.001, max_num_batched_tokens=4096), "f16")
+    assert sizes.batched_tokens < sizes.cache_tokens
+
+
+def test_a_model_that_does_not_say_its_shape_has_no_blocks(tmp_path):
+    sizes = choose_sizes(tmp_path, EngineOptions(), "u8")
+    assert sizes.cache_tokens is None
+    assert sizes.cache_bytes > 0
+
+
+def test_memory_is_measured():
+    assert 0 < resident_bytes() < total_bytes()
+    assert 0 < available_bytes() <= total_bytes()
+
+
+class NoCodec:
+    """Stands where rows that never start need no tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+
+def make_row(tokens: Sequence[int] = (1, 2, 3), new: int = 10, **options) -> Row:
+    chosen = GenerationOptions(max_new_tokens=new, **options)
+    return Row(Submission(Request("x"), Future()), chosen, tokens, frozenset(), NoCodec())
+
+
+def fill(queue: RowQueue, rows: list[Row]) -> list[Row]:
+    for row in rows:
+        queue.append(row)
+    return queue.admit()
+
+
+def test_rows_run_in_their_order_as_places_get_free():
+    queue, rows = RowQueue(2), [make_row() for _ in range(4)]
+    assert fill(queue, rows) == rows[:2]
+    assert queue.admit() == []
+    queue.remove(rows[0])
+    assert queue.admit() == [rows[2]]
+
+
+def test_a_row_with_several_answers_takes_several_places():
+    queue = RowQueue(4)
+    rows = [make_row(do_sample=True, n=3), make_row(), make_row(num_beams=8), make_row()]
+    assert fill(queue, rows) == rows[:2]
+    queue.remove(rows[0])
+    queue.remove(rows[1])
+    assert queue.admit() == [rows[2]]
+
+
+def test_rows_reserve_the_cache_that_they_can_need():
+    queue = RowQueue(64, cache_tokens=10 * BLOCK_TOKENS)
+    rows = [make_row(range(BLOCK_TOKENS), new=2 * BLOCK_TOKENS) for _ in range(5)]
+    assert fill(queue, rows) == rows[:2]
+
+
+def test_a_row_that_is_larger_than_the_cache_runs_alone():
+    queue = RowQueue(64, cache_tokens=BLOCK_TOKENS)
+    rows = [make_row(range(100), new=100), make_row()]
+    assert fill(queue, rows) == rows[:1]
+
+
+def test_rows_that_share_a_beginning_wait_for_the_first_of_them():
+    shared = list(range(SHARED_TOKENS))
+    rows = [make_row([*shared, 1, number]) for number in range(3)]
+    other = make_row([*range(500, 500 + SHARED_TOKENS), 1])
+    queue = RowQueue(64)
+    assert fill(queue, [*rows, other]) == [rows[0], other]
+    assert queue.admit() == []
+    rows[0].strands[0].tokens.append(5)
+    assert queue.admit() == rows[1:]
+    assert fill(RowQueue(64, share_beginnings=False), [*rows, other]) == [*rows, other]
+
+
+def test_suspects_make_their_first_step_one_at_a_time():
+    queue, rows = RowQueue(64), [make_row() for _ in range(4)]
+    fill(queue, rows)
+    queue.put_back(rows)
+    queue.suspect(rows[:2])
+    assert queue.admit() == [rows[0]]
+    assert queue.admit() == []
+    rows[0].proven = True
+    assert queue.admit() == [rows[1]]
+    queue.remove(rows[1])
+    assert queue.admit() == rows[2:]
+
+
+def test_a_row_that_must_be_alone_is_alone():
+    queue, rows = RowQueue(64), [make_row() for _ in range(3)]
+    rows[1].alone = True
+    assert fill(queue, rows) == [rows[0]]
+    queue.remove(rows[0])
+    assert queue.admit() == [rows[1]]
+    assert queue.admit() == []
+    queue.remove(rows[1])
+    assert queue.admit() == [rows[2]]
