@@ -61,6 +61,7 @@ class RowQueue:
         """Take a row out, wherever it is."""
         self._suspects.discard(row)
         if row in self.running:
+            self._note(row)
             del self.running[row]
         elif row in self.waiting:
             self.waiting.remove(row)
@@ -123,15 +124,19 @@ class RowQueue:
         """Return the beginnings that running rows are computing, and take note of those that they have computed."""
         under_way = set()
         for row in self.running:
+            self._note(row)
             beginning = self._beginning(row)
-            if beginning is not None and beginning not in self._known:
-                if row.has_begun:
-                    self._known[beginning] = None
-                else:
-                    under_way.add(beginning)
-        while len(self._known) > KNOWN_BEGINNINGS:
-            del self._known[next(iter(self._known))]
+            if beginning is not None:
+                under_way.add(beginning)
         return under_way - self._known.keys()
+
+    def _note(self, row: Row) -> None:
+        """Take note of the beginning of a row if it is computed."""
+        beginning = self._beginning(row)
+        if beginning is not None and row.has_begun:
+            self._known[beginning] = None
+            if len(self._known) > KNOWN_BEGINNINGS:
+                del self._known[next(iter(self._known))]
 
     def _beginning(self, row: Row) -> int | None:
         if not self._share_beginnings or len(row.prompt_tokens) <= SHARED_TOKENS:

@@ -121,6 +121,15 @@ def test_rows_that_share_a_beginning_wait_for_the_first_of_them():
     assert fill(RowQueue(64, share_beginnings=False), [*rows, other]) == [*rows, other]
 
 
+def test_a_row_that_ends_in_its_first_step_leaves_its_beginning():
+    rows = [make_row([*range(SHARED_TOKENS), 1, number]) for number in range(3)]
+    queue = RowQueue(64)
+    assert fill(queue, rows) == rows[:1]
+    rows[0].strands[0].end("stop")
+    queue.remove(rows[0])
+    assert queue.admit() == rows[1:]
+
+
 def test_suspects_make_their_first_step_one_at_a_time():
     queue, rows = RowQueue(64), [make_row() for _ in range(4)]
     fill(queue, rows)
