@@ -30,7 +30,7 @@ def test_round_trip(architecture: str, tmp_path: Path) -> None:
     # An export that computes something else agrees on one token of four hundred and diverges by several nats.
     assert eight.agreement > 0.8
     assert eight.divergence < 0.1
-    assert four.agreement > 0.25
+    assert four.agreement > 0.15
     assert four.divergence < 2.0
     manifest = read_manifest(get_export(model.model_copy(update={"weight_format": "int4"})).path)
     assert manifest is not None
