@@ -35,8 +35,7 @@ def prepare_model(
     """
     if model.backend == "torch":
         return download_model(model)
-    if not model.is_local:
-        download_model(model)
+    # The export downloads what it needs, after its plan has been checked, and not if it is there already.
     export = export_to_openvino(model)
     publish_markdown("prepared-model", _summary_of(model, export))
     if min_agreement is not None:
