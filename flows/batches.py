@@ -23,9 +23,9 @@ from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, p
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
-from prefect_huggingface.tasks.storage.journal_locks import WhenRunning, hold_journal
-from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.tables import TableFormat
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
+from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
 
 logger = get_logger(__name__)
 

@@ -16,8 +16,8 @@ from prefect_huggingface.tasks.batching.plans import check_ids, choose_columns, 
 from prefect_huggingface.tasks.batching.publications import Output, Publication, get_fields, publish_output
 from prefect_huggingface.tasks.batching.shards import Shard, ShardResult, process_shard
 from prefect_huggingface.tasks.batching.statuses import get_status
-from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.tables import TableFormat
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
 
 ENGINE_TAG = "hugging-face-engine"
 """Tag of the tasks that load a model. A concurrency limit on it keeps a machine from loading two by accident."""

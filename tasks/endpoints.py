@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import HuggingFaceCredentials
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
-from prefect_huggingface.tasks.engines.endpoint_patience import run_logger
+from prefect_huggingface.tasks.engines.endpoints.patience import run_logger
 from prefect_huggingface.tasks.errors import EndpointError
 from prefect_huggingface.tasks.records import EndpointStatus
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs

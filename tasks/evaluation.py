@@ -25,17 +25,17 @@ from prefect_huggingface.tasks.quality import (
     quality_rows,
 )
 from prefect_huggingface.tasks.records import Export, Snapshot
-from prefect_huggingface.tasks.storage import exporter
-from prefect_huggingface.tasks.storage.child_process import ChildProgram, run_child
-from prefect_huggingface.tasks.storage.evaluation_prompts import DEFAULT_PROMPTS
-from prefect_huggingface.tasks.storage.exports import get_export
+from prefect_huggingface.tasks.storage.exports import exporter
+from prefect_huggingface.tasks.storage.exports.child_process import ChildProgram, run_child
+from prefect_huggingface.tasks.storage.exports.evaluation_prompts import DEFAULT_PROMPTS
+from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
+from prefect_huggingface.tasks.storage.exports.resources import free_memory
+from prefect_huggingface.tasks.storage.exports.source_weights import measure_weights
+from prefect_huggingface.tasks.storage.exports.staging import open_staging
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 from prefect_huggingface.tasks.storage.leases import hold_export
-from prefect_huggingface.tasks.storage.recipes import EXPORT_TASKS
-from prefect_huggingface.tasks.storage.resources import free_memory
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
-from prefect_huggingface.tasks.storage.source_weights import measure_weights
-from prefect_huggingface.tasks.storage.staging import open_staging
 
 MAX_NEW_TOKENS = 32
 STEPS = {"source": "answering with the source", "export": "comparing an export"}

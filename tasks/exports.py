@@ -12,18 +12,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Export
-from prefect_huggingface.tasks.storage.eviction import PruneReport, StoredModel, evict, list_models
-from prefect_huggingface.tasks.storage.export_plans import ExportPlan, make_plan
-from prefect_huggingface.tasks.storage.exports import find_export, get_export
+from prefect_huggingface.tasks.storage.exports.eviction import PruneReport, StoredModel, evict, list_models
+from prefect_huggingface.tasks.storage.exports.manifests import SCHEMA
+from prefect_huggingface.tasks.storage.exports.openvino_folders import check_precision
+from prefect_huggingface.tasks.storage.exports.plans import ExportPlan, make_plan
+from prefect_huggingface.tasks.storage.exports.publication import find_export, get_export
+from prefect_huggingface.tasks.storage.exports.recipes import export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights, estimate_weights, measure_weights
+from prefect_huggingface.tasks.storage.exports.versions import export_versions
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.hub import plan_snapshot
-from prefect_huggingface.tasks.storage.manifests import SCHEMA
-from prefect_huggingface.tasks.storage.openvino_folders import check_precision
-from prefect_huggingface.tasks.storage.recipes import export_key, resolve_recipe
 from prefect_huggingface.tasks.storage.remote_sources import read_remote_config
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
-from prefect_huggingface.tasks.storage.source_weights import SourceWeights, estimate_weights, measure_weights
-from prefect_huggingface.tasks.storage.versions import export_versions
 
 __all__ = ["ExportPlan", "export_to_openvino", "list_store", "plan_export", "prune_store"]
 

@@ -20,12 +20,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
 from prefect_huggingface.tasks.engines.cache_entries import model_folder
-from prefect_huggingface.tasks.engines.openvino_devices import EXACT_PROPERTIES
-from prefect_huggingface.tasks.engines.openvino_text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.openvino.devices import EXACT_PROPERTIES
+from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.tunings import tuning_file, with_settings, write_settings
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
-from prefect_huggingface.tasks.storage.child_process import run_log
+from prefect_huggingface.tasks.storage.exports.child_process import run_log
 
 # In the order of what they have been seen to gain.
 GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (

@@ -10,8 +10,8 @@ from typing import Any
 from prefect_huggingface.tasks.batching.prompts import RequestMaker, RowProblem, RowRequest
 from prefect_huggingface.tasks.batching.windows import make_windows, order_window
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.storage.answer_index import AnswerIndex
-from prefect_huggingface.tasks.storage.tables import Chunk
+from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
+from prefect_huggingface.tasks.storage.tables.inputs import Chunk
 
 Answers = list[tuple[Any, ...]]
 LEARNT_COLUMNS = (

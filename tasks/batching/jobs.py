@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.tables import Table, TableFile
+from prefect_huggingface.tasks.storage.tables.inputs import Table, TableFile
 
 JOURNAL_VERSION = 1
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}

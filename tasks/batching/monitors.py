@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 
 RATE_SECONDS = 30.0  # span over which the current rate is measured
 MAX_SAMPLES = 120  # points of the throughput over time

@@ -13,12 +13,12 @@ from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows
 from prefect_huggingface.tasks.batching.publications import Output
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals import SUFFIX, Journal
-from prefect_huggingface.tasks.storage.openai_batches import errors_place
+from prefect_huggingface.tasks.storage.journals.journal import SUFFIX, Journal
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.row_ids import find_duplicates
-from prefect_huggingface.tasks.storage.table_readers import hash_place
-from prefect_huggingface.tasks.storage.tables import Table, TableFormat, get_format, inspect_table
+from prefect_huggingface.tasks.storage.tables.inputs import Table, TableFormat, get_format, inspect_table
+from prefect_huggingface.tasks.storage.tables.openai_batches import errors_place
+from prefect_huggingface.tasks.storage.tables.readers import hash_place
+from prefect_huggingface.tasks.storage.tables.row_ids import find_duplicates
 
 MAX_DUPLICATES = 10_000
 

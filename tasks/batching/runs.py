@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from prefect_huggingface.tasks.batching.jobs import BatchJob, check_same_job
 from prefect_huggingface.tasks.batching.shards import Shard, ShardSettings
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journal_rows import JournalRows
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.rows import JournalRows
 
 LEAST_SHARD_ROWS = 16
 

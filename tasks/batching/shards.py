@@ -16,11 +16,11 @@ from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.storage.answer_index import AnswerIndex
-from prefect_huggingface.tasks.storage.journal_rows import JournalRows
-from prefect_huggingface.tasks.storage.journal_writers import JournalWriter
-from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.tables import Chunk, read_chunks
+from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.rows import JournalRows
+from prefect_huggingface.tasks.storage.journals.writers import JournalWriter
+from prefect_huggingface.tasks.storage.tables.inputs import Chunk, read_chunks
 
 STOP_CHECK_SECONDS = 0.5
 

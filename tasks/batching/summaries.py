@@ -13,7 +13,7 @@ from prefect_huggingface.tasks.batching.publications import LENGTH_BOUNDS, Publi
 from prefect_huggingface.tasks.batching.statuses import STATUSES
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 
 KeepJournal = Literal["failed", "always", "never"]
 WIDTH, HEIGHT = 640, 160

@@ -13,8 +13,8 @@ from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answer_forms import check_form
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.protocol import OnText
-from prefect_huggingface.tasks.engines.sampling import TokenChooser
 from prefect_huggingface.tasks.engines.stopping import Decode, TextStream
+from prefect_huggingface.tasks.engines.transformers.sampling import TokenChooser
 from prefect_huggingface.tasks.records import Completion, FinishReason, Request
 
 

@@ -42,16 +42,16 @@ GIB = 2**30
 
 _ENGINES = "prefect_huggingface.tasks.engines"
 ENGINE_CLASSES = {
-    ("openvino", "text-generation"): f"{_ENGINES}.openvino_text:OpenVINOTextEngine",
-    ("openvino", "text2text-generation"): f"{_ENGINES}.seq2seq:OpenVINOSeq2SeqEngine",
-    ("openvino", "summarization"): f"{_ENGINES}.seq2seq:OpenVINOSeq2SeqEngine",
-    ("openvino", "translation"): f"{_ENGINES}.seq2seq:OpenVINOSeq2SeqEngine",
-    ("openvino", "image-text-to-text"): f"{_ENGINES}.openvino_images:OpenVINOImageEngine",
-    ("torch", "text-generation"): f"{_ENGINES}.torch_text:TorchTextEngine",
-    ("torch", "text2text-generation"): f"{_ENGINES}.seq2seq:TorchSeq2SeqEngine",
-    ("torch", "summarization"): f"{_ENGINES}.seq2seq:TorchSeq2SeqEngine",
-    ("torch", "translation"): f"{_ENGINES}.seq2seq:TorchSeq2SeqEngine",
-    ("torch", "image-text-to-text"): f"{_ENGINES}.torch_images:TorchImageEngine",
+    ("openvino", "text-generation"): f"{_ENGINES}.openvino.text:OpenVINOTextEngine",
+    ("openvino", "text2text-generation"): f"{_ENGINES}.transformers.seq2seq:OpenVINOSeq2SeqEngine",
+    ("openvino", "summarization"): f"{_ENGINES}.transformers.seq2seq:OpenVINOSeq2SeqEngine",
+    ("openvino", "translation"): f"{_ENGINES}.transformers.seq2seq:OpenVINOSeq2SeqEngine",
+    ("openvino", "image-text-to-text"): f"{_ENGINES}.openvino.images:OpenVINOImageEngine",
+    ("torch", "text-generation"): f"{_ENGINES}.transformers.text:TorchTextEngine",
+    ("torch", "text2text-generation"): f"{_ENGINES}.transformers.seq2seq:TorchSeq2SeqEngine",
+    ("torch", "summarization"): f"{_ENGINES}.transformers.seq2seq:TorchSeq2SeqEngine",
+    ("torch", "translation"): f"{_ENGINES}.transformers.seq2seq:TorchSeq2SeqEngine",
+    ("torch", "image-text-to-text"): f"{_ENGINES}.transformers.images:TorchImageEngine",
 }
 
 
@@ -209,7 +209,7 @@ def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
         EngineError: If the model cannot be loaded with these settings, or does not fit into the memory.
     """
     if isinstance(model, InferenceEndpoint):
-        from prefect_huggingface.tasks.engines.endpoint_cache import load_endpoint
+        from prefect_huggingface.tasks.engines.endpoints.cache import load_endpoint
 
         return load_endpoint(model)
     return _cache.get(model)
@@ -217,7 +217,7 @@ def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
 
 def unload_engines() -> int:
     """Close all engines of this process, also those in use, and return how many there were."""
-    from prefect_huggingface.tasks.engines.endpoint_cache import unload_endpoints
+    from prefect_huggingface.tasks.engines.endpoints.cache import unload_endpoints
 
     return _cache.unload() + unload_endpoints()
 

@@ -55,7 +55,7 @@ class EngineKey:
 def model_folder(model: LocalModel) -> Path:
     """Return the folder that the engine of a model loads; make it first where needed."""
     if model.backend == "openvino":
-        from prefect_huggingface.tasks.storage.exports import get_export
+        from prefect_huggingface.tasks.storage.exports.publication import get_export
 
         return get_export(model).path
     from prefect_huggingface.tasks.storage.snapshots import get_snapshot

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from prefect_huggingface.tasks.engines.genai_rows import Row
-from prefect_huggingface.tasks.engines.scheduling import BLOCK_TOKENS
+from prefect_huggingface.tasks.engines.openvino.genai_rows import Row
+from prefect_huggingface.tasks.engines.openvino.scheduling import BLOCK_TOKENS
 
 # Rows that share this many tokens at their beginning wait until the first of them has computed it for all.
 SHARED_TOKENS = 2 * BLOCK_TOKENS

@@ -13,7 +13,7 @@ from typing import Any
 
 from prefect_huggingface.blocks import EngineOptions, LocalModel
 from prefect_huggingface.tasks.engines.chat_templates import read_json
-from prefect_huggingface.tasks.engines.openvino_devices import wants_full_precision
+from prefect_huggingface.tasks.engines.openvino.devices import wants_full_precision
 
 TUNINGS_FOLDER = "tunings"
 ENGINE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens")

@@ -31,7 +31,7 @@ def pipeline_engine(pipeline: Any) -> Engine:
     with _lock:
         engine = _engines.get(pipeline)
         if engine is None:
-            from prefect_huggingface.tasks.engines.pipelines import engine_of_pipeline
+            from prefect_huggingface.tasks.engines.transformers.pipelines import engine_of_pipeline
 
             engine = _engines[pipeline] = engine_of_pipeline(pipeline)
             weakref.finalize(pipeline, _close_later, engine).atexit = False

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from prefect_huggingface.tasks.errors import ModelSourceError
-from prefect_huggingface.tasks.storage.layout import LEASE
+from prefect_huggingface.tasks.storage.exports.layout import LEASE
 
 
 class Lease:

@@ -13,14 +13,14 @@ from pathlib import Path
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
+from prefect_huggingface.tasks.storage.exports.layout import hash_cache_path
+from prefect_huggingface.tasks.storage.exports.manifests import hash_file
 from prefect_huggingface.tasks.storage.folders import (
     is_openvino_folder,
     is_pickled_weight,
     is_safe_weight,
     list_files,
 )
-from prefect_huggingface.tasks.storage.layout import hash_cache_path
-from prefect_huggingface.tasks.storage.manifests import hash_file
 
 FileState = tuple[int, int, int, int]
 """Size in bytes, times of the last change of content and of inode in nanoseconds, and number of the inode."""

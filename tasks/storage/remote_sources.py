@@ -10,15 +10,15 @@ from typing import Any
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.hub_errors import HubError
-from prefect_huggingface.tasks.storage.export_plans import check_plan, make_plan
+from prefect_huggingface.tasks.storage.exports.plans import check_plan, make_plan
+from prefect_huggingface.tasks.storage.exports.recipes import Recipe
+from prefect_huggingface.tasks.storage.exports.source_weights import estimate_weights
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 from prefect_huggingface.tasks.storage.hub import DownloadPlan, plan_snapshot
 from prefect_huggingface.tasks.storage.hub.connections import HubConnection
 from prefect_huggingface.tasks.storage.hub.explanations import attempt
 from prefect_huggingface.tasks.storage.hub.layout import RepositoryFolder
 from prefect_huggingface.tasks.storage.hub.manifests import known_commit
-from prefect_huggingface.tasks.storage.recipes import Recipe
-from prefect_huggingface.tasks.storage.source_weights import estimate_weights
 
 FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 LARGEST_CONFIG_BYTES = 10_000_000

@@ -64,8 +64,8 @@ def run_plain(source: Path, work: Path, settings: dict[str, Any]) -> tuple[float
 def run_store(source: Path, work: Path, weight_format: str) -> tuple[float, float, int, float]:
     """Return wall seconds, CPU seconds and peak memory (bytes) of the first request, and seconds of the second."""
     from prefect_huggingface.blocks import LocalModel, ModelStore
-    from prefect_huggingface.tasks.storage.exports import get_export
-    from prefect_huggingface.tasks.storage.manifests import read_manifest
+    from prefect_huggingface.tasks.storage.exports.manifests import read_manifest
+    from prefect_huggingface.tasks.storage.exports.publication import get_export
 
     model = LocalModel(model_id=str(source), weight_format=weight_format, store=ModelStore(path=work / "store"))
     started, cpu = time.perf_counter(), cpu_seconds()
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--format", default="int8", choices=["int8", "int4"])
     options = parser.parse_args()
     from prefect_huggingface.blocks import LocalModel
-    from prefect_huggingface.tasks.storage.recipes import resolve_recipe
+    from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
 
     recipe = resolve_recipe(LocalModel(model_id="/source", weight_format=options.format), None)
     with tempfile.TemporaryDirectory() as folder:

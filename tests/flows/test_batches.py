@@ -20,9 +20,9 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.batches import ENGINE_TAG
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.tables import inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.batch_runs import read_answers, start_batch
 from support.request_counts import counted_requests
 from support.s3_servers import serve_s3

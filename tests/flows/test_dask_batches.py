@@ -15,7 +15,7 @@ import pytest
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.batching.runs import cut_shards
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 
 pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingface[dask]"')
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]

@@ -13,7 +13,7 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.batch_runs import read_answers, start_batch
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

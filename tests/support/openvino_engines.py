@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.openvino_text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.records import Completion, Request
 

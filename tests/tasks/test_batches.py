@@ -15,8 +15,8 @@ from prefect_huggingface.tasks.batches import check_batch
 from prefect_huggingface.tasks.batching.plans import check_free
 from prefect_huggingface.tasks.batching.runs import check_failures
 from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, ModelSourceError, TableError
-from prefect_huggingface.tasks.storage.journal_locks import hold_journal, is_held
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.locks import hold_journal, is_held
 
 # A model that is not there: whatever is refused before it is looked at costs nothing.
 NO_MODEL = LocalModel(model_id="/no/such/model", backend="torch")
@@ -117,9 +117,9 @@ def test_too_many_failures_as_a_number_or_a_share() -> None:
 
 HOLDER = """
 import sys, time
-from prefect_huggingface.tasks.storage.journal_locks import hold_journal
-from prefect_huggingface.tasks.storage.journal_locks import hold_journal, is_held
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.locks import hold_journal
+from prefect_huggingface.tasks.storage.journals.locks import hold_journal, is_held
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 with hold_journal(Journal.beside(sys.argv[1]), "refuse"):
     print("holding", flush=True)
     time.sleep(60)

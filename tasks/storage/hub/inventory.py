@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefect_huggingface.tasks.hub_errors import StoreBusyError
+from prefect_huggingface.tasks.storage.exports.layout import LEASE
 from prefect_huggingface.tasks.storage.hub.layout import REPOSITORY_LOCK, RepositoryFolder
 from prefect_huggingface.tasks.storage.hub.manifests import manifests_of
-from prefect_huggingface.tasks.storage.layout import LEASE
 from prefect_huggingface.tasks.storage.leases import take_alone
 
 

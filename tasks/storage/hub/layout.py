@@ -32,8 +32,8 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
 from prefect_huggingface.tasks.hub_errors import StoreBusyError
+from prefect_huggingface.tasks.storage.exports.layout import LEASE
 from prefect_huggingface.tasks.storage.hub.patience import DownloadStopped
-from prefect_huggingface.tasks.storage.layout import LEASE
 
 logger = get_logger(__name__)
 REPOSITORY_LOCK = "repository"

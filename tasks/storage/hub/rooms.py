@@ -72,7 +72,7 @@ def make_room(model: LocalModel, folder: RepositoryFolder, commit: str, files: S
     limit = model.get_store().max_size_gb
     if limit is not None and find_lack(model, folder, files) is None:
         # Eviction is for exports as well, so it builds on this package.
-        from prefect_huggingface.tasks.storage.eviction import evict
+        from prefect_huggingface.tasks.storage.exports.eviction import evict
 
         room = int(limit * 1e9) - missing_bytes(folder, files)
         report = evict(model.store_path, room, keep=[folder.snapshot(commit)])

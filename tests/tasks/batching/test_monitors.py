@@ -16,8 +16,8 @@ from prefect_huggingface.tasks.batching.runs import open_run
 from prefect_huggingface.tasks.batching.shards import process_shard
 from prefect_huggingface.tasks.batching.statuses import STATUSES
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journal_locks import hold_journal
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.locks import hold_journal
 from support.instant_engines import InstantEngine
 
 

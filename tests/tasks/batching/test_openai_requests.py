@@ -14,7 +14,7 @@ from prefect_huggingface.tasks.batching.publications import publish_output
 from prefect_huggingface.tasks.batching.runs import open_run
 from prefect_huggingface.tasks.batching.shards import process_shard
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.instant_engines import InstantEngine
 
 USER = [{"role": "user", "content": "Capital of Peru?"}]

@@ -12,7 +12,7 @@ from langchain_core.prompts import PromptTemplate
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.prompts import PromptRows, RowProblem, RowRequest, Template
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.tables import Table
+from prefect_huggingface.tasks.storage.tables.inputs import Table
 
 TABLE = Table("rows.jsonl", "jsonl", (), ("country",))
 TEMPLATES = [

@@ -11,9 +11,9 @@ import pytest
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.plans import plan_job
 from prefect_huggingface.tasks.batching.publications import Output, get_fields, publish_output
-from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.segments import Answer, SegmentName
-from prefect_huggingface.tasks.storage.tables import inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.segments import Answer, SegmentName
+from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 
 SCHEMA = {
     "type": "object",

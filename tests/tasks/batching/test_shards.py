@@ -16,7 +16,7 @@ from prefect_huggingface.tasks.batching.publications import publish_output
 from prefect_huggingface.tasks.batching.runs import count_finished, cut_shards, open_run
 from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings, process_shard
 from prefect_huggingface.tasks.errors import BatchError, TableError
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.instant_engines import InstantEngine
 
 PROMPT = "What is the capital of {country}?"

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.inference._generated.types import ChatCompletionOutput, ChatCompletionStreamOutput
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.endpoint_answers import EndpointAnswer, read_chat, read_chat_stream
+from prefect_huggingface.tasks.engines.endpoints.answers import EndpointAnswer, read_chat, read_chat_stream
 from prefect_huggingface.tasks.langchain.tool_calls import find_calls
 from prefect_huggingface.tasks.records import Request
 

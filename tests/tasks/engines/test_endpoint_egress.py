@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import constants
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint
-from prefect_huggingface.tasks.engines.endpoint import EndpointEngine
-from prefect_huggingface.tasks.engines.endpoint_http import PLACEHOLDER_KEY
+from prefect_huggingface.tasks.engines.endpoints.engine import EndpointEngine
+from prefect_huggingface.tasks.engines.endpoints.http import PLACEHOLDER_KEY
 from prefect_huggingface.tasks.records import Request
 from support.tgi_server import TgiServer
 

@@ -58,12 +58,12 @@ def settings(folder: Path, **more) -> LocalModel:
 @pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     if request.param == "torch":
-        from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+        from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
 
         loaded: Engine = TorchImageEngine(folder, settings(folder, backend="torch"))
     else:
-        from prefect_huggingface.tasks.engines.openvino_images import OpenVINOImageEngine
-        from prefect_huggingface.tasks.storage.exports import get_export
+        from prefect_huggingface.tasks.engines.openvino.images import OpenVINOImageEngine
+        from prefect_huggingface.tasks.storage.exports.publication import get_export
 
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         model = settings(folder, backend="openvino", weight_format="fp32", ov_config=exact)
@@ -81,7 +81,7 @@ def test_text_is_that_of_transformers(folder, pictures):
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+    from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
 
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -173,7 +173,7 @@ def test_bad_requests_are_refused_alone(engine, pictures):
 def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
     import socket
 
-    from prefect_huggingface.tasks.engines.torch_images import TorchImageEngine
+    from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
@@ -192,7 +192,7 @@ def test_a_pipeline_with_images_is_an_engine(folder, pictures):
     from PIL import Image
     from transformers import pipeline
 
-    from prefect_huggingface.tasks.engines.pipelines import engine_of_pipeline
+    from prefect_huggingface.tasks.engines.transformers.pipelines import engine_of_pipeline
 
     parts = [{"type": "image", "image": Image.open(pictures[0])}, {"type": "text", "text": "What is this?"}]
     chat = [{"role": "user", "content": parts}]

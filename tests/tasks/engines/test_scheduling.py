@@ -11,10 +11,10 @@ import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions
 from prefect_huggingface.tasks.engines.answers import Submission
-from prefect_huggingface.tasks.engines.genai_rows import Row
 from prefect_huggingface.tasks.engines.memory import available_bytes, resident_bytes, total_bytes
+from prefect_huggingface.tasks.engines.openvino.genai_rows import Row
+from prefect_huggingface.tasks.engines.openvino.scheduling import BLOCK_TOKENS, choose_sizes, kv_bytes_per_token
 from prefect_huggingface.tasks.engines.row_queue import SHARED_TOKENS, RowQueue
-from prefect_huggingface.tasks.engines.scheduling import BLOCK_TOKENS, choose_sizes, kv_bytes_per_token
 from prefect_huggingface.tasks.records import Request
 
 GIB = 2**30

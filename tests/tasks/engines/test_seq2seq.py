@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.pipelines import prompt_writer
-from prefect_huggingface.tasks.engines.seq2seq import (
+from prefect_huggingface.tasks.engines.transformers.pipelines import prompt_writer
+from prefect_huggingface.tasks.engines.transformers.seq2seq import (
     OpenVINOSeq2SeqEngine,
     Seq2SeqEngine,
     TorchSeq2SeqEngine,

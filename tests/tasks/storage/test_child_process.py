@@ -14,8 +14,8 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError, PlanError
-from prefect_huggingface.tasks.storage.child_process import child_environment
-from prefect_huggingface.tasks.storage.exports import get_export
+from prefect_huggingface.tasks.storage.exports.child_process import child_environment
+from prefect_huggingface.tasks.storage.exports.publication import get_export
 from support.export_requests import processes_below, published, staged, wait_for_child
 
 

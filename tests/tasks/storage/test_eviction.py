@@ -13,11 +13,11 @@ import pytest
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.exports import list_stored, prune_stored
-from prefect_huggingface.tasks.storage.eviction import evict, list_models
-from prefect_huggingface.tasks.storage.exports import get_export
-from prefect_huggingface.tasks.storage.layout import LEASE, MANIFEST
+from prefect_huggingface.tasks.storage.exports.eviction import evict, list_models
+from prefect_huggingface.tasks.storage.exports.layout import LEASE, MANIFEST
+from prefect_huggingface.tasks.storage.exports.manifests import Manifest, describe_files, write_manifest
+from prefect_huggingface.tasks.storage.exports.publication import get_export
 from prefect_huggingface.tasks.storage.leases import hold_export
-from prefect_huggingface.tasks.storage.manifests import Manifest, describe_files, write_manifest
 
 SIZE = 1_000_000
 

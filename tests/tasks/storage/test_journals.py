@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journal_rows import JournalRows
-from prefect_huggingface.tasks.storage.journal_writers import JournalWriter
-from prefect_huggingface.tasks.storage.journals import Journal
-from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.segments import (
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.rows import JournalRows
+from prefect_huggingface.tasks.storage.journals.segments import (
     Answer,
     SegmentError,
     SegmentName,
@@ -26,6 +24,8 @@ from prefect_huggingface.tasks.storage.segments import (
     encode_segment,
     segment_schema,
 )
+from prefect_huggingface.tasks.storage.journals.writers import JournalWriter
+from prefect_huggingface.tasks.storage.places import Place
 
 JOB = "a" * 32
 
@@ -165,8 +165,8 @@ def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from prefect_huggingface.tasks.storage.journal_writers import JournalWriter
-from prefect_huggingface.tasks.storage.journals import Journal
+from prefect_huggingface.tasks.storage.journals.writers import JournalWriter
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
 writer = JournalWriter(Journal(Place.of(sys.argv[1])), "a" * 32, int(sys.argv[2]))
 row = int(sys.argv[3])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.tasks.errors import ModelSourceError
-from prefect_huggingface.tasks.storage.layout import LEASE
+from prefect_huggingface.tasks.storage.exports.layout import LEASE
 from prefect_huggingface.tasks.storage.leases import hold_export, take_alone
 
 HOLDER = (

@@ -12,7 +12,8 @@ import pytest
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.records import Snapshot
-from prefect_huggingface.tasks.storage import local_snapshots, manifests
+from prefect_huggingface.tasks.storage import local_snapshots
+from prefect_huggingface.tasks.storage.exports import manifests
 from prefect_huggingface.tasks.storage.local_snapshots import snapshot_folder
 
 

@@ -11,7 +11,7 @@ import pytest
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.exports import plan_model
-from prefect_huggingface.tasks.storage.exports import get_export
+from prefect_huggingface.tasks.storage.exports.publication import get_export
 from prefect_huggingface.tasks.storage.hub import list_snapshots, remove_snapshot
 from support.hub_server import LocalHub
 

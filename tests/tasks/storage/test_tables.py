@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.tasks.errors import TableError
-from prefect_huggingface.tasks.storage.table_schemas import get_schema
-from prefect_huggingface.tasks.storage.table_writers import open_writer
-from prefect_huggingface.tasks.storage.tables import CHUNK_ROWS, Table, inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.tables.inputs import CHUNK_ROWS, Table, inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.tables.schemas import get_schema
+from prefect_huggingface.tasks.storage.tables.writers import open_writer
 
 ROWS: list[dict[str, Any]] = [
     {"id": index, "name": f'Zoë, "{index}"\nline', "score": index / 4} for index in range(3000)

@@ -1,0 +1,1 @@
+"""Engines on OpenVINO GenAI: a continuous batch that all callers share."""

@@ -1,0 +1,154 @@
+"""Answers about images with OpenVINO. Requests share one continuous batch, as those of the text engine do.
+
+The number of prompt tokens is that of the text; OpenVINO GenAI does not tell how many tokens an image becomes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.answers import Submission
+from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.image_engine import ImageReader, Scene
+from prefect_huggingface.tasks.engines.images import check_pillow
+from prefect_huggingface.tasks.engines.openvino.genai_options import check_options, generation_config
+from prefect_huggingface.tasks.engines.openvino.genai_rows import Row, Start
+from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.records import Completion
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePrompt:
+    """Text with the places of images, and the images as tensors of [1, height, width, 3]."""
+
+    text: str
+    tensors: list[Any]
+
+
+class ImageRow(Row):
+    """A row whose prompt has images."""
+
+    prompt: ImagePrompt
+
+    def start(self, add: Start) -> None:
+        """Put the answers into the pipeline."""
+        super().start(lambda _, options, seed: add(self.prompt, options, seed))  # type: ignore[arg-type]
+
+
+class OpenVINOImageEngine(ImageReader, OpenVINOTextEngine):
+    """Model for images and text in one continuous batch."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model.
+
+        Args:
+            path: Folder of the OpenVINO model.
+            model: Settings.
+
+        Raises:
+            EngineError: If OpenVINO cannot load the model with these settings, or Pillow is missing.
+        """
+        check_pillow()
+        self._view = with_preprocessor(path)
+        super().__init__(self._view or path, model)
+
+    def _free(self) -> None:
+        super()._free()
+        if self._view is not None:
+            shutil.rmtree(self._view, ignore_errors=True)
+
+    def _accept(self, submission: Submission) -> None:
+        scene = self._scenes.pop(submission, None)
+        if scene is None:
+            return
+        options = resolve_options(self._model.options, submission.request)
+        check_options(options)
+        assert self.prompts is not None
+        prompt = write_tagged_prompt(self.prompts, scene)
+        tokens = self._codec.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
+        # A prompt with images cannot be cut.
+        policy = "skip" if options.context_overflow == "skip" else "error"
+        if fit_context(tokens, options.model_copy(update={"context_overflow": policy}), self.context_length) is None:
+            submission.complete(Completion("", "skipped", prompt_tokens=len(tokens), request_id=submission.request.id))
+            return
+        echo = prompt.text if options.echo else ""
+        row = ImageRow(submission, options, tokens, frozenset(self._end_tokens), self._codec, echo)
+        row.prompt = ImagePrompt(prompt.text, [_tensor(image) for image in scene.images])
+        self._queue.append(row)
+
+    def _add(self, prompt: Any, options: GenerationOptions, seed: int) -> Any:
+        config = generation_config(options, self._end_tokens, self._model.engine, seed)
+        return self._pipeline.add_with_images(prompt.text, prompt.tensors, config)
+
+
+def write_tagged_prompt(prompts: PromptWriter, scene: Scene) -> Prompt:
+    """Return the prompt of a scene with the tags of OpenVINO GenAI in the places of the images.
+
+    Raises:
+        RequestError: If the model has no chat template for messages, or the template refuses them.
+    """
+    request = scene.submission.request
+    if request.prompt is not None:
+        prompt = prompts.write(replace(request, images=()))
+        if prompt.text == request.prompt:
+            return prompt
+    if prompts.template is None:
+        raise RequestError(
+            "invalid_prompt", "The model has no chat template, so it cannot answer messages. Give a plain prompt."
+        )
+    tagged = _tagged(scene.messages)
+    try:
+        text = prompts.template.render(tagged, request.tools)
+        complete = all(part["text"] in text for message in tagged for part in message["content"])
+    except RequestError:
+        complete = False
+    if not complete:
+        # Some templates want parts, and some want plain text.
+        joined = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in tagged]
+        text = prompts.template.render(joined, request.tools)
+    return Prompt(text, add_special_tokens=False)
+
+
+def _tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with a tag as text for each image."""
+    tagged, count = [], 0
+    for message in messages:
+        parts = []
+        for part in message["content"]:
+            is_image = part["type"] == "image"
+            parts.append({"type": "text", "text": f"<ov_genai_image_{count}>\n"} if is_image else part)
+            count += is_image
+        tagged.append({**message, "content": parts})
+    return tagged
+
+
+def with_preprocessor(path: Path) -> Path | None:
+    """Return a folder of links with the settings for images where OpenVINO GenAI looks for them, None where they are.
+
+    Newer versions of Transformers write them into the settings of the whole processor.
+    """
+    settings = read_json(path / "processor_config.json").get("image_processor")
+    if (path / PREPROCESSOR_FILE).is_file() or not settings:
+        return None
+    view = Path(tempfile.mkdtemp(prefix="prefect-huggingface-images-"))
+    for file in path.iterdir():
+        (view / file.name).symlink_to(file.resolve())
+    (view / PREPROCESSOR_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    return view
+
+
+def _tensor(image: Any) -> Any:
+    import numpy as np
+    from openvino import Tensor
+
+    return Tensor(np.asarray(image, dtype=np.uint8)[None])

@@ -1,0 +1,1 @@
+"""The export store: recipes, child processes, manifests, room."""

@@ -1,0 +1,157 @@
+"""Room in a store: what it holds, and which of it goes when there is too much. What is in use never goes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect_huggingface.tasks.hub_errors import StoreBusyError
+from prefect_huggingface.tasks.storage.exports.layout import LEASE, exports_folder
+from prefect_huggingface.tasks.storage.exports.manifests import read_manifest
+from prefect_huggingface.tasks.storage.exports.staging import discard, sweep_staging
+from prefect_huggingface.tasks.storage.hub import StoredSnapshot, list_snapshots, remove_snapshot
+from prefect_huggingface.tasks.storage.leases import take_alone
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One thing that a store holds.
+
+    Attributes:
+        kind: Whether it is an export or a snapshot of the Hub.
+        name: Name of its folder for an export, repository id for a snapshot.
+        path: Its folder.
+        size_bytes: Size that its removal frees.
+        last_used: Time of its last use (seconds since 1970).
+        in_use: Whether a live process holds it.
+        source: What an export was made from, the repository of a snapshot.
+        commit: Commit of the source.
+        recipe: Settings of an export.
+    """
+
+    kind: Literal["export", "snapshot"]
+    name: str
+    path: Path
+    size_bytes: int
+    last_used: float
+    in_use: bool
+    source: str | None = None
+    commit: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What was removed from a store.
+
+    Attributes:
+        removed: What was removed, the least recently used first.
+        freed_bytes: Size of it.
+        kept_bytes: Size of what is left.
+        in_use: Paths that would have gone but are in use.
+    """
+
+    removed: tuple[StoredModel, ...]
+    freed_bytes: int
+    kept_bytes: int
+    in_use: tuple[Path, ...] = ()
+
+
+def list_models(store: Path) -> list[StoredModel]:
+    """Return the exports and snapshots of a store, the least recently used first."""
+    snapshots = [_describe_snapshot(snapshot) for snapshot in list_snapshots(store)]
+    return sorted([*_list_exports(store), *snapshots], key=lambda entry: entry.last_used)
+
+
+def evict(store: Path, limit_bytes: int, keep: Collection[Path] = ()) -> PruneReport:
+    """Remove the least recently used models until the rest is within a limit.
+
+    Args:
+        store: Folder of the store.
+        limit_bytes: Size that the rest may have; 0 removes everything that is not in use.
+        keep: Folders that stay in any case.
+    """
+    sweep_staging(store)
+    entries = list_models(store)
+    total = sum(entry.size_bytes for entry in entries)
+    removed: list[StoredModel] = []
+    in_use: list[Path] = []
+    for entry in entries:
+        if total <= limit_bytes:
+            break
+        if entry.path in keep:
+            continue
+        if _remove(store, entry):
+            removed.append(entry)
+            total -= entry.size_bytes
+        else:
+            in_use.append(entry.path)
+    return PruneReport(tuple(removed), sum(entry.size_bytes for entry in removed), total, tuple(in_use))
+
+
+def is_held(folder: Path) -> bool:
+    """Tell whether a live process holds a folder of the store."""
+    lease = take_alone(folder / LEASE)
+    if lease is not None:
+        lease.close()
+        return False
+    return (folder / LEASE).exists()
+
+
+def _remove(store: Path, entry: StoredModel) -> bool:
+    if entry.kind == "snapshot":
+        found = next((snapshot for snapshot in list_snapshots(store) if snapshot.path == entry.path), None)
+        with suppress(StoreBusyError):
+            if found is not None:
+                remove_snapshot(found)
+            return True
+        return False
+    lease = take_alone(entry.path / LEASE)
+    if lease is None and (entry.path / LEASE).exists():
+        return False
+    discard(store, entry.path)
+    if lease is not None:
+        lease.close()
+    return True
+
+
+def _list_exports(store: Path) -> Iterator[StoredModel]:
+    with suppress(FileNotFoundError):
+        for folder in sorted(exports_folder(store).iterdir()):
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            manifest = read_manifest(folder)
+            yield StoredModel(
+                kind="export",
+                name=folder.name,
+                path=folder,
+                size_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                last_used=_last_used(folder),
+                in_use=is_held(folder),
+                source=manifest.source if manifest else None,
+                commit=manifest.commit if manifest else None,
+                recipe=manifest.recipe if manifest else {},
+            )
+
+
+def _last_used(folder: Path) -> float:
+    for path in (folder / LEASE, folder):
+        with suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _describe_snapshot(snapshot: StoredSnapshot) -> StoredModel:
+    return StoredModel(
+        kind="snapshot",
+        name=snapshot.repo_id,
+        path=snapshot.path,
+        size_bytes=snapshot.freed_bytes,
+        last_used=snapshot.last_used,
+        in_use=is_held(snapshot.path),
+        source=snapshot.repo_id,
+        commit=snapshot.commit,
+    )

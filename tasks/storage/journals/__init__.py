@@ -1,0 +1,1 @@
+"""The journal of a batch: segments, locks, rows."""

@@ -1,0 +1,1 @@
+"""Input and output tables in all their formats."""
