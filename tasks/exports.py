@@ -18,11 +18,11 @@ from prefect_huggingface.tasks.storage.exports.openvino_folders import check_pre
 from prefect_huggingface.tasks.storage.exports.plans import ExportPlan, make_plan
 from prefect_huggingface.tasks.storage.exports.publication import find_export, get_export
 from prefect_huggingface.tasks.storage.exports.recipes import export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.exports.remote_sources import read_remote_config
 from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights, estimate_weights, measure_weights
 from prefect_huggingface.tasks.storage.exports.versions import export_versions
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.hub import plan_snapshot
-from prefect_huggingface.tasks.storage.remote_sources import read_remote_config
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
 __all__ = ["ExportPlan", "export_to_openvino", "list_store", "plan_export", "prune_store"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prefect_huggingface.tasks.storage.comparisons import compare, log_softmax
+from prefect_huggingface.tasks.storage.exports.comparisons import compare, log_softmax
 from prefect_huggingface.tasks.storage.exports.exporter import die_with_parent, report
 
 

@@ -31,6 +31,7 @@ from prefect_huggingface.tasks.storage.exports.openvino_folders import check_pre
 from prefect_huggingface.tasks.storage.exports.plans import ExportPlan, check_plan, gigabytes, make_plan
 from prefect_huggingface.tasks.storage.exports.process import run_export
 from prefect_huggingface.tasks.storage.exports.recipes import Recipe, export_key, resolve_recipe
+from prefect_huggingface.tasks.storage.exports.remote_sources import check_source, plan_source
 from prefect_huggingface.tasks.storage.exports.source_weights import measure_weights
 from prefect_huggingface.tasks.storage.exports.staging import (
     discard,
@@ -42,7 +43,6 @@ from prefect_huggingface.tasks.storage.exports.staging import (
 from prefect_huggingface.tasks.storage.exports.versions import export_versions
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.leases import hold_export, note_use
-from prefect_huggingface.tasks.storage.remote_sources import check_source, plan_source
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
 
