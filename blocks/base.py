@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 
 class ConfigurationBlock(Block):
@@ -22,6 +24,16 @@ class ConfigurationBlock(Block):
         if isinstance(data, dict) and data.get("block_type_slug") == cls.get_block_type_slug():
             return {name: value for name, value in data.items() if name != "block_type_slug"}
         return data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the JSON schema without the refusal of unknown fields.
+
+        Prefect checks the parameters of a run against it while a block is still a reference, `{"$ref": ...}`.
+        """
+        described = handler(schema)
+        handler.resolve_ref_schema(described).pop("additionalProperties", None)
+        return described
 
     def ref(self) -> dict[str, dict[str, str]]:
         """Return the reference to use for this block in the parameters of a deployment or a run.
