@@ -195,10 +195,10 @@ def main() -> None:
     figures = {}
     for weight_format, export in exports.items():
         print(f"Weights in {weight_format}:")
+        if "ours, tuned" in names:
+            tune(export)
         folders = {name: checkpoint if name in ON_TORCH else export for name in names}
-        figures[weight_format] = measure(
-            {**folders, **({"peers": peers} if peers else {})}, workloads, arguments.repeats
-        )
+        figures[weight_format] = measure(folders, peers, workloads, arguments.repeats)
     print(write_figures(work, figures, arguments.repeats))
 
 
