@@ -56,7 +56,8 @@ def describe_batch(summary: BatchSummary, publication: Publication, monitor: Bat
     statuses = [(name, f"{count:,}", STATUSES.get(name, "")) for name, count in summary.statuses.items()]
     parts += ["## Statuses", markdown_table(("status", "rows", "meaning"), statuses)]
     rates = _rates(monitor.samples)
-    if len(rates) > 1:
+    # A short run commits all at once, after its last measurement.
+    if sum(rate > 0 for rate in rates) > 1:
         parts += ["## Throughput (rows per second over time)", _image(rates, "throughput", monitor.samples)]
     lengths = [publication.lengths.get(bound, 0) for bound in LENGTH_BOUNDS]
     parts += ["## Lengths of the answers (tokens)", _image(lengths, "answer lengths", None)]
