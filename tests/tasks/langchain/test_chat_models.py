@@ -28,6 +28,8 @@ TOOL_TEMPLATE = (
 # At a lower precision, rows beside it may change a text of random weights.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 QUESTIONS = ["The capital of France?", "One, two, three?", "What is the number 42 in French?"]
+# Enough of them that a model which was never taught these forms ends some of its answers in time.
+FORM_QUESTIONS = [f"What is the number {number} in French?" for number in range(24)]
 CONVERSATION = [SystemMessage("Be short."), HumanMessage("Hello"), AIMessage("Hi."), HumanMessage("The capital?")]
 TEMPLATED = (
     "<|system|>Be short.<|end|><|user|>Hello<|end|><|assistant|>Hi.<|end|><|user|>The capital?<|end|><|assistant|>"
@@ -90,7 +92,7 @@ def answering_chat(request: pytest.FixtureRequest, bundled_model: Path) -> ChatH
 
 def values_of(chain: Any) -> list[Any]:
     """Values that a chain gives for the questions. An answer that is cut off in the middle of its form is an error."""
-    answers = chain.batch(QUESTIONS, return_exceptions=True)
+    answers = chain.batch(FORM_QUESTIONS, return_exceptions=True)
     errors = [answer for answer in answers if isinstance(answer, Exception)]
     assert all(isinstance(error, GenerationError) for error in errors)
     assert {error.fields["error_code"] for error in errors} <= {"schema_invalid"}
@@ -275,8 +277,8 @@ def test_a_tool_that_must_be_called_is_called(answering_chat: ChatHuggingFace) -
 
 def test_a_streamed_tool_call_is_that_of_the_answer(answering_chat: ChatHuggingFace) -> None:
     bound = answering_chat.bind_tools([add], tool_choice="any")
-    answers = bound.batch(QUESTIONS, return_exceptions=True)
-    question, answer = next(row for row in zip(QUESTIONS, answers, strict=True) if isinstance(row[1], AIMessage))
+    answers = bound.batch(FORM_QUESTIONS, return_exceptions=True)
+    question, answer = next(row for row in zip(FORM_QUESTIONS, answers, strict=True) if isinstance(row[1], AIMessage))
     streamed = AIMessageChunk("")
     for piece in bound.stream(question):
         streamed += piece
