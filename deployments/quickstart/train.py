@@ -218,7 +218,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 def main() -> None:
     """Train, save and write the model card."""
     parser = argparse.ArgumentParser(description="Train the quickstart model.")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=MODEL_FOLDER)
     options = parser.parse_args()
