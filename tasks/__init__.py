@@ -15,6 +15,7 @@ from prefect_huggingface.tasks.evaluation import compare_export
 from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
 from prefect_huggingface.tasks.records import BatchSummary, Completion, EndpointStatus, Export, Request, Snapshot
+from prefect_huggingface.tasks.tuning import tune_engine
 
 __all__ = [
     "BatchSummary",
@@ -42,6 +43,7 @@ __all__ = [
     "run_shard",
     "scale_endpoint_to_zero",
     "stream_text",
+    "tune_engine",
     "unload_engines",
     "wait_for_endpoint",
 ]
