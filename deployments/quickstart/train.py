@@ -225,7 +225,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
     random.seed(SEED)
-    started = time.process_time()
+    started, wall_started = time.process_time(), time.monotonic()
     tokenizer = train_tokenizer()
     model = build_model(tokenizer)
     train(model, tokenizer, options.steps)
@@ -234,6 +234,7 @@ def main() -> None:
     tokenizer.save_pretrained(options.output)
     record = {
         "minutes": round(minutes, 1),
+        "wall_minutes": round((time.monotonic() - wall_started) / 60, 1),
         "steps": options.steps,
         "threads": options.threads,
         "parameters": f"{model.num_parameters():,}",
