@@ -33,7 +33,7 @@ lint: $(READY)
 # Mypy does not follow the package map of pyproject.toml, so it gets the folders under their installed names.
 types: $(READY)
 	@mkdir -p build/types/prefect_huggingface
-	@for folder in blocks tasks flows; do ln -sfn ../../../$$folder build/types/prefect_huggingface/$$folder; done
+	@for folder in blocks tasks flows deployments; do ln -sfn ../../../$$folder build/types/prefect_huggingface/$$folder; done
 	MYPYPATH=build/types $(RUN) -m mypy -p prefect_huggingface
 
 clean:
