@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from prefect import task
@@ -79,7 +80,8 @@ def stream_completion(
         GenerationError: If the request fails, as soon as it does.
         EngineError: If the model cannot be loaded.
     """
-    yield from _shown(load_engine(model).stream(Request(prompt, options=options)))
+    with closing(load_engine(model).stream(Request(prompt, options=options))) as pieces:
+        yield from _shown(pieces)
 
 
 def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> list[Completion]:
@@ -87,8 +89,10 @@ def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> 
         return []
     engine = load_engine(model)
     found: list[Completion | None] = [None] * len(requests)
-    for completion in engine.generate(replace(request, id=place) for place, request in enumerate(requests)):
-        found[int(completion.request_id or 0)] = replace(completion, request_id=None)
+    finished = engine.generate(replace(request, id=place) for place, request in enumerate(requests))
+    with closing(finished):
+        for completion in finished:
+            found[int(completion.request_id or 0)] = replace(completion, request_id=None)
     return [completion for completion in found if completion is not None]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from prefect_huggingface.tasks.batching.feeds import RowFeed
@@ -109,7 +109,8 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
         feed = RowFeed(make_requests(job), commit, index, shard.settings.ordered)
         chunks = done.skip(read_chunks(job.table, shard.start, shard.stop), feed)
         in_flight = shard.settings.in_flight or engine.in_flight
-        for completions in run_requests(engine, feed.requests(chunks), in_flight, should_stop):
+        finished_requests = run_requests(engine, feed.requests(chunks), in_flight, should_stop)
+        for completions in stack.enter_context(closing(finished_requests)):
             feed.finish(completions)
     return ShardResult(shard.start, shard.stop, finished + done.rows, began, time.time())
 
@@ -121,10 +122,10 @@ def make_requests(job: BatchJob) -> RequestMaker:
 
 def run_requests(
     engine: Engine, requests: Iterable[Request], in_flight: int, should_stop: Callable[[], bool]
-) -> Iterator[list[Completion]]:
+) -> Generator[list[Completion], None, None]:
     """Yield what has finished, like `Engine.generate`, until there is no more or it has to stop.
 
-    It looks for a stop also while every request takes long.
+    It looks for a stop also while every request takes long. Closing the iterator cancels those under way.
     """
     finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
     pending: set[Future[Completion]] = set()

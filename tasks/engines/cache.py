@@ -30,6 +30,8 @@ from prefect_huggingface.tasks.engines.cache_entries import (
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.storage.exports.child_process import run_log
+from prefect_huggingface.tasks.waiting import WaitNotice, held
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,10 +62,10 @@ class EngineCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
+        self._locks: dict[str, threading.RLock] = {}
         self._keys: dict[str, EngineKey] = {}
         # Loading measures the memory, so that only one model is loaded at a time.
-        self._loading = threading.Lock()
+        self._loading = threading.RLock()
         self._entries: dict[EngineKey, EngineEntry] = {}
         self._budget: int | None = None
 
@@ -83,15 +85,15 @@ class EngineCache:
         """Return the engine of a model; load it first where needed."""
         mark = source_mark(model)
         with self._lock:
-            lock = self._locks.setdefault(mark, threading.Lock())
-        with lock:
+            lock = self._locks.setdefault(mark, threading.RLock())
+        with held(lock, _notice(model.model_id)):
             # What is loaded needs no look into the store.
             known = self._keys.get(mark)
             found = None if known is None else self._lend(known, model)
             if found is not None:
                 return found
             key = self._keys[mark] = EngineKey.of(model, ENGINE_CLASSES)
-            with self._loading:
+            with held(self._loading, _notice("another model")):
                 return self._lend(key, model) or self._load(key, model)
 
     def unload(self, keys: Iterable[EngineKey] | None = None) -> int:
@@ -156,6 +158,10 @@ class EngineCache:
         with self._lock:
             idle = next((key for key, entry in self._entries.items() if not entry.in_use), None)
             return None if idle is None else self._entries.pop(idle)
+
+
+def _notice(model: str) -> WaitNotice:
+    return WaitNotice(run_log(), f"Waiting until another run of this process has loaded {model}")
 
 
 def load_class(key: EngineKey) -> type[Engine]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.waiting import take_next
 
 if TYPE_CHECKING:
     from prefect_huggingface.tasks.engines.prompts import PromptWriter
@@ -54,8 +55,8 @@ class Engine(ABC):
     def context_length(self) -> int | None:
         """Number of tokens that prompt and answer may have together, or None where it is not known."""
 
-    def generate(self, requests: Iterable[Request], in_flight: int | None = None) -> Iterator[Completion]:
-        """Yield the completions of many requests as they finish.
+    def generate(self, requests: Iterable[Request], in_flight: int | None = None) -> Generator[Completion, None, None]:
+        """Yield the completions of many requests as they finish. Closing the iterator cancels those under way.
 
         Args:
             requests: Pulled lazily, never more than `in_flight` ahead of what is finished.
@@ -73,15 +74,15 @@ class Engine(ABC):
                     future.add_done_callback(finished.put)
                 if not pending:
                     return
-                future = finished.get()
+                future = take_next(finished)
                 pending.remove(future)
                 yield future.result()
         finally:
             for future in pending:
                 future.cancel()
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """Yield the text of one request piece by piece as it is generated.
+    def stream(self, request: Request) -> Generator[str, None, None]:
+        """Yield the text of one request piece by piece as it is generated. Closing the iterator cancels the request.
 
         Raises:
             GenerationError: If the request fails, as soon as it does.
@@ -90,7 +91,7 @@ class Engine(ABC):
         future = self.submit(request, pieces.put)
         future.add_done_callback(lambda _: pieces.put(None))
         try:
-            while (piece := pieces.get()) is not None:
+            while (piece := take_next(pieces)) is not None:
                 yield piece
         finally:
             future.cancel()

@@ -14,6 +14,7 @@ from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.records import Completion, ErrorCode, Request
+from prefect_huggingface.tasks.waiting import join_thread
 
 logger = get_logger(__name__)
 
@@ -69,7 +70,7 @@ class ThreadedEngine(Engine):
                 self._closed.set()
                 self._inbox.put(None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            join_thread(self._thread)
 
     def _run(self) -> None:
         while self._take_in():

@@ -11,6 +11,7 @@ from functools import partial
 
 from prefect_huggingface.tasks.engines.protocol import Engine, raise_error
 from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.waiting import take_next
 
 
 def stream_completion(engine: Engine, request: Request) -> Iterator[str | Completion]:
@@ -25,7 +26,7 @@ def stream_completion(engine: Engine, request: Request) -> Iterator[str | Comple
     future = engine.submit(request, pieces.put)
     future.add_done_callback(lambda _: pieces.put(None))
     try:
-        while (piece := pieces.get()) is not None:
+        while (piece := take_next(pieces)) is not None:
             yield piece
     finally:
         future.cancel()

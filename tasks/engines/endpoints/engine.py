@@ -30,6 +30,7 @@ from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
+from prefect_huggingface.tasks.waiting import join_thread, result_of
 
 T = TypeVar("T")
 logger = get_logger(__name__)
@@ -75,7 +76,7 @@ class EndpointEngine(Engine):
                 self._closed = True
                 self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            join_thread(self._thread)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens, as the server counts them.
@@ -100,7 +101,7 @@ class EndpointEngine(Engine):
                 raise EngineError(f"The engine of {self.endpoint.base_url!r} is closed. Load it again.")
             future = asyncio.run_coroutine_threadsafe(question, self._loop)
         try:
-            return future.result()
+            return result_of(future)
         except EndpointFailure as failure:
             raise EngineError(failure.message, error_code=failure.code) from None
         except CancelledError:

@@ -26,6 +26,7 @@ from prefect.logging import get_logger, get_run_logger
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
 from prefect_huggingface.tasks.storage.exports.resources import free_disk
+from prefect_huggingface.tasks.waiting import read_some, sleep_for
 
 RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
 """Logger of a Prefect run, or a plain one."""
@@ -98,7 +99,8 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
     try:
         if process.stdout is not None:
             _follow(process.stdout, report, program, run_log())
-        code = process.wait()
+        while (code := process.poll()) is None:
+            sleep_for(0.02)
     finally:
         _end(process)
     if code == 0 and report.result is not None:
@@ -151,7 +153,7 @@ def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, log: 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
     """Yield lines, and whether each is a state of a progress bar that is overwritten by the next."""
     pending = b""
-    while chunk := os.read(stream.fileno(), 65536):
+    while chunk := read_some(stream):
         *parts, pending = re.split(rb"(\r\n|\n|\r)", pending + chunk)
         for text, end in zip(parts[::2], parts[1::2], strict=True):
             yield text.decode("utf-8", "replace"), end == b"\r"

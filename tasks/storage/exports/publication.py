@@ -44,6 +44,7 @@ from prefect_huggingface.tasks.storage.exports.versions import export_versions
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
 from prefect_huggingface.tasks.storage.leases import hold_export, note_use
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
 
 
 def get_export(model: LocalModel, verify: bool = False) -> Export:
@@ -91,10 +92,11 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -
         measure_weights(snapshot.path, [file.path for file in snapshot.files]),
     )  # fmt: skip
     check_plan(plan)
-    lock = FileLock(path, timeout=model.get_store().lock_timeout_seconds)
+    longest = model.get_store().lock_timeout_seconds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock, hold_export(snapshot.path):
+        notice = WaitNotice(run_log(), f"Waiting for {holder_of(path)}, which makes the same export {key[:16]}")
+        with file_held(FileLock(path), longest, notice), hold_export(snapshot.path):
             found = find_export(store, key)
             if found is not None:
                 return found
@@ -103,7 +105,7 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -
             return made
     except Timeout:
         raise ExportError(
-            f"Another process has been making the export {key[:16]} for {lock.timeout:g} seconds. "
+            f"Another process has been making the export {key[:16]} for {longest:g} seconds. "
             "Wait for it, or set a longer `lock_timeout_seconds` of the store."
         ) from None
     except OSError as error:

@@ -13,15 +13,17 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.exports.child_process import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of, join_thread, sleep_for
 
 WhenRunning = Literal["refuse", "wait"]
 
@@ -62,23 +64,27 @@ def _refusal(journal: Journal) -> BatchError:
     return BatchError(f"Another run works on {journal.place.url!r}. Wait for its end, or set `when_running='wait'`.")
 
 
+def _notice(journal: Journal, holder: str) -> WaitNotice:
+    return WaitNotice(run_log(), f"Waiting for {holder}, which works on {journal.place.url!r}")
+
+
 @contextmanager
 def _local_lock(journal: Journal, when_running: WhenRunning) -> Iterator[None]:
     Path(journal.place.url).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{journal.place.url}/lock", timeout=0 if when_running == "refuse" else -1)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise _refusal(journal) from None
-    try:
+    path = f"{journal.place.url}/lock"
+    notice = _notice(journal, holder_of(path))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_held(FileLock(path), 0 if when_running == "refuse" else -1, notice))
+        except Timeout:
+            raise _refusal(journal) from None
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def _remote_lease(journal: Journal, when_running: WhenRunning) -> Iterator[None]:
     place, owner = journal.place.child("lock"), uuid.uuid4().hex
+    notice = _notice(journal, "another run")
     while True:
         if _read_owner(place) is None:
             _write_owner(place, owner)
@@ -86,7 +92,8 @@ def _remote_lease(journal: Journal, when_running: WhenRunning) -> Iterator[None]
                 break
         if when_running == "refuse":
             raise _refusal(journal)
-        time.sleep(POLL_SECONDS)
+        notice.tell()
+        sleep_for(POLL_SECONDS)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(place, owner, ended), name="journal-lease", daemon=True)
     renewal.start()
@@ -94,7 +101,7 @@ def _remote_lease(journal: Journal, when_running: WhenRunning) -> Iterator[None]
         yield
     finally:
         ended.set()
-        renewal.join()
+        join_thread(renewal)
         place.remove()
 
 
