@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.logging import get_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import ProgressReport
 from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
+from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
 from prefect_huggingface.tasks.batching.monitors import BatchMonitor
 from prefect_huggingface.tasks.batching.plans import check_free, check_places, may_replace
 from prefect_huggingface.tasks.batching.publications import Publication
@@ -23,12 +23,11 @@ from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, p
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
+from prefect_huggingface.tasks.storage.exports.child_process import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
 from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
-
-logger = get_logger(__name__)
-
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS, take_next
 
 # Threads share one engine, so that more of them would not make it faster.
 _runner: Any = ThreadPoolTaskRunner(max_workers=4)
@@ -58,16 +57,21 @@ def batch_inference(
     keep_journal: KeepJournal = "failed",
     when_running: WhenRunning = "refuse",
     show_progress: bool = True,
+    time_zone: str = "UTC",
 ) -> BatchSummary:
     """Put every row of a table through a model and write the answers beside the rows.
 
     Finished rows are kept in a journal beside the destination. Killed and started again with the same parameters, the
     batch goes on where it was, and its output is the same as without the interruption.
 
+    Dates in `source` and `destination` are those for which the run was scheduled, so that a run that is started again
+    finds its files: {date}, {yesterday}, {time}, {year}, {month}, {day}, {hour}, {minute} and {week}. Braces that stand
+    for themselves are doubled.
+
     Args:
         model: Model or endpoint to use.
         source: Input: a JSONL, CSV, Parquet or Arrow file, a folder or a pattern of such files, or an fsspec URL.
-        destination: Output file or URL. Its ending tells the format. It must not exist.
+        destination: Output file or URL, such as "answers-{date}.jsonl". Its ending tells the format. It must not exist.
         prompt: Template over the columns, such as "What is the capital of {country}?". Other braces are doubled.
         options: Generation options, put over those of the model.
         source_format: Format of the input where the file names do not tell it.
@@ -87,6 +91,7 @@ def batch_inference(
         keep_journal: Whether the journal stays at the end: always, never, or if rows failed.
         when_running: What to do while another run works on the same destination: refuse or wait.
         show_progress: Show a progress bar and a closing table in the terminal.
+        time_zone: Time zone of the dates in `source` and `destination`, such as Europe/Berlin.
 
     Returns:
         Counts, and where the output is.
@@ -95,6 +100,9 @@ def batch_inference(
         BatchError: If the batch cannot start or go on.
         TableError: If the input cannot be read or the output cannot be written.
     """
+    start, template = find_start(time_zone), destination
+    source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
+    warn_of_unfinished(template, destination)
     journal = Journal.beside(destination)
     replace = may_replace(journal, destination, retry_failed)
     check_free(destination, replace)
@@ -108,7 +116,7 @@ def batch_inference(
         run = open_run(journal, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))
         monitor = BatchMonitor(journal, plan.job.table.rows, run.finished)
         if run.finished:
-            logger.info("%d of %d rows are finished already, %d are left.", *_counts(plan, run))
+            run_log().info("%d of %d rows are finished already, %d are left.", *_counts(plan, run))
         results = _run_shards(model, plan, run, monitor, max_failures, show_progress)
         publication: Publication = publish_batch(plan, journal.place.url, replace)
         seconds = max((each.ended for each in results), default=0) - min((each.began for each in results), default=0)
@@ -146,7 +154,7 @@ def _run_shards(
         try:
             while len(results) < len(futures):
                 try:
-                    results.append(finished.get(timeout=run.journal.poll_seconds).result())
+                    results.append(take_next(finished, run.journal.poll_seconds).result())
                 except queue.Empty:
                     pass
                 progress = monitor.measure()
@@ -156,7 +164,8 @@ def _run_shards(
         except BaseException as exc:
             run.journal.request_stop(type(exc).__name__)
             for future in futures:
-                future.wait()
+                while not future.state.is_final():
+                    future.wait(WAKE_SECONDS)
             raise
         finally:
             progress = monitor.measure()
