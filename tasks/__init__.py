@@ -1,21 +1,28 @@
-"""Tasks: how it is done. One thin verb per Prefect task, over plain importable functions."""
+"""Tasks: how it is done. One thin verb per Prefect task, over plain importable functions.
 
-from prefect_huggingface.tasks.batches import plan_batch, publish_batch, run_shard
-from prefect_huggingface.tasks.chains import ChainStep
-from prefect_huggingface.tasks.downloads import download_model, plan_download
-from prefect_huggingface.tasks.endpoints import (
-    get_endpoint,
-    pause_endpoint,
-    resume_endpoint,
-    scale_endpoint_to_zero,
-    wait_for_endpoint,
-)
-from prefect_huggingface.tasks.engines.cache import load_engine, unload_engines
-from prefect_huggingface.tasks.evaluation import compare_export
-from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
-from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
-from prefect_huggingface.tasks.records import BatchSummary, Completion, EndpointStatus, Export, Request, Snapshot
-from prefect_huggingface.tasks.tuning import tune_engine
+A name is imported when it is first used, so that a process that only generates does not pay for the rest.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect_huggingface.tasks.batches import plan_batch, publish_batch, run_shard
+    from prefect_huggingface.tasks.chains import ChainStep
+    from prefect_huggingface.tasks.downloads import download_model, plan_download
+    from prefect_huggingface.tasks.endpoints import (
+        get_endpoint,
+        pause_endpoint,
+        resume_endpoint,
+        scale_endpoint_to_zero,
+        wait_for_endpoint,
+    )
+    from prefect_huggingface.tasks.engines.cache import load_engine, set_memory_budget, unload_engines
+    from prefect_huggingface.tasks.evaluation import compare_export
+    from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
+    from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
+    from prefect_huggingface.tasks.records import BatchSummary, Completion, EndpointStatus, Export, Request, Snapshot
+    from prefect_huggingface.tasks.tuning import tune_engine
 
 __all__ = [
     "BatchSummary",
@@ -42,8 +49,33 @@ __all__ = [
     "resume_endpoint",
     "run_shard",
     "scale_endpoint_to_zero",
+    "set_memory_budget",
     "stream_text",
     "tune_engine",
     "unload_engines",
     "wait_for_endpoint",
 ]
+
+_HOMES = {
+    "batches": ("plan_batch", "publish_batch", "run_shard"),
+    "chains": ("ChainStep",),
+    "downloads": ("download_model", "plan_download"),
+    "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),
+    "engines.cache": ("load_engine", "set_memory_budget", "unload_engines"),
+    "evaluation": ("compare_export",),
+    "exports": ("export_to_openvino", "list_store", "plan_export", "prune_store"),
+    "generation": ("generate_chat", "generate_text", "stream_text"),
+    "records": ("BatchSummary", "Completion", "EndpointStatus", "Export", "Request", "Snapshot"),
+    "tuning": ("tune_engine",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

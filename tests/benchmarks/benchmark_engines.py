@@ -2,8 +2,9 @@
 
     python tests/benchmarks/benchmark_engines.py [--quick] [--repeats 5] [--formats int8 int4] [--engines ...]
 
-Every engine has a process of its own; only one works at a time. The figures are tokens per second, medians over the
-repeats. langchain-huggingface is put into a folder of its own with pip; where that fails its rows are left out.
+Every engine has a process of its own; only one works at a time. The figures are medians over the repeats: tokens per
+second by the clock, and per second of one processor core, which says more on a machine that others use too.
+langchain-huggingface is put into a folder of its own with pip; where that fails its rows are left out.
 """
 
 from __future__ import annotations
@@ -28,10 +29,22 @@ from benchmark_workloads import Workload, make_workloads
 PEER = "langchain-huggingface==1.2.3"
 ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
 # These take minutes for a whole workload, so that they get a part of its rows.
-SLOW = (*ON_TORCH, "langchain-huggingface, openvino")
 SLOW_ROWS = 8
-ONLY_OURS = ("threads",)
+OURS = ("ours", "ours, tuned")
+CONTINUOUS = (*OURS, "continuous batching, tuned by hand", "continuous batching, defaults")
+LISTS = tuple(name for name in CONTENDERS if name != "ours, one list")
+# Which engines do which workload: those that it tells apart.
+CONTENDERS_OF = {
+    "mixed": LISTS,
+    "shared": CONTINUOUS,
+    "skewed": (*CONTINUOUS, "LLMPipeline, batches of 8", "optimum, batches of 8"),
+    "alone": LISTS,
+    "threads": (*OURS, "ours, one list"),
+}
 HERE = Path(__file__).parent
+
+
+Figures = dict[str, dict[str, list[tuple[float, float]]]]
 
 
 class Worker:
@@ -49,12 +62,13 @@ class Worker:
         )  # fmt: skip
         self._read()
 
-    def run(self, workload: Workload) -> float:
-        """Do a workload and return its tokens per second."""
+    def run(self, workload: Workload) -> tuple[float, float]:
+        """Do a workload and return its tokens per second, by the clock and of one processor core."""
         assert self._process.stdin is not None
         print(json.dumps(asdict(workload)), file=self._process.stdin, flush=True)
         answer = self._read()
-        return float(answer["tokens"] / answer["seconds"])
+        tokens = float(answer["tokens"])
+        return tokens / answer["seconds"], tokens / answer["processor_seconds"]
 
     def close(self) -> None:
         """End the process."""
@@ -89,9 +103,7 @@ def tune(export: Path) -> None:
     print(f"Tuned: {found.settings}, {found.speed_up:.2f} times as fast by its own measurement.")
 
 
-def measure(
-    folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int
-) -> dict[str, dict[str, list[float]]]:
+def measure(folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int) -> Figures:
     """Run all workloads on all engines, one after the other, again and again.
 
     Args:
@@ -101,37 +113,43 @@ def measure(
         repeats: How often each engine does each workload, after one round to warm up.
 
     Returns:
-        Tokens per second of every repeat, by workload and engine.
+        Figures of every repeat, by workload and engine.
     """
-    figures: dict[str, dict[str, list[float]]] = {workload.name: {} for workload in workloads}
+    figures: Figures = {workload.name: {} for workload in workloads}
     for workload in workloads:
-        names = [name for name in folders if workload.name not in ONLY_OURS or name.startswith("ours")]
+        names = [name for name in folders if name in CONTENDERS_OF[workload.name]]
         workers = [Worker(name, folders[name], peers) for name in names]
         for repeat in range(repeats + 1):
             for worker in workers:
-                rows = workload.sample(SLOW_ROWS) if worker.name in SLOW else workload
-                rate = worker.run(rows.fresh(repeat))
+                rows = workload.sample(SLOW_ROWS) if worker.name in ON_TORCH else workload
+                rates = worker.run(rows.fresh(repeat))
                 if repeat:
-                    figures[workload.name].setdefault(worker.name, []).append(rate)
+                    figures[workload.name].setdefault(worker.name, []).append(rates)
         for worker in workers:
             worker.close()
         print_table(workload.name, figures[workload.name])
     return figures
 
 
-def print_table(title: str, figures: dict[str, list[float]]) -> None:
+def print_table(title: str, figures: dict[str, list[tuple[float, float]]]) -> None:
     """Print the medians of one workload, and how many times slower than this library each engine is."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
-    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is"):
+    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is"):
         table.add_column(heading)
-    own = median(figures["ours"])
+    own, own_core = medians(figures["ours"])
     for name, rates in figures.items():
-        middle = median(rates)
-        table.add_row(name, f"{middle:.1f}", f"{min(rates):.1f}", f"{max(rates):.1f}", f"{own / middle:.2f} times")
-    Console().print(table)
+        (clock, core), by_clock = medians(rates), [rate for rate, _ in rates]
+        cells = (clock, min(by_clock), max(by_clock), own / clock, core, own_core / core)
+        table.add_row(name, *(f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)))
+    Console(width=120).print(table)
+
+
+def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the medians by the clock and by the processor core."""
+    return median(rate for rate, _ in rates), median(rate for _, rate in rates)
 
 
 def write_figures(folder: Path, figures: dict[str, Any], repeats: int) -> Path:
@@ -143,7 +161,7 @@ def write_figures(folder: Path, figures: dict[str, Any], repeats: int) -> Path:
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in packages},
         "repeats": repeats,
-        "tokens_per_second": figures,
+        "tokens_per_second_and_core_second": figures,
     }
     path = folder / "figures.json"
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -164,7 +182,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     panels = [(f"{form}, {name}", rates) for form, by_name in figures.items() for name, rates in by_name.items()]
     drawing, axes = pyplot.subplots(len(panels), 1, figsize=(8, 1 + 2 * len(panels)), squeeze=False)
     for axis, (title, rates) in zip(axes[:, 0], panels, strict=True):
-        axis.barh(list(rates), [median(values) for values in rates.values()])
+        axis.barh(list(rates), [medians(values)[0] for values in rates.values()])
         axis.set_title(title)
         axis.set_xlabel("tokens per second")
         axis.invert_yaxis()
