@@ -154,6 +154,19 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
     return checked
 
 
+def refuse_images(request: Request) -> None:
+    """Refuse images for a model of text.
+
+    Raises:
+        RequestError: If the request has images.
+    """
+    if request.images:
+        raise RequestError(
+            "invalid_prompt",
+            f"The model takes no images, got {len(request.images)}. Leave them out, or set task='image-text-to-text'.",
+        )
+
+
 def resolve_options(defaults: GenerationOptions, request: Request) -> GenerationOptions:
     """Return the options of a request over the defaults of the model.
 

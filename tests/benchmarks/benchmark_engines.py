@@ -95,12 +95,14 @@ def install_peer(folder: Path) -> Path | None:
 
 
 def tune(export: Path) -> None:
-    """Find the best settings for this machine, for the contender that uses them."""
+    """Find the best settings for this machine, for the contender that uses them. What was found once is kept."""
     from prefect_huggingface.blocks import LocalModel
+    from prefect_huggingface.tasks.engines.tunings import read_settings
     from prefect_huggingface.tasks.tuning import find_settings
 
-    found = find_settings(LocalModel(model_id=str(export)))
-    print(f"Tuned: {found.settings}, {found.speed_up:.2f} times as fast by its own measurement.")
+    model = LocalModel(model_id=str(export))
+    settings = read_settings(model, export) or find_settings(model).settings
+    print(f"Tuned: {settings}.")
 
 
 def measure(folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int) -> Figures:

@@ -42,9 +42,10 @@ def make_workloads(tokenizer_file: Path, *, quick: bool = False) -> list[Workloa
     from tokenizers import Tokenizer
 
     tokenizer, choose = Tokenizer.from_file(str(tokenizer_file)), random.Random(3)
+    vocabulary = tokenizer.get_vocab_size()
 
     def text(tokens: int) -> str:
-        return str(tokenizer.decode([choose.randrange(300, tokenizer.get_vocab_size()) for _ in range(tokens)]))
+        return str(tokenizer.decode([choose.randrange(300, vocabulary) for _ in range(tokens)]))
 
     rows, new = (16, 16) if quick else (64, 64)
     mixed = [text(choose.randint(16, 256)) for _ in range(rows)]

@@ -60,21 +60,16 @@ class GenaiCodec:
         return str(self._tokenizer.decode(list(token_ids)))
 
 
-def load_codec(folder: Path, tokenizer: Any) -> TextCodec:
-    """Return the tokenizer of a model folder.
-
-    Args:
-        folder: Folder of the OpenVINO model.
-        tokenizer: Tokenizer of OpenVINO GenAI, for a folder without `tokenizer.json`.
-    """
+def load_rust_codec(folder: Path) -> RustCodec | None:
+    """Return the Rust tokenizer of a model folder, or None where there is none that can be read."""
     path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            return RustCodec(path)
-        except Exception:
-            # A file of a newer version of the library cannot be read by this one.
-            return GenaiCodec(tokenizer)
-    return GenaiCodec(tokenizer)
+    if not path.is_file():
+        return None
+    try:
+        return RustCodec(path)
+    except Exception:
+        # A file of a newer version of the library cannot be read by this one.
+        return None
 
 
 def read_end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.openvino.codec import load_codec, read_context_length, read_end_tokens
+from prefect_huggingface.tasks.engines.openvino.codec import (
+    GenaiCodec,
+    TextCodec,
+    load_rust_codec,
+    read_context_length,
+    read_end_tokens,
+)
 from prefect_huggingface.tasks.engines.openvino.devices import choose_device, compile_properties, kv_cache_precision
 from prefect_huggingface.tasks.engines.openvino.genai_options import check_options, generation_config
 from prefect_huggingface.tasks.engines.openvino.genai_pipelines import GenaiPipeline, last_line
 from prefect_huggingface.tasks.engines.openvino.genai_rows import CacheExhausted, Row
 from prefect_huggingface.tasks.engines.openvino.scheduling import choose_sizes
-from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, refuse_images, resolve_options
 from prefect_huggingface.tasks.engines.row_queue import RowQueue
 from prefect_huggingface.tasks.engines.threads import ThreadedEngine, fail
 from prefect_huggingface.tasks.records import Completion, ErrorCode
@@ -53,8 +60,11 @@ class OpenVINOTextEngine(ThreadedEngine):
         device, properties = choose_device(model), compile_properties(model)
         self.sizes = choose_sizes(path, model.engine, kv_cache_precision(device, properties))
         self._model = model
-        self._pipeline = GenaiPipeline(path, device, properties, self.sizes, model.engine)
-        self._codec = load_codec(path, self._pipeline.tokenizer)
+        with ThreadPoolExecutor(1) as beside:
+            # OpenVINO compiles on one core and lets other threads run meanwhile.
+            codec = beside.submit(load_rust_codec, path)
+            self._pipeline = GenaiPipeline(path, device, properties, self.sizes, model.engine)
+        self._codec: TextCodec = codec.result() or GenaiCodec(self._pipeline.tokenizer)
         self._end_tokens = read_end_tokens(path, self._pipeline.tokenizer)
         self._context_length = read_context_length(path)
         self.prompts = PromptWriter.of_folder(path, model.chat_template)
@@ -74,6 +84,7 @@ class OpenVINOTextEngine(ThreadedEngine):
 
     def _accept(self, submission: Submission) -> None:
         assert self.prompts is not None
+        refuse_images(submission.request)
         options = resolve_options(self._model.options, submission.request)
         check_options(options)
         prompt = self.prompts.write(submission.request)

@@ -15,11 +15,11 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.openvino.devices import choose_device, compile_properties
-from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, refuse_images, resolve_options
 from prefect_huggingface.tasks.engines.transformers.answer_engine import AnswerEngine
 from prefect_huggingface.tasks.engines.transformers.loading import load_tokenizer, load_torch_model
 from prefect_huggingface.tasks.engines.transformers.sizes import EngineSizes, free_cached_memory, is_out_of_memory
-from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs, refuse_images, skip
+from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs, skip
 from prefect_huggingface.tasks.engines.transformers.tokenization import pad_token
 from prefect_huggingface.tasks.engines.transformers.whole_batches import (
     padded_inputs,

@@ -10,7 +10,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, refuse_images, resolve_options
 from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.transformers.grammars import GrammarMaker
 from prefect_huggingface.tasks.engines.transformers.sampling import TokenChooser
@@ -19,7 +19,7 @@ from prefect_huggingface.tasks.engines.transformers.tokenization import (
     context_length_of,
     end_tokens,
 )
-from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.records import Completion
 
 logger = get_logger(__name__)
 
@@ -121,16 +121,3 @@ def skip(submission: Submission, prompt_tokens: int) -> None:
     submission.complete(
         Completion("", "skipped", prompt_tokens, seconds=submission.seconds, request_id=submission.request.id)
     )
-
-
-def refuse_images(request: Request) -> None:
-    """Refuse images for a model of text.
-
-    Raises:
-        RequestError: If the request has images.
-    """
-    if request.images:
-        raise RequestError(
-            "invalid_prompt",
-            f"The model takes no images, got {len(request.images)}. Leave them out, or set task='image-text-to-text'.",
-        )

@@ -35,6 +35,7 @@ BAD = {
     "not honoured": (Request("Hello", options=GenerationOptions(no_repeat_ngram_size=2)), "invalid_option"),
     "unknown role": (Request(messages=[{"role": "robot", "content": "Hello"}]), "invalid_prompt"),
     "not a text": (Request(prompt=7), "invalid_prompt"),
+    "an image": (Request("Hello", images=["picture.png"]), "invalid_prompt"),
     "nothing": (Request(), "invalid_prompt"),
     "half a character": (Request("a\ud800"), "invalid_prompt"),
 }
