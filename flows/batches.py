@@ -5,12 +5,12 @@ from __future__ import annotations
 import queue
 from typing import Annotated, Any
 
-from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import ProgressReport
 from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
@@ -33,31 +33,31 @@ from prefect_huggingface.tasks.waiting import WAKE_SECONDS, take_next
 _runner: Any = ThreadPoolTaskRunner(max_workers=4)
 
 
-@flow(name="batch-inference", task_runner=_runner)
+@form_flow(name="batch-inference", task_runner=_runner)
 def batch_inference(
-    model: LocalModel | InferenceEndpoint,
-    source: str,
-    destination: str,
-    prompt: str | None = None,
-    options: GenerationOptions | None = None,
-    source_format: TableFormat | None = None,
-    messages_column: str | None = None,
-    system: str | None = None,
-    option_columns: list[str] | None = None,
-    id_column: str | None = None,
-    columns: list[str] | None = None,
-    output_prefix: str = "",
-    timings: bool = False,
-    shards: Annotated[int, Field(ge=1, le=10_000)] = 1,
-    in_flight: Annotated[int, Field(ge=1)] | None = None,
-    deduplicate: bool = True,
-    ordered: bool = True,
-    max_failures: Annotated[float, Field(gt=0)] | None = None,
-    retry_failed: bool = False,
-    keep_journal: KeepJournal = "failed",
-    when_running: WhenRunning = "refuse",
-    show_progress: bool = True,
-    time_zone: str = "UTC",
+    model: Annotated[LocalModel | InferenceEndpoint, titled("Model or endpoint")],
+    source: Annotated[str, titled("Input file")],
+    destination: Annotated[str, titled("Output file")],
+    prompt: Annotated[str | None, titled("Prompt template")] = None,
+    options: Annotated[GenerationOptions | None, titled("Generation")] = None,
+    source_format: Annotated[TableFormat | None, titled("Format of the input")] = None,
+    messages_column: Annotated[str | None, titled("Column with chat messages")] = None,
+    system: Annotated[str | None, titled("System message")] = None,
+    option_columns: Annotated[list[str] | None, titled("Columns with options")] = None,
+    id_column: Annotated[str | None, titled("Column with unique ids")] = None,
+    columns: Annotated[list[str] | None, titled("Columns to keep")] = None,
+    output_prefix: Annotated[str, titled("Prefix of the added columns")] = "",
+    timings: Annotated[bool, titled("Measure each row")] = False,
+    shards: Annotated[int, titled("Number of shards", ge=1, le=10_000)] = 1,
+    in_flight: Annotated[Annotated[int, Field(ge=1)] | None, titled("Rows at once")] = None,
+    deduplicate: Annotated[bool, titled("Answer equal prompts once")] = True,
+    ordered: Annotated[bool, titled("Sort by shared beginnings")] = True,
+    max_failures: Annotated[Annotated[float, Field(gt=0)] | None, titled("Failures before giving up")] = None,
+    retry_failed: Annotated[bool, titled("Retry failed rows")] = False,
+    keep_journal: Annotated[KeepJournal, titled("Keep the journal")] = "failed",
+    when_running: Annotated[WhenRunning, titled("If the batch runs already")] = "refuse",
+    show_progress: Annotated[bool, titled("Progress bar in the terminal")] = True,
+    time_zone: Annotated[str, titled("Time zone of the dates")] = "UTC",
 ) -> BatchSummary:
     """Put every row of a table through a model and write the answers beside the rows.
 
