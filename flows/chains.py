@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from prefect import flow
+from typing import Annotated, Any
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import publish_table
 from prefect_huggingface.tasks.chains import ChainStep, check_chain, parse_output, render_prompt
 from prefect_huggingface.tasks.errors import ChainError
 from prefect_huggingface.tasks.generation import generate_text
 
 
-@flow(name="prompt-chain")
+@form_flow(name="prompt-chain")
 def prompt_chain(
-    model: LocalModel | InferenceEndpoint,
-    steps: Sequence[ChainStep],
-    inputs: dict[str, Any] | None = None,
-    options: GenerationOptions | None = None,
+    model: Annotated[LocalModel | InferenceEndpoint, titled("Model or endpoint")],
+    steps: Annotated[Sequence[ChainStep], titled("Steps")],
+    inputs: Annotated[dict[str, Any] | None, titled("Inputs by name")] = None,
+    options: Annotated[GenerationOptions | None, titled("Generation")] = None,
 ) -> dict[str, Any]:
     """Run named prompts one after the other, each with the inputs and the outputs of earlier steps.
 

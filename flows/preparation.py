@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from prefect import flow
 from pydantic import Field
 
 from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import publish_markdown
 from prefect_huggingface.tasks.downloads import download_model
 from prefect_huggingface.tasks.evaluation import compare_export
@@ -15,9 +15,10 @@ from prefect_huggingface.tasks.exports import export_to_openvino
 from prefect_huggingface.tasks.records import Export, Snapshot
 
 
-@flow(name="prepare-model")
+@form_flow(name="prepare-model")
 def prepare_model(
-    model: LocalModel, min_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    model: Annotated[LocalModel, titled("Model")],
+    min_agreement: Annotated[Annotated[float, Field(ge=0, le=1)] | None, titled("Least agreement")] = None,
 ) -> Export | Snapshot:
     """Have a model on this machine, at one commit and in one format, once.
 

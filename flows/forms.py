@@ -1,0 +1,125 @@
+"""Forms: titles for the parameters of a flow, and one sentence for a value that cannot be right.
+
+Prefect makes the form of a deployment from the signature of its flow. Limits, choices and titles come from annotations,
+descriptions from the docstring. What the form and the API let pass is refused here, before the flow begins.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin
+
+from prefect import Flow
+from prefect.blocks.core import Block
+from prefect.exceptions import ParameterTypeError
+from pydantic import Field, ValidationError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def titled(title: str, **limits: Any) -> Any:
+    """Return the annotation that gives a parameter a title in the form, and limits.
+
+    Prefect sets the title of a field to the name of the parameter; only the extra part of its schema is left alone.
+
+    Args:
+        title: Title of the field.
+        limits: Limits as for `pydantic.Field`, such as `ge`.
+    """
+    return Field(json_schema_extra={"title": title}, **limits)
+
+
+class FormFlow(Flow[P, R]):
+    """A flow that says which parameter of a run is wrong, and what to do about it."""
+
+    def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters with their blocks loaded and their values converted.
+
+        Raises:
+            ParameterTypeError: If a block cannot be loaded or is of another type, if rows are given in place of a
+                file, or if a value does not fit its parameter.
+        """
+        annotations = {
+            name: parameter.annotation
+            for name, parameter in inspect.signature(self.fn, eval_str=True).parameters.items()
+        }
+        loaded = {name: load_references(name, value) for name, value in parameters.items()}
+        for name, value in loaded.items():
+            kinds = list(_parts(annotations.get(name)))
+            _check_block(name, value, tuple(kind for kind in kinds if Block.is_block_class(kind)))
+            _check_rows(name, value, kinds)
+        return super().validate_parameters(loaded)
+
+
+def form_flow(**settings: Any) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Return a decorator like `prefect.flow` whose flow explains wrong parameters.
+
+    Args:
+        settings: Settings of the flow, as for `prefect.flow`.
+    """
+    return lambda function: FormFlow(function, **settings)
+
+
+def load_references(name: str, value: Any) -> Any:
+    """Return a parameter's value with the blocks in place of the references to them.
+
+    Raises:
+        ParameterTypeError: If there is no such block, or if its fields do not fit each other.
+    """
+    if isinstance(value, Mapping):
+        if "$ref" in value:
+            return _load_block(name, value["$ref"])
+        return {key: load_references(name, item) for key, item in value.items()}
+    return [load_references(name, item) for item in value] if isinstance(value, list) else value
+
+
+def _load_block(name: str, reference: Any) -> Block:
+    if isinstance(reference, Mapping):
+        shown = next(iter(reference.values()), reference)
+    else:
+        shown = reference
+    try:
+        return Block.load_from_ref(reference, _sync=True)  # type: ignore[call-arg, return-value]
+    except ValueError as exc:
+        raise ParameterTypeError(
+            f"`{name}` refers to block {shown!r}, which is not there. "
+            "Choose a saved block in the form, or save the default blocks with `make blocks`."
+        ) from exc
+    except RuntimeError as exc:
+        raise ParameterTypeError(
+            f"`{name}` refers to block {shown!r}, which cannot be loaded: {_reason(exc)} Correct it under Blocks."
+        ) from exc
+
+
+def _reason(error: RuntimeError) -> str:
+    cause = error.__cause__
+    if not isinstance(cause, ValidationError):
+        return f"{error}"
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in cause.errors()[:3]) + "."
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Return an annotation and everything in it, without what is in its lists and tables."""
+    yield annotation
+    if get_origin(annotation) not in (list, dict):
+        for part in get_args(annotation):
+            yield from _parts(part)
+
+
+def _check_block(name: str, value: Any, classes: tuple[type[Block], ...]) -> None:
+    if classes and isinstance(value, Block) and not isinstance(value, classes):
+        wanted = " or ".join(each.get_block_type_slug() for each in classes)
+        raise ParameterTypeError(
+            f"`{name}` must be a block of type {wanted}, got {value._block_document_name!r}, a block of type "
+            f"{value.get_block_type_slug()}. Choose another one."
+        )
+
+
+def _check_rows(name: str, value: Any, kinds: list[Any]) -> None:
+    if isinstance(value, list) and str in kinds and not any(get_origin(kind) is list for kind in kinds):
+        raise ParameterTypeError(
+            f"`{name}` must be a text, got a list of {len(value)} rows. "
+            "Write the rows to a file, JSONL for instance, and give its path."
+        )
