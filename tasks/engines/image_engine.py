@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect.logging import get_logger
 
 from prefect_huggingface.tasks.engines.answers import Submission
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.image_conversations import read_conversation
 from prefect_huggingface.tasks.engines.images import read_image
+from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter
 from prefect_huggingface.tasks.engines.protocol import OnText
 from prefect_huggingface.tasks.engines.threads import ThreadedEngine, fail
 from prefect_huggingface.tasks.records import Completion, Request
@@ -122,3 +125,28 @@ class ImageEngine(ImageReader):
             logger.warning("A request with images failed.", exc_info=True)
             fail(self._current.submission, "engine_error", f"The model refuses the request: {exc}. Check its images.")
         self._current = None
+
+
+def write_scene(
+    prompts: PromptWriter, scene: Scene, render: Callable[[ChatTemplate, list[dict[str, Any]], Any], str]
+) -> Prompt:
+    """Return the prompt of a scene, through the chat template where one is to be used.
+
+    Args:
+        prompts: Writes the prompts of the model.
+        scene: What to write.
+        render: Puts messages and tools into the template, with the places of images as the engine wants them.
+
+    Raises:
+        RequestError: If the model has no chat template for messages, or the template refuses them.
+    """
+    request = scene.submission.request
+    if request.prompt is not None:
+        prompt = prompts.write(replace(request, images=()))
+        if prompt.text == request.prompt:
+            return prompt
+    if prompts.template is None:
+        raise RequestError(
+            "invalid_prompt", "The model has no chat template, so it cannot answer messages. Give a plain prompt."
+        )
+    return Prompt(render(prompts.template, scene.messages, request.tools), add_special_tokens=False)

@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.answers import Submission
-from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_json
 from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.image_engine import ImageReader, Scene
+from prefect_huggingface.tasks.engines.image_engine import ImageReader, write_scene
 from prefect_huggingface.tasks.engines.images import check_pillow
 from prefect_huggingface.tasks.engines.openvino.genai_options import check_options, generation_config
 from prefect_huggingface.tasks.engines.openvino.genai_rows import Row, Start
 from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
-from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import fit_context, resolve_options
 from prefect_huggingface.tasks.records import Completion
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -74,7 +74,7 @@ class OpenVINOImageEngine(ImageReader, OpenVINOTextEngine):
         options = resolve_options(self._model.options, submission.request)
         check_options(options)
         assert self.prompts is not None
-        prompt = write_tagged_prompt(self.prompts, scene)
+        prompt = write_scene(self.prompts, scene, render_tagged)
         tokens = self._codec.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         # A prompt with images cannot be cut.
         policy = "skip" if options.context_overflow == "skip" else "error"
@@ -91,32 +91,23 @@ class OpenVINOImageEngine(ImageReader, OpenVINOTextEngine):
         return self._pipeline.add_with_images(prompt.text, prompt.tensors, config)
 
 
-def write_tagged_prompt(prompts: PromptWriter, scene: Scene) -> Prompt:
-    """Return the prompt of a scene with the tags of OpenVINO GenAI in the places of the images.
+def render_tagged(template: ChatTemplate, messages: list[dict[str, Any]], tools: Any) -> str:
+    """Return the text of messages with the tags of OpenVINO GenAI in the places of the images.
 
     Raises:
-        RequestError: If the model has no chat template for messages, or the template refuses them.
+        RequestError: If the template refuses them.
     """
-    request = scene.submission.request
-    if request.prompt is not None:
-        prompt = prompts.write(replace(request, images=()))
-        if prompt.text == request.prompt:
-            return prompt
-    if prompts.template is None:
-        raise RequestError(
-            "invalid_prompt", "The model has no chat template, so it cannot answer messages. Give a plain prompt."
-        )
-    tagged = _tagged(scene.messages)
+    tagged = _tagged(messages)
     try:
-        text = prompts.template.render(tagged, request.tools)
+        text = template.render(tagged, tools)
         complete = all(part["text"] in text for message in tagged for part in message["content"])
     except RequestError:
         complete = False
     if not complete:
         # Some templates want parts, and some want plain text.
         joined = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in tagged]
-        text = prompts.template.render(joined, request.tools)
-    return Prompt(text, add_special_tokens=False)
+        text = template.render(joined, tools)
+    return text
 
 
 def _tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

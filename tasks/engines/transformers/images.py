@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene
+from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene, write_scene
 from prefect_huggingface.tasks.engines.images import check_pillow
-from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import Prompt, fit_context, resolve_options
 from prefect_huggingface.tasks.engines.transformers.loading import input_device, load_processor, load_torch_model
 from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs, skip
 from prefect_huggingface.tasks.engines.transformers.tokenization import pad_token
@@ -73,7 +73,7 @@ class TorchImageEngine(ImageEngine):
 
     def _show(self, scene: Scene) -> None:
         options = resolve_options(self._defaults, scene.submission.request)
-        prompt = write_prompt(self.prompts, scene)
+        prompt = write_scene(self.prompts, scene, ChatTemplate.render)
         inputs = self._inputs(prompt, scene)
         ids = inputs["input_ids"][0].tolist()
         if not self._fits(ids, options):
@@ -113,17 +113,3 @@ class TorchImageEngine(ImageEngine):
         return (
             fit_context(ids, options.model_copy(update={"context_overflow": policy}), self.context_length) is not None
         )
-
-
-def write_prompt(prompts: PromptWriter, scene: Scene) -> Prompt:
-    """Return the prompt of a scene, through the chat template where one is to be used."""
-    request = scene.submission.request
-    if request.prompt is not None:
-        prompt = prompts.write(replace(request, images=()))
-        if prompt.text == request.prompt:
-            return prompt
-    if prompts.template is None:
-        raise RequestError(
-            "invalid_prompt", "The model has no chat template, so it cannot answer messages. Give a plain prompt."
-        )
-    return Prompt(prompts.template.render(scene.messages, request.tools), add_special_tokens=False)
