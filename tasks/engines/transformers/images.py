@@ -10,7 +10,7 @@ from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene, write_scene
 from prefect_huggingface.tasks.engines.images import check_pillow
-from prefect_huggingface.tasks.engines.prompts import Prompt, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
 from prefect_huggingface.tasks.engines.transformers.loading import input_device, load_processor, load_torch_model
 from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs, skip
 from prefect_huggingface.tasks.engines.transformers.tokenization import pad_token
