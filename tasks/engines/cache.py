@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from prefect_huggingface.tasks.engines.cache_entries import (
     WEIGHT_SUFFIXES,
     EngineEntry,
     EngineKey,
+    EngineState,
     SharedEngine,
     source_mark,
 )
@@ -105,6 +107,23 @@ class EngineCache:
             entry.close()
         give_back_memory()
         return len(entries)
+
+    def unload_idle(self, seconds: float) -> int:
+        """Close the engines that nobody has used for so long, and return how many there were."""
+        with self._lock:
+            oldest = time.time() - seconds
+            idle = [key for key, entry in self._entries.items() if not entry.in_use and entry.state.used_at <= oldest]
+            entries = [self._entries.pop(key) for key in idle]
+        for entry in entries:
+            entry.close()
+        if entries:
+            give_back_memory()
+        return len(entries)
+
+    def states(self) -> list[EngineState]:
+        """Return what is known of the loaded engines, the last used one last."""
+        with self._lock:
+            return [entry.state for entry in self._entries.values()]
 
     def _lend(self, key: EngineKey, model: LocalModel) -> SharedEngine | None:
         with self._lock:
@@ -226,6 +245,21 @@ def unload_engines() -> int:
     from prefect_huggingface.tasks.engines.endpoints.cache import unload_endpoints
 
     return _cache.unload() + unload_endpoints()
+
+
+def unload_idle_engines(idle_seconds: float) -> int:
+    """Close the engines that nobody has used for so long, give their memory back, and return how many there were."""
+    return _cache.unload_idle(idle_seconds)
+
+
+def list_engines() -> list[EngineState]:
+    """Return what is known of the engines of this process, the last used one last."""
+    return _cache.states()
+
+
+def memory_budget() -> int:
+    """Return the resident memory that this process may take, in bytes."""
+    return _cache.budget_bytes
 
 
 def set_memory_budget(size_gb: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
+from prefect_huggingface.tasks.engines.memory import resident_bytes
 from prefect_huggingface.tasks.engines.prompts import TemplateUse, resolve_options
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.engines.tunings import apply_tuning
@@ -82,6 +84,31 @@ def _settings_of(model: LocalModel, names: tuple[str, ...]) -> str:
     return json.dumps(model.model_dump(mode="json", include=set(names)), sort_keys=True, default=str)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What is known of a loaded engine, for those who look after a process.
+
+    Args:
+        model: Model id or folder that it was loaded for.
+        engine: Name of its class.
+        device: Device that was asked for, or None for the default.
+        memory_bytes: Resident memory that the loading took.
+        users: How many hold it.
+        requests: How many requests it works on.
+        loaded_at: Time of its loading, in seconds since the epoch.
+        used_at: Time of its last use, in seconds since the epoch.
+    """
+
+    model: str
+    engine: str
+    device: str | None
+    memory_bytes: int
+    users: int
+    requests: int
+    loaded_at: float
+    used_at: float
+
+
 class EngineEntry:
     """A loaded engine with its lease of the folder and the number of its users."""
 
@@ -98,11 +125,23 @@ class EngineEntry:
         self._users = 0
         self._requests = 0
         self._lease = hold(key.path)
+        self._model, self._device = model.model_id, model.device
+        before = resident_bytes()
         try:
             self.engine = engine(key.path, apply_tuning(model, key.path))  # type: ignore[call-arg]
         except BaseException:
             self._lease.close()
             raise
+        self._memory_bytes = max(resident_bytes() - before, 0)
+        self._loaded_at = self._used_at = time.time()
+
+    @property
+    def state(self) -> EngineState:
+        """What is known of the engine now."""
+        return EngineState(
+            self._model, self.key.engine.split(":")[1], self._device, self._memory_bytes, self._users, self._requests,
+            self._loaded_at, time.time() if self.in_use else self._used_at,
+        )  # fmt: skip
 
     @property
     def in_use(self) -> bool:
@@ -132,10 +171,12 @@ class EngineEntry:
     def _count_user(self, change: int) -> None:
         # No lock: this also runs inside the garbage collector, in a thread that may hold it.
         self._users += change
+        self._used_at = time.time()
 
     def _forget_request(self, future: Future[Completion]) -> None:
         with self._lock:
             self._requests -= 1
+            self._used_at = time.time()
 
 
 def hold(path: Path) -> Lease:
