@@ -117,7 +117,8 @@ def _tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = []
         for part in message["content"]:
             is_image = part["type"] == "image"
-            parts.append({"type": "text", "text": f"<ov_genai_image_{count}>\n"} if is_image else part)
+            # OpenVINO GenAI writes the line end after an image itself, for the models that want one.
+            parts.append({"type": "text", "text": f"<ov_genai_image_{count}>"} if is_image else part)
             count += is_image
         tagged.append({**message, "content": parts})
     return tagged

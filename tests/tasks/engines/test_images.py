@@ -97,6 +97,14 @@ def test_text_is_that_of_transformers(folder, pictures):
             assert completion.prompt_tokens == inputs.input_ids.shape[1]
 
 
+def test_every_engine_answers_as_the_one_of_transformers(engine, folder, pictures):
+    from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
+
+    with TorchImageEngine(folder, settings(folder, backend="torch", dtype="float32")) as reference:
+        for count in (0, 1, 2):
+            assert ask(engine, images=pictures[:count]).text == ask(reference, images=pictures[:count]).text
+
+
 def test_the_answer_depends_on_the_image_and_not_on_how_it_is_named(engine, pictures, image_server):
     encoded = base64.b64encode(pictures[0].read_bytes()).decode()
     names = [
