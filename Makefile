@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all benchmark lint types install clean
+.PHONY: demo deployments stop blocks test test-all benchmark lint types install clean
 
 install: $(READY)
 
@@ -16,6 +16,17 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(RUN) deployments/quickstart/demo.py
+
+# A local Prefect server with workers and everything deployed. PORT=4300 takes another port.
+deployments: $(READY)
+	@$(RUN) -m prefect_huggingface.deployments.services start $(if $(PORT),--port $(PORT))
+
+stop:
+	@test ! -x $(RUN) || $(RUN) -m prefect_huggingface.deployments.services stop
+
+# The default blocks, on the server of PREFECT_API_URL. OVERWRITE=1 replaces those that are there.
+blocks: $(READY)
+	@$(RUN) -m prefect_huggingface.deployments.defaults $(if $(OVERWRITE),--overwrite)
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -1,0 +1,89 @@
+"""The flow that saves the blocks and variables to begin with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from prefect.blocks.core import Block
+from prefect.logging import get_run_logger
+from prefect.variables import Variable
+
+from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.flows.forms import form_flow, titled
+
+NAME = "default"
+QUESTIONS = "hugging_face_questions"
+ANSWERS = "hugging_face_answers"
+
+
+@form_flow(name="save-default-blocks")
+def save_default_blocks(
+    model: Annotated[str, titled("Model")],
+    questions: Annotated[str, titled("Sample questions")],
+    answers: Annotated[str, titled("Output file")],
+    overwrite: Annotated[bool, titled("Overwrite what is there")] = False,
+) -> dict[str, bool]:
+    """Save the default blocks, and the variables that the deployments use.
+
+    What is there already stays as it is, since a person may have changed it. A token is taken from HF_TOKEN if it is
+    set where this runs, and is stored encrypted by the Prefect server.
+
+    Args:
+        model: Folder or Hub id of the model of the block 'default'.
+        questions: File with a column 'question' for the nightly batch.
+        answers: Output file of the nightly batch, with a date in its name such as 'answers-{date}.jsonl'.
+        overwrite: Replace blocks and variables that are there, with the changes that somebody made to them. A saved
+            token is replaced by another one only.
+
+    Returns:
+        Whether each was saved, by its name. What was not was there already.
+    """
+    token = os.environ.get("HF_TOKEN") or None
+    saved = {
+        # A saved token is never replaced by none.
+        "credentials": _save(HuggingFaceCredentials(token=token), overwrite and token is not None),
+        "store": _save(ModelStore(), overwrite),
+    }
+    block = LocalModel(
+        model_id=model,
+        options=GenerationOptions(max_new_tokens=64),
+        credentials=HuggingFaceCredentials.load(NAME),
+        store=ModelStore.load(NAME),
+    )
+    saved["model"] = _save(block, overwrite)
+    saved[QUESTIONS] = _set(QUESTIONS, questions, overwrite)
+    saved[ANSWERS] = _set(ANSWERS, answers, overwrite)
+    _warn_of_missing_places()
+    return saved
+
+
+def _save(block: Block, overwrite: bool) -> bool:
+    kind = type(block)._block_type_name
+    try:
+        block.save(NAME, overwrite=overwrite)
+    except ValueError:
+        get_run_logger().info("The %s block %r is there already, it stays as it is.", kind, NAME)
+        return False
+    get_run_logger().info("Saved the %s block %r.", kind, NAME)
+    return True
+
+
+def _set(name: str, value: str, overwrite: bool) -> bool:
+    try:
+        Variable.set(name, value, overwrite=overwrite)
+    except ValueError:
+        get_run_logger().info("The variable %r is there already, it stays as it is.", name)
+        return False
+    get_run_logger().info("Set the variable %r to %s.", name, value)
+    return True
+
+
+def _warn_of_missing_places() -> None:
+    """Say what refers to a place that is gone, a clone that was moved for instance."""
+    places = {"the model block": LocalModel.load(NAME).model_id, f"the variable {QUESTIONS!r}": Variable.get(QUESTIONS)}
+    remedy = "Correct it in the UI, or with `make blocks OVERWRITE=1`."
+    for what, place in places.items():
+        if isinstance(place, str) and os.path.isabs(place) and not Path(place).exists():
+            get_run_logger().warning("%s is not there, but %s names it. %s", place, what, remedy)
