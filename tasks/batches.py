@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.tasks.assets import model_keys, note_asset, place_key
 from prefect_huggingface.tasks.batching.identities import identify_model, is_greedy, name_backend, name_model
 from prefect_huggingface.tasks.batching.jobs import BatchJob, get_versions
 from prefect_huggingface.tasks.batching.plans import check_ids, choose_columns, plan_job, plan_output
@@ -25,10 +26,11 @@ ENGINE_TAG = "hugging-face-engine"
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What a batch will do: its job and its output, all checked."""
+    """What a batch will do: its job and its output, all checked, and the assets that it reads."""
 
     job: BatchJob
     output: Output
+    upstream: tuple[str, ...] = ()
 
 
 def check_batch(
@@ -69,7 +71,7 @@ def check_batch(
         greedy=is_greedy(model, options, job.option_columns),
         served_names=name_model(model),
     )
-    return BatchPlan(job, output)
+    return BatchPlan(job, output, (place_key(source), *model_keys(model, job.model.get("export"))))
 
 
 def infer_shard(model: LocalModel | InferenceEndpoint, journal: str, shard: Shard) -> ShardResult:
@@ -90,7 +92,11 @@ def publish_rows(plan: BatchPlan, journal: str, replace: bool = False) -> Public
     """Write the output of a finished batch and publish it."""
     from prefect_huggingface.tasks.storage.places import Place
 
-    return publish_output(plan.job, Journal(Place.of(journal)), plan.output, replace)
+    publication = publish_output(plan.job, Journal(Place.of(journal)), plan.output, replace)
+    facts = {"rows": publication.rows, "failed": publication.failed, "generated_tokens": publication.generated_tokens}
+    for place in filter(None, (plan.output.destination, publication.errors_destination)):
+        note_asset(place_key(place), plan.upstream, facts)
+    return publication
 
 
 _settings: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}

@@ -10,6 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.tasks.assets import note_export
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Export
 from prefect_huggingface.tasks.storage.exports.eviction import PruneReport, StoredModel, evict, list_models
@@ -48,7 +49,9 @@ def export_model(model: LocalModel, verify: bool = False) -> Export:
         ExportError: If the export failed; nothing was published.
     """
     _check_backend(model)
-    return get_export(model, verify=verify)
+    export = get_export(model, verify=verify)
+    note_export(model, export)
+    return export
 
 
 def plan_model(model: LocalModel) -> ExportPlan:

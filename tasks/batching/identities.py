@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.tasks.assets import note_export
 
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
 DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
@@ -15,8 +17,9 @@ DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "lo
 def identify_model(model: LocalModel | InferenceEndpoint) -> dict[str, Any]:
     """Prepare a model where needed, and return what decides which text it generates.
 
-    It names the content of the model and not where it lies. Sizes of the engine and the device are not part of it. What
-    an endpoint runs is not known, so that it stands for itself.
+    It names the content of the model and not where it lies. Settings found by tuning are part of it where they decide
+    how precisely the model computes. Sizes of the engine and the device are not. What an endpoint runs is not known, so
+    that it stands for itself.
     """
     if isinstance(model, InferenceEndpoint):
         identity = model.model_dump(mode="json", include=set(ENDPOINT_FIELDS), exclude_defaults=True)
@@ -35,9 +38,20 @@ def _identify_local(model: LocalModel) -> dict[str, Any]:
     fields = model.model_dump(mode="json", include=set(DECISIVE_FIELDS))
     identity: dict[str, Any] = {name: value for name, value in fields.items() if value}
     if model.backend == "openvino":
-        return {**identity, "export": get_export(model).key}
+        export = get_export(model)
+        note_export(model, export)
+        tuned = _tuned_properties(model, export.path)
+        return {**identity, "export": export.key, **({"tuned settings": tuned} if tuned else {})}
     model_kwargs = json.loads(json.dumps(model.model_kwargs, default=str))
     return {**identity, "commit": get_snapshot(model).commit, "model_kwargs": model_kwargs}
+
+
+def _tuned_properties(model: LocalModel, folder: Path) -> dict[str, Any]:
+    """Return the properties of OpenVINO that only tuning has set for this machine."""
+    from prefect_huggingface.tasks.engines.tunings import apply_tuning
+
+    properties = apply_tuning(model, folder).ov_config
+    return {name: value for name, value in sorted(properties.items()) if name not in model.ov_config}
 
 
 def is_greedy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -93,15 +93,23 @@ def check_same_job(job: BatchJob, record: Mapping[str, Any], journal: str) -> No
     if record.get("key") == job.key:
         return
     theirs, ours = record.get("fingerprint", {}), json.loads(json.dumps(job.fingerprint()))
-    different = [
-        f"{name}: {_short(theirs.get(name))} there, {_short(ours.get(name))} now"
-        for name in dict.fromkeys((*theirs, *ours))
-        if theirs.get(name) != ours.get(name)
-    ]
-    raise BatchError(
-        f"The journal {journal!r} belongs to another job ({'; '.join(different)}). "
-        "Start again with the same settings, choose another destination, or delete the journal."
-    )
+    different = list(_differences(theirs, ours))
+    remedy = "Start again with the same settings, choose another destination, or delete the journal."
+    if any(each.startswith("model, tuned settings") for each in different):
+        remedy += " Settings that were found by tuning are left out with `engine.tuned` off."
+    raise BatchError(f"The journal {journal!r} belongs to another job ({'; '.join(different)}). {remedy}")
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    """Yield what differs, each field of the model or the options by itself."""
+    for name in dict.fromkeys((*theirs, *ours)):
+        there, now = theirs.get(name), ours.get(name)
+        if there == now:
+            continue
+        if isinstance(there, dict) and isinstance(now, dict) and not within:
+            yield from _differences(there, now, f"{name}, ")
+        else:
+            yield f"{within}{name}: {_short(there)} there, {_short(now)} now"
 
 
 def _short(value: Any) -> str:
