@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, WarmModel
 from prefect_huggingface.tasks.engines.cache_entries import (
     WEIGHT_SUFFIXES,
     EngineEntry,
@@ -217,7 +217,7 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_unload_at_exit)
 
 
-def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
+def load_engine(model: LocalModel | InferenceEndpoint | WarmModel) -> Engine:
     """Return the engine of a model. It is loaded once per process and shared by all callers.
 
     The model is downloaded and exported first where needed. Models that differ only in their generation options share
@@ -225,7 +225,8 @@ def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
     memory is needed.
 
     Args:
-        model: Model, backend, device and options; or an endpoint, which is asked nothing before the first request.
+        model: Model, backend, device and options; an endpoint, which is asked nothing before the first request; or a
+            model that a warm worker keeps loaded.
 
     Raises:
         ModelSourceError: If the model is a folder that is missing or holds no model.
@@ -237,6 +238,10 @@ def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
         from prefect_huggingface.tasks.engines.endpoints.cache import load_endpoint
 
         return load_endpoint(model)
+    if isinstance(model, WarmModel):
+        from prefect_huggingface.tasks.engines.warm.engine import load_warm
+
+        return load_warm(model)
     return _cache.get(model)
 
 

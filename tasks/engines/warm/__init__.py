@@ -1,0 +1,1 @@
+"""The engine of a model that another process keeps loaded."""
