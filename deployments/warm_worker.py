@@ -24,7 +24,12 @@ from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, PREFECT_WORKER_QUERY_SECONDS, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_WORKER_QUERY_SECONDS,
+    temporary_settings,
+)
 
 from prefect_huggingface.deployments.warm.health import find_page
 from prefect_huggingface.deployments.warm.serving import RequestService
@@ -34,6 +39,8 @@ from prefect_huggingface.tasks.errors import WorkerError
 
 # Runs that are started by hand shall not wait for Prefect's ten seconds.
 QUERY_SECONDS = 2.0
+# The automation for zombie runs takes a run for dead that is silent for three times as long.
+HEARTBEAT_SECONDS = 30
 # A health page that is older than this is one of a worker that is gone.
 STALE_SECONDS = 180.0
 END_SECONDS = STOP_SECONDS + 1.5
@@ -173,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return asyncio.run(print_status(settings.name))
         set_memory_budget(settings.memory_gb)
         query = min(PREFECT_WORKER_QUERY_SECONDS.value(), QUERY_SECONDS)
-        with temporary_settings({PREFECT_WORKER_QUERY_SECONDS: query}):
+        own = {PREFECT_WORKER_QUERY_SECONDS: query, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}
+        with temporary_settings(own):
             asyncio.run(run_worker(settings))
     except WorkerError as exc:
         print(f"warm_worker: {exc}", file=sys.stderr)
