@@ -73,6 +73,7 @@ class LocalServices:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "DO_NOT_TRACK": "1",
         }
 
@@ -110,7 +111,8 @@ class LocalServices:
             self._await(name, lambda pool=pool: self._has_worker(pool))
         deploy = ("-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all")
         self._run("Deploying the flows", *deploy)
-        self._refuse_unknown_parameters()
+        self._run("Creating the automations", "-m", f"{__package__}.automations")
+        self._run("Finishing their forms", "-m", f"{__package__}.forms")
         return missing
 
     def stop(self) -> list[str]:
@@ -161,13 +163,6 @@ class LocalServices:
         except httpx.HTTPError:
             return False
         return any(worker["status"] == "ONLINE" for worker in workers)
-
-    def _refuse_unknown_parameters(self) -> None:
-        # Prefect drops this from the schema of a flow, and a run with a misspelt parameter would end as Crashed.
-        for deployment in self.post("deployments/filter"):
-            schema = {**deployment["parameter_openapi_schema"], "additionalProperties": False}
-            url = f"{self.address}/api/deployments/{deployment['id']}"
-            httpx.patch(url, json={"parameter_openapi_schema": schema}, timeout=30).raise_for_status()
 
 
 def describe(local: LocalServices) -> str:
