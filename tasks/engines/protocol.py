@@ -81,8 +81,11 @@ class Engine(ABC):
             for future in pending:
                 future.cancel()
 
-    def stream(self, request: Request) -> Generator[str, None, None]:
+    def stream(self, request: Request) -> Generator[str, None, Completion]:
         """Yield the text of one request piece by piece as it is generated. Closing the iterator cancels the request.
+
+        Returns:
+            The completion, which `yield from` gives.
 
         Raises:
             GenerationError: If the request fails, as soon as it does.
@@ -95,7 +98,7 @@ class Engine(ABC):
                 yield piece
         finally:
             future.cancel()
-        raise_error(future.result())
+        return checked(future.result())
 
     def __enter__(self) -> Self:
         return self
@@ -106,11 +109,12 @@ class Engine(ABC):
         self.close()
 
 
-def raise_error(completion: Completion) -> None:
-    """Raise the error of a completion, if it has one.
+def checked(completion: Completion) -> Completion:
+    """Return a completion that is one.
 
     Raises:
-        GenerationError: With the message of the completion's error.
+        GenerationError: With the message of the completion's error, if it has one.
     """
     if completion.error is not None:
         raise GenerationError(completion.error, error_code=completion.error_code, request_id=completion.request_id)
+    return completion

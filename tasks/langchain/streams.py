@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import Future
 from functools import partial
 
-from prefect_huggingface.tasks.engines.protocol import Engine, raise_error
+from prefect_huggingface.tasks.engines.protocol import Engine, checked
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.waiting import take_next
 
 
 def stream_completion(engine: Engine, request: Request) -> Iterator[str | Completion]:
@@ -22,15 +20,8 @@ def stream_completion(engine: Engine, request: Request) -> Iterator[str | Comple
     Raises:
         GenerationError: If the request fails, as soon as it does.
     """
-    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    future = engine.submit(request, pieces.put)
-    future.add_done_callback(lambda _: pieces.put(None))
-    try:
-        while (piece := take_next(pieces)) is not None:
-            yield piece
-    finally:
-        future.cancel()
-    yield checked(future.result())
+    completion = yield from engine.stream(request)
+    yield completion
 
 
 async def astream_completion(engine: Engine, request: Request) -> AsyncIterator[str | Completion]:
@@ -82,13 +73,3 @@ def complete(engine: Engine, requests: list[Request], in_flight: int | None = No
         if isinstance(finished, Generator):
             finished.close()
     return [completions[request.id] for request in requests]
-
-
-def checked(completion: Completion) -> Completion:
-    """Return a completion that is one.
-
-    Raises:
-        GenerationError: If it has an error.
-    """
-    raise_error(completion)
-    return completion
