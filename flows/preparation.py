@@ -8,11 +8,13 @@ from pydantic import Field
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.forms import form_flow, titled
-from prefect_huggingface.tasks.artifacts import publish_markdown
+from prefect_huggingface.tasks.artifacts import escape_markdown, publish_markdown
 from prefect_huggingface.tasks.downloads import download_model
 from prefect_huggingface.tasks.evaluation import compare_export
 from prefect_huggingface.tasks.exports import export_to_openvino
 from prefect_huggingface.tasks.records import Export, Snapshot
+
+MAX_PATH_CHARACTERS = 4096
 
 
 @form_flow(name="prepare-model")
@@ -47,6 +49,7 @@ def prepare_model(
 def _summary_of(model: LocalModel, export: Export) -> str:
     how = "was there already" if export.reused else f"was made in {export.seconds:.0f} s"
     return (
-        f"# {model.model_id}\n\nThe export `{export.key}` {how}.\n\n"
-        f"- source commit: `{export.commit}`\n- size: {export.size_bytes / 1e6:.1f} MB\n- folder: `{export.path}`\n"
+        f"# {escape_markdown(model.model_id)}\n\nThe export `{export.key}` {how}.\n\n"
+        f"- source commit: `{export.commit}`\n- size: {export.size_bytes / 1e6:.1f} MB\n"
+        f"- folder: {escape_markdown(export.path, MAX_PATH_CHARACTERS)}\n"
     )

@@ -1,13 +1,15 @@
 """Artifacts that the flows leave in Prefect: progress, tables and summaries. Outside a run nothing happens.
 
-Values that come from models and tables are made safe: they cannot break a table, open a link or become HTML.
+Values that come from models and tables are made safe: they cannot break a table, become a link or HTML, or turn the
+direction of the text around them, and every one of them can be stored. Control characters are shown as their pictures.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -17,9 +19,16 @@ logger = get_logger(__name__)
 
 UPDATE_SECONDS = 1.0
 MAX_TABLE_ROWS = 100
+MAX_TABLE_COLUMNS = 100
 MAX_CELL_CHARACTERS = 300
 MAX_MARKDOWN_CHARACTERS = 500_000
+MAX_EXACT_INTEGER = 2**53  # browsers round integers above it
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&])")
+_LINK_START = re.compile(r"(https?:(?=//)|www(?=\.))", re.IGNORECASE)
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
+_CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+_DIRECTIONS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def make_key(text: str) -> str:
@@ -27,17 +36,27 @@ def make_key(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "artifact"
 
 
+def make_printable(text: str) -> str:
+    """Return a text that every database and browser takes, without the characters that turn its direction."""
+    return _SURROGATES.sub("\ufffd", text.translate(_CONTROLS | _DIRECTIONS))
+
+
 def shorten(value: Any, characters: int = MAX_CELL_CHARACTERS) -> str:
     """Return a value as one line of bounded length."""
-    text = "" if value is None else str(value)
+    try:
+        text = "" if value is None else str(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"({type(value).__name__})"
     if len(text) > characters:
         text = f"{text[:characters]}…"
-    return " ".join(text.split())
+    return make_printable(" ".join(text.split()))
 
 
 def escape_markdown(value: Any, characters: int = MAX_CELL_CHARACTERS) -> str:
     """Return a value as one line of Markdown that shows it literally, also in a cell of a table."""
-    return _SPECIAL.sub(r"\\\1", shorten(value, characters)).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    # Markdown makes links of bare addresses; a space without width keeps it from doing so.
+    text = _LINK_START.sub("\\1\u200b", shorten(value, characters))
+    return _SPECIAL.sub(r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -61,28 +80,56 @@ def publish_markdown(key: str, markdown: str, description: str | None = None) ->
         return
     from prefect.artifacts import create_markdown_artifact
 
-    _attempt(create_markdown_artifact, make_key(key), description, markdown=markdown[:MAX_MARKDOWN_CHARACTERS])
+    if len(markdown) > MAX_MARKDOWN_CHARACTERS:
+        markdown = f"{markdown[:MAX_MARKDOWN_CHARACTERS]}\n\n(cut off)"
+    _attempt(create_markdown_artifact, key, description, markdown=make_printable(markdown))
 
 
 def publish_table(key: str, rows: Sequence[Mapping[str, Any]], description: str | None = None) -> None:
-    """Leave a table. It has at most 100 rows and short cells; the whole of it belongs in a file."""
+    """Leave a table. It has at most 100 rows and columns and short cells; the whole of it belongs in a file."""
     if not in_run():
         return
     from prefect.artifacts import create_table_artifact
 
-    columns = list(dict.fromkeys(name for row in rows[:MAX_TABLE_ROWS] for name in row))
-    table = [{shorten(name): _plain(row.get(name)) for name in columns} for row in rows[:MAX_TABLE_ROWS]]
-    _attempt(create_table_artifact, make_key(key), description, table=table)
+    _attempt(create_table_artifact, key, description, table=make_table(rows))
+
+
+def make_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first rows and columns of a table, with values that JSON and browsers can hold."""
+    rows = rows[:MAX_TABLE_ROWS]
+    titles: dict[Any, str] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        title = shorten(name)
+        while title in titles.values():  # long names may differ behind the cut only
+            title += "'"
+        titles[name] = title
+        if len(titles) == MAX_TABLE_COLUMNS:
+            break
+    return [{title: _plain(row.get(name)) for name, title in titles.items()} for row in rows]
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float)) or value is None else shorten(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) <= MAX_EXACT_INTEGER:
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else shorten(value)
 
 
-def _attempt(create: Any, key: str, description: str | None, **content: Any) -> UUID | None:
+def publish_image(key: str, url: str, description: str | None = None) -> None:
+    """Leave an image that is given as a `data:` URL or as the address of a file."""
+    if not in_run():
+        return
+    from prefect.artifacts import create_image_artifact
+
+    _attempt(create_image_artifact, key, description, image_url=url)
+
+
+def _attempt(create: Callable[..., Any], key: str, description: str | None, **content: Any) -> UUID | None:
     """Create an artifact. A run never fails for want of one."""
+    description = None if description is None else shorten(description)
     try:
-        found: UUID | None = create(key=key, description=description, **content)
+        found: UUID | None = create(key=make_key(key), description=description, **content)
         return found
     except Exception as exc:
         logger.warning("The artifact %r could not be written: %s.", key, type(exc).__name__)
@@ -103,7 +150,7 @@ class ProgressReport:
         if in_run():
             from prefect.artifacts import create_progress_artifact
 
-            self._id = _attempt(create_progress_artifact, make_key(key), description, progress=0.0)
+            self._id = _attempt(create_progress_artifact, key, description, progress=0.0)
 
     def update(self, share: float, description: str | None = None, final: bool = False) -> None:
         """Show a share from 0 to 1 and a text beside it, unless the last update was within a second.

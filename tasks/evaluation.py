@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.quantization import WeightFormat
-from prefect_huggingface.tasks.artifacts import in_run, make_key, publish_table
+from prefect_huggingface.tasks.artifacts import in_run, publish_image, publish_table
 from prefect_huggingface.tasks.errors import PlanError, QualityError
 from prefect_huggingface.tasks.quality import (
     ExportQuality,
@@ -195,13 +195,8 @@ def _publish(quality: ExportQuality) -> None:
     key = f"export-quality-{Path(quality.source).name}"
     publish_table(key, quality_rows(quality), f"Exports of {quality.source} compared with their source")
     if len(quality.formats) > 1 and in_run():
-        from prefect.artifacts import create_image_artifact
-
-        create_image_artifact(
-            image_url=as_data_url(plot_quality(quality)),
-            key=make_key(f"{key}-plot"),
-            description="Agreement with the source against size and speed",
-        )
+        plot = as_data_url(plot_quality(quality))
+        publish_image(f"{key}-plot", plot, "Agreement with the source against size and speed")
 
 
 compare_export = task(name="compare-export", cache_policy=NO_CACHE)(compare_formats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefect.assets import Asset
 
@@ -32,6 +32,7 @@ def test_keys_of_places(location: str, key: str) -> None:
     assert Asset(key=key).key == key
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="/*?["), min_size=1))
 def test_every_path_has_a_key(name: str) -> None:
     key = place_key(f"/data/x{name}")
@@ -39,6 +40,7 @@ def test_every_path_has_a_key(name: str) -> None:
     key.encode()
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab %&~_\t|é\udc80", max_size=8), min_size=2, max_size=2, unique=True))
 def test_keys_differ_where_paths_do(names: list[str]) -> None:
     assert len({place_key(f"/data/x{name}x") for name in names}) == 2

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.tasks.batching.dates import PLACEHOLDERS, fill_dates, find_start, find_unfinished
@@ -44,11 +44,13 @@ def test_lone_braces_are_refused(location: str) -> None:
         fill_dates("source", location, START)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="{}")))
 def test_whatever_has_no_braces_stays(location: str) -> None:
     assert fill_dates("source", location, START) == location
 
 
+@settings(deadline=None)
 @given(st.datetimes(datetime(1970, 1, 2), datetime(9999, 12, 31)))
 def test_what_is_filled_in_is_found_again(moment: datetime) -> None:
     import re
