@@ -6,14 +6,17 @@ Batches go on from their journals, so that being started again costs them only w
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 from filelock import FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     WorkPoolFilter,
@@ -36,10 +39,19 @@ LEFT_SECONDS = 5
 MAX_RUNS = 200
 
 
-def open_runs_filter(pool: str, *states: StateType) -> dict[str, object]:
-    """Return the filters of the runs of a pool that are in some states."""
+def run_filters(pool: str, *states: StateType, ids: Iterable[UUID] | None = None) -> dict[str, Any]:
+    """Return the filters of the runs of a pool that are in some states; of all of them, or of some.
+
+    Args:
+        pool: Work pool of the runs.
+        states: Types of their states.
+        ids: Which runs to look at; all when left out.
+    """
     return {
-        "flow_run_filter": FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states)))),
+        "flow_run_filter": FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
+            id=None if ids is None else FlowRunFilterId(any_=list(ids)),
+        ),
         "work_pool_filter": WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
         "limit": MAX_RUNS,
     }
@@ -62,7 +74,7 @@ def adopt_runs(pool: str, mark: WorkerMark, is_own: Callable[[FlowRun], bool], *
         # Two workers that start at once adopt one after the other, so that none takes back what the other has begun.
         with FileLock(Path(tempfile.gettempdir()) / f"prefect-warm-{make_key(pool)}.lock", timeout=10):
             with get_client(sync_client=True) as client:
-                runs = client.read_flow_runs(**open_runs_filter(pool, *states))  # type: ignore[arg-type]
+                runs = client.read_flow_runs(**run_filters(pool, *states))
                 orphans = [run for run in runs if not is_own(run) and _is_orphan(run, mark, first)]
                 return sum(_adopt(client, run) for run in orphans)
     except Timeout:

@@ -24,7 +24,7 @@ from prefect_huggingface.deployments.warm.interruptions import (
 )
 
 # A run that orders its threads to end, as a batch does, gets so long for it.
-TASK_GRACE_SECONDS = 3.0
+TASK_GRACE_SECONDS = 2.0
 # Who caught the exception without ending is asked again.
 AGAIN_SECONDS = 15.0
 # So long it is looked for a place where the thread takes no lock.

@@ -17,7 +17,7 @@ from prefect.states import AwaitingRetry
 from prefect.types._datetime import now
 from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
 
-from prefect_huggingface.deployments.warm.adoption import adopt_runs, open_runs_filter
+from prefect_huggingface.deployments.warm.adoption import adopt_runs, run_filters
 from prefect_huggingface.deployments.warm.endings import Ending
 from prefect_huggingface.deployments.warm.flow_threads import FlowThread
 from prefect_huggingface.deployments.warm.health import HealthPage, WorkerHealth
@@ -37,30 +37,26 @@ STUCK_SECONDS = 15.0
 STOP_SECONDS = 8.0
 
 
-class WarmVariables(BaseVariables):
-    """What a deployment may set for its runs: nothing, as they share one process."""
-
-    @classmethod
-    def model_json_schema(cls, *args: Any, **settings: Any) -> dict[str, Any]:
-        """Return the schema of the form: one without fields."""
-        return {**super().model_json_schema(*args, **settings), "properties": {}}
-
-
 class WarmResult(BaseWorkerResult):
     """Result of a flow run in a warm worker. The state of the run is written by its thread."""
 
 
-class WarmWorker(BaseWorker[BaseJobConfiguration, WarmVariables, WarmResult]):
+class WarmWorker(BaseWorker[BaseJobConfiguration, BaseVariables, WarmResult]):
     """Runs flow runs in threads of its own process."""
 
     type = "hugging-face-warm"
     job_configuration = BaseJobConfiguration
-    job_configuration_variables = WarmVariables
     _description = (
         "Run flows inside one long-lived process that keeps its imports and its Hugging Face models loaded. "
         "Flows are imported from installed modules."
     )
     _documentation_url = "https://docs.prefect.io/v3/concepts/workers"
+
+    @classmethod
+    def get_default_base_job_template(cls) -> dict[str, Any]:
+        """Return what a deployment may set for its runs: nothing, as they share one process."""
+        # The server wants a job configuration that is not empty.
+        return {"job_configuration": {"labels": {}}, "variables": {"type": "object", "properties": {}}}
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -156,9 +152,8 @@ class WarmWorker(BaseWorker[BaseJobConfiguration, WarmVariables, WarmResult]):
         if not self._threads or self._runs_task_group is None:
             return
         states = (StateType.CANCELLING, StateType.CANCELLED)
-        filters = open_runs_filter(self._work_pool_name, *states)
-        filters["flow_run_filter"].id = {"any_": list(self._threads)}  # type: ignore[attr-defined]
-        for run in await self.client.read_flow_runs(**filters):  # type: ignore[arg-type]
+        filters = run_filters(self._work_pool_name, *states, ids=self._threads)
+        for run in await self.client.read_flow_runs(**filters):
             thread = self._threads.get(run.id)
             if thread is not None and thread.ending is None:
                 thread.end(Ending.CANCEL)
