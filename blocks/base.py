@@ -27,12 +27,15 @@ class ConfigurationBlock(Block):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the JSON schema without the refusal of unknown fields.
+        """Return the JSON schema without the refusal of unknown fields, and with that of a reference.
 
-        Prefect checks the parameters of a run against it while a block is still a reference, `{"$ref": ...}`.
+        Prefect checks the parameters of a run while a block is still a reference, `{"$ref": ...}`. It must fit the form
+        of a reference that Prefect puts beside this schema, and not both.
         """
         described = handler(schema)
-        handler.resolve_ref_schema(described).pop("additionalProperties", None)
+        fields = handler.resolve_ref_schema(described)
+        fields.pop("additionalProperties", None)
+        fields["not"] = {"required": ["$ref"]}
         return described
 
     def ref(self) -> dict[str, dict[str, str]]:

@@ -45,6 +45,7 @@ class LocalServices:
         """Take the port of the home's server where none is given."""
         self.home = home.absolute()
         self.record = ProcessRecord(self.home / "processes.json")
+        self.deployed = self.home / "deployed"
         self.port = port or self._read_port() or 4200
         self.address = f"http://{HOST}:{self.port}"
         self.services = {name: each for name, each in self.record.read().items() if each.is_alive()}
@@ -96,8 +97,9 @@ class LocalServices:
                 f"Port {self.port} is in use by another program. End that, or choose another port: "
                 f"`make deployments PORT={self.port + 100}`."
             )
-        if not missing and self.is_healthy():
+        if not missing and self.deployed.exists() and self.is_healthy():
             return []
+        self.deployed.unlink(missing_ok=True)
         (self.home / "prefect").mkdir(parents=True, exist_ok=True)
         if "server" in missing:
             self._start("server", "Starting the Prefect server")
@@ -113,6 +115,7 @@ class LocalServices:
         self._run("Deploying the flows", *deploy)
         self._run("Creating the automations", "-m", f"{__package__}.automations")
         self._run("Finishing their forms", "-m", f"{__package__}.forms")
+        self.deployed.touch()
         return missing
 
     def stop(self) -> list[str]:
