@@ -12,7 +12,7 @@ from prefect_huggingface.tasks.hub_errors import StoreBusyError
 from prefect_huggingface.tasks.storage.exports.layout import LEASE, exports_folder
 from prefect_huggingface.tasks.storage.exports.manifests import read_manifest
 from prefect_huggingface.tasks.storage.exports.staging import discard, sweep_staging
-from prefect_huggingface.tasks.storage.hub import StoredSnapshot, list_snapshots, remove_snapshot
+from prefect_huggingface.tasks.storage.hub import StoredSnapshot, list_snapshots, remove_partials, remove_snapshot
 from prefect_huggingface.tasks.storage.leases import take_alone
 
 
@@ -52,12 +52,14 @@ class PruneReport:
         freed_bytes: Size of it.
         kept_bytes: Size of what is left.
         in_use: Paths that would have gone but are in use.
+        abandoned_bytes: Size of downloads that were never finished and have not grown for a week; they go in any case.
     """
 
     removed: tuple[StoredModel, ...]
     freed_bytes: int
     kept_bytes: int
     in_use: tuple[Path, ...] = ()
+    abandoned_bytes: int = 0
 
 
 def list_models(store: Path) -> list[StoredModel]:
@@ -67,7 +69,7 @@ def list_models(store: Path) -> list[StoredModel]:
 
 
 def evict(store: Path, limit_bytes: int, keep: Collection[Path] = ()) -> PruneReport:
-    """Remove the least recently used models until the rest is within a limit.
+    """Remove abandoned downloads, and the least recently used models until the rest is within a limit.
 
     Args:
         store: Folder of the store.
@@ -75,6 +77,7 @@ def evict(store: Path, limit_bytes: int, keep: Collection[Path] = ()) -> PruneRe
         keep: Folders that stay in any case.
     """
     sweep_staging(store)
+    abandoned = remove_partials(store)
     entries = list_models(store)
     total = sum(entry.size_bytes for entry in entries)
     removed: list[StoredModel] = []
@@ -89,7 +92,7 @@ def evict(store: Path, limit_bytes: int, keep: Collection[Path] = ()) -> PruneRe
             total -= entry.size_bytes
         else:
             in_use.append(entry.path)
-    return PruneReport(tuple(removed), sum(entry.size_bytes for entry in removed), total, tuple(in_use))
+    return PruneReport(tuple(removed), sum(entry.size_bytes for entry in removed), total, tuple(in_use), abandoned)
 
 
 def is_held(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,19 @@ def test_a_new_export_makes_room_for_itself(tiny_llama: Path, store: Path) -> No
     export = get_export(model)
     assert export.path.exists()
     assert names(store) == ["newest", export.path.name]
+
+
+def test_downloads_that_were_given_up_go_with_the_pruning(tmp_path: Path) -> None:
+    partials = tmp_path / "hub" / "models--org--name" / "partials"
+    partials.mkdir(parents=True)
+    for name, age in (("old", 30 * 24 * 3600), ("young", 3600)):
+        (partials / name).write_bytes(b"x" * SIZE)
+        os.utime(partials / name, (time.time() - age,) * 2)
+    kept = make_export(tmp_path, "kept", time.time())
+
+    report = prune_stored(ModelStore(path=tmp_path), max_size_gb=1)
+
+    assert report.abandoned_bytes == SIZE
+    assert report.removed == ()
+    assert [path.name for path in partials.iterdir()] == ["young"]
+    assert kept.exists()
