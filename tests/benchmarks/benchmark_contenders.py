@@ -148,7 +148,6 @@ CONTENDERS: dict[str, Callable[..., Run]] = {
     "LLMPipeline, batches of 8": llm_pipeline,
     "optimum, batches of 8": optimum_static,
     "langchain-huggingface, openvino": lambda folder: langchain_huggingface(folder, "openvino"),
-    "langchain-huggingface, openvino, its own export": lambda folder: langchain_huggingface(folder, "openvino"),
     "langchain-huggingface, torch": lambda folder: langchain_huggingface(folder, "pt"),
     "transformers pipeline": transformers_pipeline,
 }

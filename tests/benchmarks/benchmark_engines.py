@@ -28,8 +28,6 @@ from benchmark_workloads import Workload, make_workloads
 
 PEER = "langchain-huggingface==1.2.3"
 ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
-# These start from the checkpoint, as their tutorials do.
-FROM_CHECKPOINT = (*ON_TORCH, "langchain-huggingface, openvino, its own export")
 # These take minutes for a whole workload, so that they get a part of its rows.
 SLOW_ROWS = 8
 OURS = ("ours", "ours, tuned")
@@ -219,7 +217,7 @@ def main() -> None:
         print(f"Weights in {weight_format}:")
         if "ours, tuned" in names:
             tune(export)
-        folders = {name: checkpoint if name in FROM_CHECKPOINT else export for name in names}
+        folders = {name: checkpoint if name in ON_TORCH else export for name in names}
         figures[weight_format] = measure(folders, peers, workloads, arguments.repeats)
     print(write_figures(work, figures, arguments.repeats))
 
