@@ -17,6 +17,8 @@ from prefect_huggingface.tasks.batching.plans import check_ids, choose_columns, 
 from prefect_huggingface.tasks.batching.publications import Output, Publication, get_fields, publish_output
 from prefect_huggingface.tasks.batching.shards import Shard, ShardResult, process_shard
 from prefect_huggingface.tasks.batching.statuses import get_status
+from prefect_huggingface.tasks.downloads import HUB_RETRIES
+from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
 
@@ -64,9 +66,11 @@ def check_batch(
         check_ids(job.table, id_column)
     fields = get_fields([model.options.model_dump(mode="json"), job.options])
     output = choose_columns(job.table, output, columns, fields)
+    with library_logs():
+        identity = identify_model(model)
     job = replace(
         job,
-        model=identify_model(model),
+        model=identity,
         versions=get_versions(name_backend(model)),
         greedy=is_greedy(model, options, job.option_columns),
         served_names=name_model(model),
@@ -85,7 +89,8 @@ def infer_shard(model: LocalModel | InferenceEndpoint, journal: str, shard: Shar
     from prefect_huggingface.tasks.engines.cache import load_engine
     from prefect_huggingface.tasks.storage.places import Place
 
-    return process_shard(load_engine(model), Journal(Place.of(journal)), shard)
+    with library_logs():
+        return process_shard(load_engine(model), Journal(Place.of(journal)), shard)
 
 
 def publish_rows(plan: BatchPlan, journal: str, replace: bool = False) -> Publication:
@@ -101,7 +106,7 @@ def publish_rows(plan: BatchPlan, journal: str, replace: bool = False) -> Public
 
 _settings: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
-plan_batch = task(name="plan-batch", **_settings)(check_batch)
+plan_batch = task(name="plan-batch", **_settings, **HUB_RETRIES)(check_batch)
 run_shard = task(name="run-shard", tags=[ENGINE_TAG], task_run_name="rows-{shard.start}-{shard.stop}", **_settings)(
     infer_shard
 )

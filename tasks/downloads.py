@@ -12,6 +12,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.hub_errors import HubError
 from prefect_huggingface.tasks.records import Snapshot
+from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.hub import DownloadPlan, plan_snapshot
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.waiting import sleep_for
@@ -63,7 +64,8 @@ def fetch_model(model: LocalModel) -> Snapshot:
         HubError: If it cannot be had; the kinds are in `hub_errors`.
         ModelSourceError: If the model is a folder that is missing or holds no model.
     """
-    return get_snapshot(model)
+    with library_logs():
+        return get_snapshot(model)
 
 
 def plan_fetch(model: LocalModel) -> DownloadPlan:
@@ -86,11 +88,13 @@ def plan_fetch(model: LocalModel) -> DownloadPlan:
     return plan_snapshot(model)
 
 
-_SETTINGS: dict[str, Any] = {
-    "cache_policy": NO_CACHE,
+HUB_RETRIES: dict[str, Any] = {
     "retries": len(RETRY_DELAYS_SECONDS),
     "retry_delay_seconds": list(RETRY_DELAYS_SECONDS),
     "retry_condition_fn": may_retry,
 }
+"""Settings of a task that asks the Hub: it is tried again after an error of the network, and after no other."""
+
+_SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE, **HUB_RETRIES}
 download_model = task(name="download-model", **_SETTINGS)(fetch_model)
 plan_download = task(name="plan-download", **_SETTINGS)(plan_fetch)

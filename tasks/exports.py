@@ -11,8 +11,10 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.assets import note_export
+from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Export
+from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.exports.eviction import PruneReport, StoredModel, evict, list_models
 from prefect_huggingface.tasks.storage.exports.manifests import SCHEMA
 from prefect_huggingface.tasks.storage.exports.openvino_folders import check_precision
@@ -49,7 +51,8 @@ def export_model(model: LocalModel, verify: bool = False) -> Export:
         ExportError: If the export failed; nothing was published.
     """
     _check_backend(model)
-    export = get_export(model, verify=verify)
+    with library_logs():
+        export = get_export(model, verify=verify)
     note_export(model, export)
     return export
 
@@ -128,7 +131,7 @@ def _check_backend(model: LocalModel) -> None:
 
 
 _SETTINGS: dict[str, Any] = {"cache_policy": NO_CACHE}
-export_to_openvino = task(name="export-to-openvino", **_SETTINGS)(export_model)
-plan_export = task(name="plan-export", **_SETTINGS)(plan_model)
+export_to_openvino = task(name="export-to-openvino", **_SETTINGS, **HUB_RETRIES)(export_model)
+plan_export = task(name="plan-export", **_SETTINGS, **HUB_RETRIES)(plan_model)
 list_store = task(name="list-store", **_SETTINGS)(list_stored)
 prune_store = task(name="prune-store", **_SETTINGS)(prune_stored)

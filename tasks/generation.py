@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, WarmModel
 from prefect_huggingface.tasks.engines.cache import load_engine
 from prefect_huggingface.tasks.records import Completion, Message, Request
+from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.exports.child_process import run_log
 
 LOGGED_CHARACTERS = 80
@@ -80,17 +81,16 @@ def stream_completion(
         GenerationError: If the request fails, as soon as it does.
         EngineError: If the model cannot be loaded.
     """
-    with closing(load_engine(model).stream(Request(prompt, options=options))) as pieces:
+    with library_logs(), closing(load_engine(model).stream(Request(prompt, options=options))) as pieces:
         yield from _shown(pieces)
 
 
 def _run(model: LocalModel | InferenceEndpoint | WarmModel, requests: Sequence[Request]) -> list[Completion]:
     if not requests:
         return []
-    engine = load_engine(model)
     found: list[Completion | None] = [None] * len(requests)
-    finished = engine.generate(replace(request, id=place) for place, request in enumerate(requests))
-    with closing(finished):
+    numbered = (replace(request, id=place) for place, request in enumerate(requests))
+    with library_logs(), closing(load_engine(model).generate(numbered)) as finished:
         for completion in finished:
             found[int(completion.request_id or 0)] = replace(completion, request_id=None)
     return [completion for completion in found if completion is not None]

@@ -106,7 +106,7 @@ def prefect_services(home: Path) -> Iterator[PrefectServices]:
     services = PrefectServices(home)
     server = services.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(services.port))
     try:
-        wait_until(services.is_healthy, 120, "the start of the Prefect server")
+        wait_until(services.is_healthy, 300, "the start of the Prefect server")
         yield services
     finally:
         stop_process(server)

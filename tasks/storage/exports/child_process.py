@@ -37,7 +37,9 @@ NO_SPACE = "No space left on device"
 NOISE = re.compile(r"TracerWarning|^\s+(if|torch|is_causal|warnings\.warn)\b")
 FULL_DISK_BYTES = 4 << 20
 TAIL_LINES = 40
-PROGRESS_SECONDS = 5.0
+# With the share before the bar, as of tqdm, and behind it, as of rich.
+BARS = (re.compile(r"(.*?)[:\s|]*(\d+)%[\s|]*[|█━╸]"), re.compile(r"([^█━╸]*?)[\s|]*[█━╸][^%]*?(\d+)%"))
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -135,30 +137,41 @@ def run_log() -> RunLog:
 
 
 def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, log: RunLog) -> None:
-    """Read the output of the child to its end; log its lines, and its progress bars every few seconds."""
+    """Read the output of the child to its end; log each line once, and where its progress bars are now and then."""
     last_progress = time.monotonic()
-    for line, is_progress in _lines(stream):
+    logged: set[str] = set()
+    for line in _lines(stream):
         if line.startswith(REPORT_MARK):
             _note_step(json.loads(line.removeprefix(REPORT_MARK)), report, program, log)
             continue
         if not line.strip():
             continue
-        report.tail.append(line)
-        if NOISE.search(line) or (is_progress and time.monotonic() - last_progress < PROGRESS_SECONDS):
-            continue
-        last_progress = time.monotonic() if is_progress else last_progress
-        log.info("%s", line.rstrip())
+        if (progress := describe_bar(line)) is not None:
+            if time.monotonic() - last_progress < PROGRESS_SECONDS:
+                continue
+            line, last_progress = progress, time.monotonic()
+        else:
+            report.tail.append(line)
+        if not NOISE.search(line) and line not in logged:
+            logged.add(line)
+            log.info("%s", line.rstrip())
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
-    """Yield lines, and whether each is a state of a progress bar that is overwritten by the next."""
+def describe_bar(line: str) -> str | None:
+    """Return a state of a progress bar as plain text, or None if a line is no bar."""
+    found = next(filter(None, (bar.match(line) for bar in BARS)), None)
+    return None if found is None else f"{found[1].strip(' :') or 'Progress'}: {found[2]} %"
+
+
+def _lines(stream: IO[bytes]) -> Iterator[str]:
+    """Yield lines, and each state of a progress bar that is overwritten by the next."""
     pending = b""
     while chunk := read_some(stream):
         *parts, pending = re.split(rb"(\r\n|\n|\r)", pending + chunk)
-        for text, end in zip(parts[::2], parts[1::2], strict=True):
-            yield text.decode("utf-8", "replace"), end == b"\r"
+        for text in parts[::2]:
+            yield text.decode("utf-8", "replace")
     if pending:
-        yield pending.decode("utf-8", "replace"), False
+        yield pending.decode("utf-8", "replace")
 
 
 def _note_step(values: dict[str, Any], report: ChildReport, program: ChildProgram, log: RunLog) -> None:

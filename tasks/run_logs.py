@@ -1,0 +1,70 @@
+"""What the libraries below say, in the log of the Prefect run that uses them.
+
+Prefect keeps the lines of other loggers out of a run's log unless their names are in an environment variable before
+the process starts. Here the lines of the libraries get there while a run of this library is at work, and only once
+where that variable names them too. Progress bars are no log lines and stay out.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging.handlers import APILogHandler
+
+LOGGERS = ("prefect.prefect_huggingface", "transformers", "huggingface_hub", "optimum", "nncf", "openvino")
+
+
+class RunLogHandler(APILogHandler):
+    """Sends lines to the run that they belong to. Lines of no run are dropped."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a line, unless another handler does."""
+        if _run_is_known() and not _is_sent_already(record.name, self):
+            super().emit(record)
+
+
+_handler = RunLogHandler(logging.INFO)
+_lock = threading.Lock()
+_users = 0
+
+
+@contextmanager
+def library_logs() -> Iterator[None]:
+    """Have the lines of the libraries in the log of the run, for the time of the block."""
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _users
+    with _lock:
+        _users += change
+        for name in LOGGERS:
+            if _users:
+                logging.getLogger(name).addHandler(_handler)  # adding it again does nothing
+            else:
+                logging.getLogger(name).removeHandler(_handler)
+
+
+def _run_is_known() -> bool:
+    flow_run, task_run = FlowRunContext.get(), TaskRunContext.get()
+    if flow_run is not None and flow_run.flow_run is not None:
+        return True
+    return task_run is not None and task_run.task_run.flow_run_id is not None
+
+
+def _is_sent_already(name: str, own: logging.Handler) -> bool:
+    """Tell whether a logger or one above it has another handler for Prefect's API."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        if any(isinstance(handler, APILogHandler) and handler is not own for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False

@@ -1,0 +1,95 @@
+"""The log of a run has what the libraries below say, once and short, whatever else is configured."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter
+from prefect.logging.handlers import APILogHandler
+
+from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.flows.preparation import prepare_model
+from prefect_huggingface.tasks.run_logs import library_logs
+from prefect_huggingface.tasks.storage.exports.child_process import describe_bar
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def messages_of(flow_run_id: uuid.UUID) -> list[str]:
+    """The log of a run, once it has arrived to its end."""
+    wanted = LogFilter.model_validate({"flow_run_id": {"any_": [flow_run_id]}})
+    for _ in range(100):
+        with get_client(sync_client=True) as client:
+            lines = client.read_logs(wanted, limit=200)
+        if any(line.name == "prefect.flow_runs" and line.message.startswith("Finished in state") for line in lines):
+            break
+        time.sleep(0.2)
+    return [line.message for line in sorted(lines, key=lambda line: line.timestamp)]
+
+
+def speak() -> str:
+    mark = uuid.uuid4().hex
+    with library_logs():
+        logging.getLogger("transformers.models").warning("from a task %s", mark)
+    logging.getLogger("transformers.models").warning("too late %s", mark)
+    return mark
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_line_of_a_library_is_in_the_log_once(configured):
+    other = APILogHandler()
+    library = logging.getLogger("transformers")
+    run = {}
+
+    @flow
+    def speaking() -> str:
+        from prefect.context import FlowRunContext
+
+        run["id"] = FlowRunContext.get().flow_run.id
+        return task(speak)()
+
+    if configured:  # as PREFECT_LOGGING_EXTRA_LOGGERS does
+        library.addHandler(other)
+    try:
+        mark = speaking()
+    finally:
+        library.removeHandler(other)
+    found = [line for line in messages_of(run["id"]) if mark in line]
+    assert found == [f"from a task {mark}"] + [f"too late {mark}"] * configured
+
+
+def test_a_line_outside_a_run_is_no_error(recwarn):
+    speak()
+    assert not [each for each in recwarn if "flow run id" in str(each.message)]
+
+
+def test_the_log_of_an_export_has_its_steps_once_and_no_bars(bundled_model: Path, tmp_path):
+    model = LocalModel(model_id=str(bundled_model), weight_format="int4", store=ModelStore(path=tmp_path / "store"))
+    state = prepare_model(model, return_state=True)
+    assert state.is_completed()
+    lines = messages_of(state.state_details.flow_run_id)
+    for number in (1, 2, 3, 4):
+        assert sum(line.startswith(f"Step {number} of 4") for line in lines) == 1, lines
+    assert len(lines) < 60, lines
+    assert not [line for line in lines if "█" in line or "━━━ " in line], lines
+    assert len(lines) == len(set(lines)), lines
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("Loading weights:   3%|▎         | 1/29 [00:00<?, ?it/s]", "Loading weights: 3 %"),
+        ("Applying Weight Compression ━━━━━━━━╸   64% • 0:00:01 • 0:00:00", "Applying Weight Compression: 64 %"),
+        (" 45%|####5     | 5/10", "Progress: 45 %"),
+        ("| int8_asym | 36% (1 / 10) | 20% (1 / 9) |", None),
+        ("The model is 50% smaller.", None),
+    ],
+)
+def test_a_bar_becomes_a_few_words(line, text):
+    assert describe_bar(line) == text
