@@ -29,13 +29,14 @@ class ConfigurationBlock(Block):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Return the JSON schema without the refusal of unknown fields, and with that of a reference.
 
-        Prefect checks the parameters of a run while a block is still a reference, `{"$ref": ...}`. It must fit the form
-        of a reference that Prefect puts beside this schema, and not both.
+        Prefect checks parameters while a block is still a reference, `{"$ref": ...}`. Those of a run must fit either
+        this schema or the one of a reference that Prefect puts beside it, and not both. Those of a new deployment must
+        fit this schema, after everything that is required has been taken out of it.
         """
         described = handler(schema)
         fields = handler.resolve_ref_schema(described)
         fields.pop("additionalProperties", None)
-        fields["not"] = {"required": ["$ref"]}
+        fields["not"] = {"required": ["$ref"], "not": {"required": ["-"]}}
         return described
 
     def ref(self) -> dict[str, dict[str, str]]:
