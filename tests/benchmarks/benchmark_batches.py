@@ -30,7 +30,8 @@ sys.path.insert(0, str(TESTS))
 from support.request_counts import counted_requests  # noqa: E402
 
 MIB = 2**20
-OVERHEAD_REPEATS = 3
+OVERHEAD_REPEATS = 2
+OVERHEAD_TOKENS = 24
 FROM_PATH = "import sys, pathlib; path = pathlib.Path(sys.argv[1]); "
 MAKE_TINY = f"{FROM_PATH}from support.tiny_models import make_tiny_llama; make_tiny_llama(path)"
 MAKE_SMOLLM = f"{FROM_PATH}from support.smollm_models import make_smollm; make_smollm(path)"
@@ -162,7 +163,7 @@ def measure_overhead(rows: int, format: str, folder: Path) -> None:
     from prefect_huggingface.tasks.engines.cache import load_engine
     from prefect_huggingface.tasks.records import Request
 
-    options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+    options = GenerationOptions(max_new_tokens=OVERHEAD_TOKENS, ignore_eos=True)
     # Without the prefix cache, so that the second measurement does not find the prompts of the first.
     model = smollm(folder, enable_prefix_caching=False)
     engine = load_engine(model)
