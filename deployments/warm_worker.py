@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import NoReturn
 
 import httpx
@@ -140,36 +141,35 @@ async def run_worker(settings: argparse.Namespace) -> None:
     )  # fmt: skip
     if settings.idle_minutes is not None:
         worker.idle.minutes = settings.idle_minutes
-    requests = RequestService(worker.health, settings.limit)
+    stopping, stop = _listen()
+    requests = RequestService(worker.health, settings.limit, stop)
     running = asyncio.create_task(worker.start(with_healthcheck=settings.with_healthcheck))
     serving = asyncio.create_task(requests.run())
-    await asyncio.sleep(0)
-    stopping = _listen()
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stop = asyncio.create_task(requests.stop(STOP_SECONDS - 1))
+    ending = asyncio.create_task(requests.stop(STOP_SECONDS - 1))
     running.cancel()
-    await asyncio.wait({running, stop}, timeout=END_SECONDS)
-    if not stop.done() or not running.done():
+    await asyncio.wait({running, ending}, timeout=END_SECONDS)
+    if not ending.done() or not running.done():
         await asyncio.to_thread(leave, 1)
     serving.cancel()
     if running.done() and not running.cancelled() and (error := running.exception()) is not None:
         raise error
 
 
-def _listen() -> asyncio.Future[None]:
-    """Return what is done when the process is told to stop. Told again, it ends at once."""
+def _listen() -> tuple[asyncio.Future[None], Callable[[], object]]:
+    """Return what is done when the process is told to stop, and what tells it so. Told again, it ends at once."""
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
 
-    def stop() -> None:
+    def tell() -> None:
         if stopping.done():
             os._exit(1)
         print("Stopping: runs are interrupted and scheduled again.", flush=True)
         stopping.set_result(None)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    return stopping
+        loop.add_signal_handler(number, tell)
+    return stopping, partial(loop.call_soon_threadsafe, tell)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -26,24 +27,35 @@ def served_tasks() -> list[Any]:
     return list(import_module(TASKS_MODULE).SERVED_TASKS) if find_spec(TASKS_MODULE) else []
 
 
+class _TaskWorker(TaskWorker):
+    # Prefect's task worker takes SIGTERM for itself, each time that it starts.
+    on_sigterm: Callable[[], object]
+
+    def handle_sigterm(self, signum: int, frame: object) -> None:
+        self.on_sigterm()
+
+
 class RequestService:
     """Serves background requests beside the flow runs of a process.
 
     Args:
         health: Receives the number of requests.
         limit: How many are at work at once.
+        on_sigterm: Called when the process is told to stop.
     """
 
-    def __init__(self, health: WorkerHealth, limit: int) -> None:
+    def __init__(self, health: WorkerHealth, limit: int, on_sigterm: Callable[[], object]) -> None:
         self._health = health
         self._limit = limit
-        self._worker: TaskWorker | None = None
+        self._on_sigterm = on_sigterm
+        self._worker: _TaskWorker | None = None
 
     async def run(self) -> None:
         """Serve until this is cancelled. A lost connection is taken up again."""
         tasks = served_tasks()
         while tasks:
-            self._worker = TaskWorker(*tasks, limit=self._limit)
+            self._worker = _TaskWorker(*tasks, limit=self._limit)
+            self._worker.on_sigterm = self._on_sigterm
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._count, self._worker, self._health.requests or 0)

@@ -14,6 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.engines.cache import list_engines, load_engine
 from prefect_huggingface.tasks.generation import generate_text
 from prefect_huggingface.tasks.records import Request
@@ -72,6 +73,12 @@ def long_answers(model: LocalModel, path: str, tokens: int = 10_000, submitted: 
         note(path, event="done", errors=[answer.error for answer in answers])
 
 
+@flow(name="look-at-engines")
+def look_at_engines(path: str) -> None:
+    """Note how many requests the loaded models work on."""
+    note(path, event="looked", requests=sum(state.requests for state in list_engines()))
+
+
 @task(cache_policy=NO_CACHE)
 def _sleep(seconds: float) -> None:
     end = time.monotonic() + seconds
@@ -105,3 +112,11 @@ async def async_sleeper(path: str, seconds: float) -> None:
     with _noted_end(path):
         await asyncio.sleep(seconds)
         note(path, event="done")
+
+
+if _log := os.environ.get("ANSWER_LOG"):
+    from support.batch_runs import note_answers
+
+    note_answers(_log)
+
+noted_batch = batch_inference.with_options(name="noted-batch")

@@ -38,15 +38,19 @@ class WarmServices:
     def start_worker(self, name: str = "warm", *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start a worker; its output is `<name>.log` in the home of the server."""
         path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-        command = ("-m", "prefect_huggingface.deployments.warm_worker", "--pool", self.pool, "--name", name, *arguments)
         with self.log(name).open("ab") as log:
             worker = subprocess.Popen(
-                [sys.executable, *command],
+                [*self.command(name), *arguments],
                 env={**self.services.environment, "PYTHONPATH": path, **environment},
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.workers.append(worker)
         return worker
+
+    def command(self, name: str) -> list[str]:
+        """Return the command that starts a worker."""
+        module = "prefect_huggingface.deployments.warm_worker"
+        return [sys.executable, "-m", module, "--pool", self.pool, "--name", name]
 
     def log(self, name: str) -> Path:
         """File with the output of a worker."""
@@ -55,7 +59,7 @@ class WarmServices:
     def wait_for_pool(self) -> None:
         """Wait until a worker has created the pool."""
         url = f"{self.services.url}/work_pools/{self.pool}"
-        self.wait(lambda: httpx.get(url, timeout=10).status_code == 200, 120, "the work pool of the worker")
+        self.wait(lambda: httpx.get(url, timeout=60).status_code == 200, 120, "the work pool of the worker")
 
     def wait(self, condition: Callable[[], Any], seconds: float, what: str) -> Any:
         """Return the first true value of a condition, as long as the last worker lives."""
