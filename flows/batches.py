@@ -23,7 +23,7 @@ from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, p
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
-from prefect_huggingface.tasks.storage.exports.child_process import run_log
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
 from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
@@ -36,8 +36,8 @@ _runner: Any = ThreadPoolTaskRunner(max_workers=4)
 @form_flow(name="batch-inference", task_runner=_runner)
 def batch_inference(
     model: Annotated[LocalModel | InferenceEndpoint, titled("Model or endpoint")],
-    source: Annotated[str, titled("Input file")],
-    destination: Annotated[str, titled("Output file")],
+    source: Annotated[str, titled("Input file", min_length=1)],
+    destination: Annotated[str, titled("Output file", min_length=1)],
     prompt: Annotated[str | None, titled("Prompt template")] = None,
     options: Annotated[GenerationOptions | None, titled("Generation")] = None,
     source_format: Annotated[TableFormat | None, titled("Format of the input")] = None,

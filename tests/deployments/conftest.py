@@ -1,13 +1,18 @@
-"""A live Prefect server for the tests of deployments."""
+"""A live Prefect server for the tests of deployments, and the project's deployments on it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.prefect_services import PrefectServices, prefect_services
+
+PREFECT_FILE = Path(__file__).parent.parent.parent / "deployments" / "prefect.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +20,29 @@ def services(session_folder: Path) -> Iterator[PrefectServices]:
     """A real server in a process of its own, with its scheduler."""
     with prefect_services(session_folder / "services") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def deployed(services: PrefectServices, session_folder: Path) -> PrefectServices:
+    """The server with the default blocks and the project's deployments, deployed from a folder that is no clone."""
+    elsewhere = session_folder / "elsewhere"
+    elsewhere.mkdir()
+
+    def run_module(name: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", f"prefect_huggingface.deployments.{name}", *arguments]
+        subprocess.run(command, env=services.environment, cwd=elsewhere, check=True, timeout=280)
+
+    for pool in ("hugging-face", "hugging-face-warm"):
+        kind = "process" if pool == "hugging-face" else pool
+        services.run("work-pool", "create", pool, "--type", kind, "--overwrite")
+    run_module("defaults", "--answers", str(elsewhere / "answers" / "answers-{date}-{time}.jsonl"))
+    services.run("deploy", "--prefect-file", str(PREFECT_FILE), "--all", cwd=elsewhere)
+    run_module("forms")
+    return services
+
+
+@pytest.fixture(scope="session")
+def deployments(deployed: PrefectServices) -> dict[str, dict[str, Any]]:
+    """The deployments of the project by their names."""
+    found = deployed.post("deployments/filter")
+    return {each["name"]: each for each in found if each["entrypoint"].startswith("prefect_huggingface.")}
