@@ -13,9 +13,9 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import HuggingFaceCredentials
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
-from prefect_huggingface.tasks.engines.endpoints.patience import run_logger
 from prefect_huggingface.tasks.errors import EndpointError
 from prefect_huggingface.tasks.records import EndpointStatus
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
 from prefect_huggingface.tasks.waiting import sleep_for, take_next
 
@@ -129,7 +129,7 @@ def wait_until_running(
             text = f"Endpoint {name!r} is {found.status} and not running after {waited:.0f} s. Raise `timeout_seconds`."
             raise EndpointError(text, name=name, status=found.status)
         if found.status != shown:
-            run_logger().info("Endpoint %s is %s after %.0f s.", name, found.status, waited)
+            run_log().info("Endpoint %s is %s after %.0f s.", name, found.status, waited)
             shown = found.status
         sleep_for(poll_seconds)
 

@@ -12,8 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, WarmModel
 from prefect_huggingface.tasks.engines.cache import load_engine
 from prefect_huggingface.tasks.records import Completion, Message, Request
-from prefect_huggingface.tasks.run_logs import library_logs
-from prefect_huggingface.tasks.storage.exports.child_process import run_log
+from prefect_huggingface.tasks.run_logs import library_logs, run_log
 
 LOGGED_CHARACTERS = 80
 

@@ -1,4 +1,4 @@
-"""What the libraries below say, in the log of the Prefect run that uses them.
+"""The log of the Prefect run that this library works for, also for what the libraries below say.
 
 Prefect keeps the lines of other loggers out of a run's log unless their names are in an environment variable before
 the process starts. Here the lines of the libraries get there while a run of this library is at work, and only once
@@ -13,7 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_logger, get_run_logger
 from prefect.logging.handlers import APILogHandler
+
+RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 LOGGERS = ("prefect.prefect_huggingface", "transformers", "huggingface_hub", "optimum", "nncf", "openvino")
 
@@ -30,6 +34,14 @@ class RunLogHandler(APILogHandler):
 _handler = RunLogHandler(logging.INFO)
 _lock = threading.Lock()
 _users = 0
+
+
+def run_log() -> RunLog:
+    """Return the logger of the run, so that people see the lines in Prefect's UI; outside a run, a plain one."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return get_logger("prefect_huggingface")
 
 
 @contextmanager

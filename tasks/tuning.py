@@ -25,7 +25,7 @@ from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.tunings import tuning_file, with_settings, write_settings
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
-from prefect_huggingface.tasks.storage.exports.child_process import run_log
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.waiting import result_of
 
 # In the order of what they have been seen to gain.

@@ -32,7 +32,7 @@ from prefect_huggingface.tasks.engines.cache_entries import (
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import EngineError
-from prefect_huggingface.tasks.storage.exports.child_process import run_log
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.waiting import WaitNotice, held
 
 if TYPE_CHECKING:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
-
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_logger, get_run_logger
 
 from prefect_huggingface.blocks import InferenceEndpoint
 from prefect_huggingface.tasks.engines.endpoints.failures import EndpointFailure
-
-Logger = logging.Logger | logging.LoggerAdapter[Any]
+from prefect_huggingface.tasks.run_logs import run_log
 
 FAILURES_TO_OPEN = 5
 FIRST_WAIT_SECONDS = 0.25
@@ -114,7 +108,7 @@ class Circuit:
         elif not self.is_open or began > self._opened_at:
             # Any answer shows that the server is there, but for one to a request from before it went away.
             if self.is_open:
-                run_logger().info("%s is back after %.0f s.", self._endpoint.base_url, self.down_seconds)
+                run_log().info("%s is back after %.0f s.", self._endpoint.base_url, self.down_seconds)
             self._failures, self._down_since, self._last_failure = 0, None, None
             self.successes += 1
 
@@ -129,7 +123,7 @@ class Circuit:
             self._opened_at = self._next_log = now
         if self.is_open and now >= self._next_log:
             self._next_log = now + LOG_EVERY_SECONDS
-            run_logger().warning(
+            run_log().warning(
                 "Waiting for %s for %.0f s of at most %.0f s: %s",
                 self._endpoint.base_url, self.down_seconds, self._limit, failure.message,
             )  # fmt: skip
@@ -162,11 +156,3 @@ def wait_after(failure: EndpointFailure, failures: int, endpoint: InferenceEndpo
         ) from None
     growing = FIRST_WAIT_SECONDS * 2.0 ** min(failures - 1, 16) * random.uniform(0.75, 1.25)
     return min(max(asked, growing), endpoint.max_retry_wait_seconds)
-
-
-def run_logger() -> Logger:
-    """Return the logger of the run that sent the request, so that the wait shows in Prefect's UI."""
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return get_logger(__name__)

@@ -7,7 +7,6 @@ reports its steps in marked lines of its output, and dies with its parent. It ha
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -20,16 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_logger, get_run_logger
-
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
+from prefect_huggingface.tasks.run_logs import RunLog, run_log
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
 from prefect_huggingface.tasks.storage.exports.resources import free_disk
 from prefect_huggingface.tasks.waiting import read_some, sleep_for
-
-RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
-"""Logger of a Prefect run, or a plain one."""
 
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 NO_MEMORY = ("bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory")
@@ -126,14 +120,6 @@ def child_environment(work: Path, network: bool = False) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8",
     }
-
-
-def run_log() -> RunLog:
-    """Return the logger of the Prefect run, so that the lines are in its log; outside a run, a plain one."""
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return get_logger(__name__)
 
 
 def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, log: RunLog) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
-from prefect_huggingface.tasks.storage.exports.child_process import run_log as run_log
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.exports.eviction import evict
 from prefect_huggingface.tasks.storage.exports.layout import export_name, exports_folder, find_export_folder, lock_path
 from prefect_huggingface.tasks.storage.exports.manifests import (

@@ -20,7 +20,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.exports.child_process import run_log
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of, join_thread, sleep_for
