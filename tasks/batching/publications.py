@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect_huggingface.tasks.batching.garbage import rare_collections
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -122,6 +123,7 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
     publication = Publication()
     place = Place.of(output.destination)
     with ExitStack() as stack:
+        stack.enter_context(rare_collections())
         path = stack.enter_context(place.published(replace))
         if job.table.format == "openai":
             errors = errors_place(place)

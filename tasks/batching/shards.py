@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from prefect_huggingface.tasks.batching.feeds import RowFeed
+from prefect_huggingface.tasks.batching.garbage import rare_collections
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
@@ -98,6 +99,7 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
     done = _Done(JournalRows(journal, job.key, names), shard.retry_before, should_stop)
     finished = 0
     with ExitStack() as stack:
+        stack.enter_context(rare_collections())
         writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
         index = stack.enter_context(AnswerIndex()) if shard.settings.deduplicate else None
 

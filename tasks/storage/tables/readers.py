@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import IO, Any
@@ -25,6 +26,7 @@ MARK_ROWS = 50_000  # JSONL rows between two remembered byte offsets
 SAMPLE_ROWS = 1000  # JSONL rows whose columns are looked at
 
 _decode = json.JSONDecoder().decode
+_LARGE_INTEGER = re.compile(rb"\d{19}")
 
 
 class Reader(ABC):
@@ -96,12 +98,29 @@ class JsonLinesReader(Reader):
 
 def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
     try:
-        row = _decode(line.removeprefix(b"\xef\xbb\xbf").decode())
+        row = parse_json(line)
     except (ValueError, RecursionError) as exc:
         return {}, f"is no JSON: {exc}. Correct the line."
     if not isinstance(row, dict):
         return {}, f"is no JSON object but {type(row).__name__}. Write the row as {{...}}."
     return row, None
+
+
+def parse_json(line: bytes) -> Any:
+    """Return the value of a line as the `json` module reads it: with NaN, lone surrogates and integers of any size.
+
+    Raises:
+        ValueError: If it is no JSON.
+        RecursionError: If it is nested too deeply.
+    """
+    import orjson
+
+    if not _LARGE_INTEGER.search(line):  # these become floats in `orjson`
+        try:
+            return orjson.loads(line)
+        except ValueError:
+            pass
+    return _decode(line.removeprefix(b"\xef\xbb\xbf").decode())
 
 
 class ColumnarReader(Reader):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prefect_huggingface.tasks.batching.garbage import rare_collections
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
 from prefect_huggingface.tasks.batching.publications import publish_output
@@ -193,3 +194,15 @@ def test_another_number_of_shards_goes_on_as_well(tmp_path: Path) -> None:
     batch.run(engine, 3)
     assert len(engine.prompts or ()) == 750
     assert len(batch.publish()) == 1000
+
+
+def test_the_garbage_collector_is_left_as_it_was() -> None:
+    import gc
+
+    before = gc.get_threshold()
+    with rare_collections():
+        assert gc.get_threshold()[0] > before[0]
+        with pytest.raises(ValueError), rare_collections():
+            raise ValueError
+        assert gc.get_threshold()[0] > before[0]
+    assert gc.get_threshold() == before

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.storage.tables.inputs import CHUNK_ROWS, Table, inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.tables.readers import parse_json
 from prefect_huggingface.tasks.storage.tables.schemas import get_schema
 from prefect_huggingface.tasks.storage.tables.writers import open_writer
 
@@ -190,3 +193,27 @@ def test_types_of_jsonl_are_found_over_all_rows(tmp_path: Path) -> None:
 
 def _names_and_types(schema: Any) -> tuple[list[str], list[Any]]:
     return schema.names, schema.types
+
+
+JSON_LINES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters()), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(JSON_LINES, st.booleans())
+@example(10**19, True)
+@example(-(2**63) - 1, True)
+@example({"a": [float("nan"), float("-inf"), -0.0, 5e-324]}, False)
+@example("\ud800", True)
+def test_json_is_read_as_the_json_module_reads_it(value: object, is_ascii: bool) -> None:
+    line = json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
+    try:
+        expected = json.loads(line.decode())
+    except ValueError:
+        with pytest.raises(ValueError):
+            parse_json(line)
+        return
+    assert repr(parse_json(line)) == repr(expected)
