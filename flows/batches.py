@@ -21,6 +21,7 @@ from prefect_huggingface.tasks.batching.runs import BatchRun, check_failures, op
 from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings
 from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, publish_artifacts, summarize
 from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.parent_processes import end_with_parent
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.run_logs import run_log
@@ -101,6 +102,7 @@ def batch_inference(
         TableError: If the input cannot be read or the output cannot be written.
     """
     start, template = find_start(time_zone), destination
+    end_with_parent()
     source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
     warn_of_unfinished(template, destination)
     journal = Journal.beside(destination)

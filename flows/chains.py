@@ -11,6 +11,7 @@ from prefect_huggingface.tasks.artifacts import publish_table
 from prefect_huggingface.tasks.chains import ChainStep, check_chain, parse_output, render_prompt
 from prefect_huggingface.tasks.errors import ChainError
 from prefect_huggingface.tasks.generation import generate_text
+from prefect_huggingface.tasks.parent_processes import end_with_parent
 
 
 @form_flow(name="prompt-chain")
@@ -34,6 +35,7 @@ def prompt_chain(
     Raises:
         ChainError: If the chain cannot be filled in, a step fails, or an output is not of its form.
     """
+    end_with_parent()
     steps = [step if isinstance(step, ChainStep) else ChainStep.model_validate(step) for step in steps]
     values = dict(inputs or {})
     check_chain(steps, values)

@@ -12,6 +12,7 @@ from prefect_huggingface.tasks.artifacts import escape_markdown, publish_markdow
 from prefect_huggingface.tasks.downloads import download_model
 from prefect_huggingface.tasks.evaluation import compare_export
 from prefect_huggingface.tasks.exports import export_to_openvino
+from prefect_huggingface.tasks.parent_processes import end_with_parent
 from prefect_huggingface.tasks.records import Export, Snapshot
 
 MAX_PATH_CHARACTERS = 4096
@@ -36,6 +37,7 @@ def prepare_model(
     Raises:
         HuggingFaceTaskError: If the model cannot be prepared, or agrees less with its source than it must.
     """
+    end_with_parent()
     if model.backend == "torch":
         return download_model(model)
     # The export downloads what it needs, after its plan has been checked, and not if it is there already.

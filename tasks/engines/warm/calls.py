@@ -7,7 +7,6 @@ again, to the worker that comes next.
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -205,11 +204,5 @@ def _served(task: str) -> Any:
 
 def _end_run(future: PrefectDistributedFuture[Any], state: State[Any]) -> None:
     """Tell Prefect, and through it the worker, that a run is over."""
-
-    def tell() -> None:
-        with suppress(Exception), get_client(sync_client=True) as client:
-            client.set_task_run_state(future.task_run_id, state, force=True)
-
-    thread = threading.Thread(target=tell, name="end-warm-run", daemon=True)
-    thread.start()
-    thread.join(WAKE_SECONDS)
+    with suppress(Exception), get_client(sync_client=True) as client:
+        client.set_task_run_state(future.task_run_id, state, force=True)

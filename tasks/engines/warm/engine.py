@@ -5,10 +5,12 @@ Requests that come within some milliseconds travel together. Text comes in one p
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -34,6 +36,7 @@ logger = get_logger(__name__)
 
 GATHER_SECONDS = 0.005
 BATCHES_AT_ONCE = 2
+EXIT_SECONDS = 5.0
 
 
 class WarmEngine(Engine):
@@ -109,7 +112,9 @@ class WarmEngine(Engine):
     def _gather(self) -> None:
         """Send what is submitted in batches, until there is no more."""
         while batch := self._next_batch():
-            threading.Thread(target=self._complete, args=(batch,), name="warm-batch", daemon=True).start()
+            thread = threading.Thread(target=self._complete, args=(batch,), name="warm-batch", daemon=True)
+            _calls.add(thread)
+            thread.start()
 
     def _next_batch(self) -> list[Submission]:
         batch: list[Submission] = []
@@ -172,6 +177,7 @@ def _fail_all(batch: Sequence[Submission], failure: WarmFailure) -> None:
 
 _lock = threading.Lock()
 _engines: dict[str, WarmEngine] = {}
+_calls: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def load_warm(warm: WarmModel) -> Engine:
@@ -199,5 +205,15 @@ def _forget_after_fork() -> None:
     _engines.clear()
 
 
+def _end_calls_at_exit() -> None:
+    # The worker has to hear that nobody waits any more, or it would go on to the end.
+    for engine in _engines.values():
+        engine.close()
+    end = time.monotonic() + EXIT_SECONDS
+    for thread in list(_calls):
+        thread.join(max(0.0, end - time.monotonic()))
+
+
+atexit.register(_end_calls_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)

@@ -1,0 +1,35 @@
+"""The end of a run with the process that started it, so that no run goes on unseen when its worker was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+from prefect.logging import get_logger
+
+logger = get_logger(__name__)
+
+RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
+"""Prefect sets it for the process of a run."""
+
+LOOK_SECONDS = 1.0
+_watching = threading.Lock()
+
+
+def end_with_parent() -> None:
+    """End this process, gently, when its parent is gone. Nothing is done where the process is not that of one run.
+
+    What is finished is committed then, and the run is a crashed one that can be started again.
+    """
+    if RUN_VARIABLE in os.environ and _watching.acquire(blocking=False):
+        threading.Thread(target=_watch, args=(os.getppid(),), name="watch-parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    # The kernel's signal for this hangs on the thread that started the process, and not on its process.
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    logger.warning("The worker of this run is gone; the run ends with it.")
+    os.kill(os.getpid(), signal.SIGTERM)
