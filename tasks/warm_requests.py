@@ -13,6 +13,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import CachePolicy
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
 from prefect.context import TaskRunContext
 from pydantic import ValidationError
 
@@ -25,6 +26,7 @@ from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 
 LOOK_SECONDS = 1.0
+GIVEN_UP = {StateType.CANCELLING, StateType.CANCELLED, StateType.CRASHED}
 
 
 def answer_with_model(
@@ -109,9 +111,10 @@ class _StopCheck:
         if self._run_id is None or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + LOOK_SECONDS
+        # All its states: the one that the caller has set may be older than the last one of this process.
         with get_client(sync_client=True) as client:
-            state = client.read_task_run(self._run_id).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
+            states = client.read_task_run_states(self._run_id)
+        return any(state.type in GIVEN_UP for state in states)
 
 
 class AnswerRequests:

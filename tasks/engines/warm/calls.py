@@ -96,6 +96,7 @@ class WarmCall:
             sleep_for(WAKE_SECONDS)
 
     def _attempt(self, watch: WorkerWatch) -> Any:
+        self._check()
         hosts = frozenset(watch.online)
         left = max(self.end - time.monotonic(), 0.0)
         future = _served(self.task).delay(**self.arguments, seconds=left, batch=uuid.uuid4().hex)

@@ -124,8 +124,10 @@ def test_answers_are_those_of_the_model_here_and_come_quickly(workers, tmp_path,
         assert each["loaded"] == []
     assert [each["text"] for each in calls[0]["completions"]] == ["Paris", "", "Madrid", "quarante-deux"]
     assert calls[0]["completions"][1]["error_code"] == "empty_prompt"
-    # The first call waits for the worker and for loading, the others for nothing.
-    assert min(each["seconds"] for each in calls[1:]) < 1
+    # The first call waits for the worker and for loading, the others for nothing. Idle machines take 0.2 s.
+    assert workers.log.read_text().count("Loaded ") == 1
+    print(f"round trips: {[round(each['seconds'], 2) for each in calls]}")
+    assert min(each["seconds"] for each in calls[1:]) < max(1.0, calls[0]["seconds"] / 4)
 
 
 def test_two_callers_share_the_engine_at_the_same_time(workers, tmp_path):
