@@ -216,7 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="prefect_huggingface.deployments.services", description=__doc__)
     parser.add_argument("command", choices=["start", "stop", "status"])
     parser.add_argument("--home", type=Path, default=Path(".deployments"), help="folder of the server")
-    parser.add_argument("--port", type=int, default=None, help="port of the server (default: 4200)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        choices=range(1, 65536),
+        metavar="PORT",
+        default=None,
+        help="port of the server (default: 4200)",
+    )
     given = parser.parse_args(arguments)
     run_command(given.command, given.home, given.port)
 

@@ -88,23 +88,35 @@ class Browser:
         return self.wait(lambda: self.driver.execute_script(FIND_FIELD, title), f"the field {title!r}")
 
     def fill(self, title: str, value: str) -> None:
-        """Type a value in place of the one that is there."""
-        field = self.find_field(title)
-        self._show(field)
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(Keys.DELETE)
-        field.send_keys(value)
+        """Paste a value in place of the one that is there. A page that is still being built may lose it, then again."""
+
+        def paste() -> bool:
+            field = self.find_field(title)
+            self._show(field)
+            field.send_keys(Keys.CONTROL, "a")
+            field.send_keys(Keys.DELETE)
+            self.driver.execute_cdp_cmd("Input.insertText", {"text": value})
+            time.sleep(0.5)
+            return self.find_field(title).get_attribute("value") == value
+
+        self.wait(paste, f"to fill {title!r} with {value!r}")
+
+    def fill_all(self, values: dict[str, str]) -> None:
+        """Fill several fields, until all of them hold their values together."""
+
+        def keep() -> bool:
+            for title, value in values.items():
+                self.fill(title, value)
+            time.sleep(0.5)
+            return all(self.find_field(title).get_attribute("value") == value for title, value in values.items())
+
+        self.wait(keep, f"to fill {list(values)}")
 
     def click(self, text: str, below: str | None = None) -> None:
         """Click the button, link, tab or choice with a text, the first one below a title where that is given."""
         button = self.wait(lambda: self.driver.execute_script(FIND_BUTTON, text, below), f"the button {text!r}")
         self._show(button)
         button.click()
-
-    def choose(self, title: str, value: str, shown: str) -> None:
-        """Choose a value in the list below a title that shows another one."""
-        self.click(shown, below=title)
-        self.click(value)
 
     def keep_screenshot(self, name: str) -> None:
         """Keep what the window shows as a small picture, if a folder for it is given."""

@@ -1,0 +1,148 @@
+"""`make deployments` and `make stop`: what they start, what they end, and what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prefect_huggingface.deployments.processes import ProcessRecord, ServiceProcess, end_process, start_process
+from prefect_huggingface.deployments.services import LocalServices, main
+from support.browser import BROWSER, DRIVER
+
+TESTS = Path(__file__).parent.parent
+CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+
+
+def start_pair(folder: Path) -> ServiceProcess:
+    """Start a process with a child."""
+    service = start_process("pair", [sys.executable, "-c", CHILD], folder, os.environ)
+    end = time.monotonic() + 60
+    while not psutil.Process(service.pid).children() and time.monotonic() < end:
+        time.sleep(0.05)
+    return service
+
+
+def test_a_process_ends_with_its_children_and_no_other_does(tmp_path):
+    ours, other = start_pair(tmp_path), start_pair(tmp_path)
+    children = psutil.Process(ours.pid).children()
+    assert end_process(ours)
+    assert not ours.is_alive()
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert other.is_alive()
+    assert not end_process(ours)
+    assert end_process(other)
+
+
+def test_another_process_with_the_same_id_is_left_alone(tmp_path):
+    real = start_pair(tmp_path)
+    reused = ServiceProcess("server", real.pid, real.started - 3600, real.log)
+    assert not reused.is_alive()
+    assert not end_process(reused)
+    assert real.is_alive()
+    end_process(real)
+
+
+def test_stop_ends_what_was_recorded_and_forgets_the_rest(tmp_path, capsys):
+    real = start_pair(tmp_path)
+    services = {
+        "server": ServiceProcess("server", real.pid, real.started, real.log),
+        "worker": ServiceProcess("worker", real.pid, 1.0, real.log),
+    }
+    ProcessRecord(tmp_path / "processes.json").write(services)
+    main(["stop", "--home", str(tmp_path)])
+    assert "Ended: server." in capsys.readouterr().out
+    assert not real.is_alive()
+    main(["stop", "--home", str(tmp_path)])
+    assert "Nothing was running." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"name": "server"}]'])
+def test_a_damaged_record_is_an_empty_one(tmp_path, content):
+    (tmp_path / "processes.json").write_text(content)
+    assert LocalServices(tmp_path).services == {}
+
+
+def test_a_taken_port_is_said_at_once(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit, match=rf"Port {port} is in use by another program.*make deployments PORT="):
+            main(["start", "--home", str(tmp_path), "--port", str(port)])
+    assert not (tmp_path / "processes.json").exists()
+
+
+def test_a_port_that_is_none_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["start", "--home", str(tmp_path), "--port", "99999"])
+
+
+def test_two_commands_at_once_do_not_mix(tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "lock"):
+        with pytest.raises(SystemExit, match=r"Another `make deployments` or `make stop` works on"):
+            main(["status", "--home", str(tmp_path)])
+
+
+def test_blocks_are_not_saved_on_a_temporary_server(tmp_path):
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect_huggingface.deployments.defaults"],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "There is no Prefect server to save the blocks on. Set PREFECT_API_URL" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, capsys):
+    home, port = str(tmp_path / "home"), _free_port()
+    try:
+        main(["start", "--home", home, "--port", str(port)])
+        assert f"The Prefect UI is at http://127.0.0.1:{port}" in capsys.readouterr().out
+        first = LocalServices(Path(home)).services
+        assert set(first) == {"server", "worker", "warm-worker"}
+
+        main(["start", "--home", home])
+        assert "Everything runs already." in capsys.readouterr().out
+
+        psutil.Process(first["server"].pid).kill()
+        main(["start", "--home", home])
+        second = LocalServices(Path(home)).services
+        assert second["server"].pid != first["server"].pid
+        assert second["worker"] == first["worker"]
+    finally:
+        main(["stop", "--home", home])
+    assert not any(each.is_alive() for each in [*first.values(), *second.values()])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium: install chromium and chromium-driver")
+@pytest.mark.skipif(not (shutil.which("unshare") and shutil.which("ip")), reason="no way to make an empty network")
+def test_from_the_command_to_the_first_run_in_the_ui_without_a_network(tmp_path):
+    command = f'ip link set lo up && exec "{sys.executable}" -m support.ui_path "{tmp_path / "home"}"'
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--net", "sh", "-c", command],
+        cwd=TESTS, capture_output=True, text=True, timeout=850,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    assert seconds["first run"] < 180, seconds
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+from prefect.artifacts import Artifact
+
+from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.flows import prune_models
+from prefect_huggingface.tasks.errors import PlanError
+from prefect_huggingface.tasks.storage.exports.publication import get_export
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def test_a_store_comes_down_to_its_size(tiny_llama, tmp_path):
+    store = ModelStore(path=tmp_path / "store")
+    export = get_export(LocalModel(model_id=str(tiny_llama), weight_format="fp32", store=store))
+    kept = prune_models(store, 1.0)
+    assert kept.removed == ()
+    assert export.path.is_dir()
+
+    report = prune_models(store, 0)
+    assert [model.path for model in report.removed] == [export.path]
+    assert report.kept_bytes == 0
+    assert not export.path.exists()
+    assert "export" in str(Artifact.get("pruned-models").data)
+
+
+def test_a_store_without_a_limit_says_what_to_give(tmp_path):
+    with pytest.raises(PlanError, match="no size limit. Give `max_size_gb`"):
+        prune_models(ModelStore(path=tmp_path))

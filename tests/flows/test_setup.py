@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+from prefect.variables import Variable
+
+from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.flows import save_default_blocks
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def save(model: object, overwrite: bool = False, answers: str = "answers-{date}.jsonl") -> dict[str, bool]:
+    return save_default_blocks(str(model), "questions.jsonl", answers, overwrite)
+
+
+def test_default_blocks_are_saved_once_and_changes_stay(bundled_model, tiny_llama, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", "hf_firstToken")
+    assert all(save(bundled_model, overwrite=True).values())
+    model = LocalModel.load("default")
+    assert model.model_id == str(bundled_model)
+    assert model.credentials.token.get_secret_value() == "hf_firstToken"
+    assert ModelStore.load("default").path == ModelStore().path
+    assert "hf_firstToken" not in caplog.text
+
+    # A person changes the model. Another `make blocks` leaves it so, with and without a new token.
+    LocalModel(model_id=str(tiny_llama)).save("default", overwrite=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secondToken")
+    assert not any(save(bundled_model, answers="elsewhere.jsonl").values())
+    assert LocalModel.load("default").model_id == str(tiny_llama)
+    assert HuggingFaceCredentials.load("default").token.get_secret_value() == "hf_firstToken"
+    assert Variable.get("hugging_face_answers") == "answers-{date}.jsonl"
+
+    # Told so, it overwrites, but never a token by none.
+    monkeypatch.delenv("HF_TOKEN")
+    saved = save(bundled_model, overwrite=True)
+    assert saved.pop("credentials") is False
+    assert all(saved.values())
+    assert LocalModel.load("default").model_id == str(bundled_model)
+    assert HuggingFaceCredentials.load("default").token.get_secret_value() == "hf_firstToken"
+
+
+def test_a_folder_that_is_gone_is_named(bundled_model, tmp_path, caplog):
+    save(tmp_path / "gone", overwrite=True)
+    assert f"{tmp_path / 'gone'} is not there, but the model block names it" in caplog.text
+    assert "make blocks OVERWRITE=1" in caplog.text

@@ -1,0 +1,67 @@
+"""From `make deployments` to the first run that was started in the UI, as a program of its own.
+
+It runs in a network of its own, without any way out. It prints how long it took, as JSON in its last line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from prefect_huggingface.deployments.services import main
+from support.browser import open_browser
+from support.prefect_services import free_port
+
+
+def can_leave() -> bool:
+    """Tell whether another machine can be reached."""
+    try:
+        httpx.get("http://1.1.1.1", timeout=3)
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def run_path(home: Path) -> dict[str, float]:
+    """Start everything, run the warm chain and the batch from the UI, and end everything."""
+    seconds: dict[str, float] = {}
+    began = time.monotonic()
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    try:
+        main(["start", "--home", str(home), "--port", str(port)])
+        seconds["started"] = time.monotonic() - began
+        with open_browser(address) as browser:
+            for name, key in [("prompt-chain-warm", "prompt-chain"), ("batch-inference", "batch-summary")]:
+                found = httpx.post(
+                    f"{address}/api/deployments/filter", json={"deployments": {"name": {"any_": [name]}}}
+                ).json()
+                browser.open(f"/v2/deployments/deployment/{found[0]['id']}", "Run")
+                browser.click("Run")
+                browser.click("Quick run")
+                run = browser.wait(lambda found=found: find_run(address, found[0]["id"]), f"the run of {name}")
+                browser.open(f"/v2/runs/flow-run/{run['id']}", run["name"])
+                browser.wait(lambda: "Completed" in browser.text, f"the end of {name}", 240)
+                seconds.setdefault("first run", time.monotonic() - began)
+                browser.click("Artifacts")
+                browser.wait(lambda key=key: key in browser.text, f"the artifacts of {name}")
+            seconds["both runs"] = time.monotonic() - began
+    finally:
+        main(["stop", "--home", str(home)])
+    return seconds
+
+
+def find_run(address: str, deployment: str) -> dict[str, str] | None:
+    """Return the run of a deployment that was started by hand."""
+    body = {"deployments": {"id": {"any_": [deployment]}}}
+    runs = httpx.post(f"{address}/api/flow_runs/filter", json=body, timeout=30).json()
+    return next((run for run in runs if not run["auto_scheduled"]), None)
+
+
+if __name__ == "__main__":
+    assert not can_leave(), "this network has a way out"
+    print(json.dumps(run_path(Path(sys.argv[1]))))
