@@ -126,7 +126,7 @@ def test_failed_rows_are_retried(tmp_path: Path, source: Path, model: LocalModel
     assert first.failed == again.failed == 6
     assert first.statuses == {"missing_value": 1, "too_long": 5}
     assert destination.read_bytes() == before
-    with pytest.raises(BatchError, match="options: "):
+    with pytest.raises(BatchError, match="options, max_new_tokens: 2000 there, null now"):
         batch_inference(model, str(source), str(destination), PROMPT, retry_failed=True)
     destination.write_text("mine")
     with pytest.raises(BatchError, match="exists already"):
