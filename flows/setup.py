@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar, cast
 
 from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
 from prefect.variables import Variable
+from pydantic import SecretStr
 
-from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore, WarmModel
 from prefect_huggingface.flows.forms import form_flow, titled
+
+B = TypeVar("B", bound=Block)
 
 NAME = "default"
 QUESTIONS = "hugging_face_questions"
@@ -40,7 +43,7 @@ def save_default_blocks(
     Returns:
         Whether each was saved, by its name. What was not was there already.
     """
-    token = os.environ.get("HF_TOKEN") or None
+    token = SecretStr(os.environ["HF_TOKEN"]) if os.environ.get("HF_TOKEN") else None
     saved = {
         # A saved token is never replaced by none.
         "credentials": _save(HuggingFaceCredentials(token=token), overwrite and token is not None),
@@ -49,10 +52,11 @@ def save_default_blocks(
     block = LocalModel(
         model_id=model,
         options=GenerationOptions(max_new_tokens=64),
-        credentials=HuggingFaceCredentials.load(NAME),
-        store=ModelStore.load(NAME),
+        credentials=_load(HuggingFaceCredentials),
+        store=_load(ModelStore),
     )
     saved["model"] = _save(block, overwrite)
+    saved["warm model"] = _save(WarmModel(model=NAME), overwrite)
     saved[QUESTIONS] = _set(QUESTIONS, questions, overwrite)
     saved[ANSWERS] = _set(ANSWERS, answers, overwrite)
     _warn_of_missing_places()
@@ -70,6 +74,10 @@ def _save(block: Block, overwrite: bool) -> bool:
     return True
 
 
+def _load(kind: type[B]) -> B:
+    return cast(B, kind.load(NAME))
+
+
 def _set(name: str, value: str, overwrite: bool) -> bool:
     try:
         Variable.set(name, value, overwrite=overwrite)
@@ -82,7 +90,7 @@ def _set(name: str, value: str, overwrite: bool) -> bool:
 
 def _warn_of_missing_places() -> None:
     """Say what refers to a place that is gone, a clone that was moved for instance."""
-    places = {"the model block": LocalModel.load(NAME).model_id, f"the variable {QUESTIONS!r}": Variable.get(QUESTIONS)}
+    places = {"the model block": _load(LocalModel).model_id, f"the variable {QUESTIONS!r}": Variable.get(QUESTIONS)}
     remedy = "Correct it in the UI, or with `make blocks OVERWRITE=1`."
     for what, place in places.items():
         if isinstance(place, str) and os.path.isabs(place) and not Path(place).exists():
