@@ -15,9 +15,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from functools import partial
 from typing import NoReturn
 
 import httpx
@@ -141,8 +140,8 @@ async def run_worker(settings: argparse.Namespace) -> None:
     )  # fmt: skip
     if settings.idle_minutes is not None:
         worker.idle.minutes = settings.idle_minutes
-    stopping, stop = _listen()
-    requests = RequestService(worker.health, settings.limit, stop)
+    stopping = _listen()
+    requests = RequestService(worker.health, settings.limit)
     running = asyncio.create_task(worker.start(with_healthcheck=settings.with_healthcheck))
     serving = asyncio.create_task(requests.run())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,8 +155,8 @@ async def run_worker(settings: argparse.Namespace) -> None:
         raise error
 
 
-def _listen() -> tuple[asyncio.Future[None], Callable[[], object]]:
-    """Return what is done when the process is told to stop, and what tells it so. Told again, it ends at once."""
+def _listen() -> asyncio.Future[None]:
+    """Return what is done when the process is told to stop. Told again, it ends at once."""
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
 
@@ -169,7 +168,7 @@ def _listen() -> tuple[asyncio.Future[None], Callable[[], object]]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell)
-    return stopping, partial(loop.call_soon_threadsafe, tell)
+    return stopping
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

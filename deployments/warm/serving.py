@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -28,11 +27,10 @@ def served_tasks() -> list[Any]:
 
 
 class _TaskWorker(TaskWorker):
-    # Prefect's task worker takes SIGTERM for itself, each time that it starts.
-    on_sigterm: Callable[[], object]
-
     def handle_sigterm(self, signum: int, frame: object) -> None:
-        self.on_sigterm()
+        # Prefect's task worker takes SIGTERM for itself, each time that it starts, and would end the process. The
+        # event loop hears of the signal all the same, and calls what the command has registered there.
+        return
 
 
 class RequestService:
@@ -41,13 +39,11 @@ class RequestService:
     Args:
         health: Receives the number of requests.
         limit: How many are at work at once.
-        on_sigterm: Called when the process is told to stop.
     """
 
-    def __init__(self, health: WorkerHealth, limit: int, on_sigterm: Callable[[], object]) -> None:
+    def __init__(self, health: WorkerHealth, limit: int) -> None:
         self._health = health
         self._limit = limit
-        self._on_sigterm = on_sigterm
         self._worker: _TaskWorker | None = None
 
     async def run(self) -> None:
@@ -55,7 +51,6 @@ class RequestService:
         tasks = served_tasks()
         while tasks:
             self._worker = _TaskWorker(*tasks, limit=self._limit)
-            self._worker.on_sigterm = self._on_sigterm
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._count, self._worker, self._health.requests or 0)

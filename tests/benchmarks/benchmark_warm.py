@@ -46,7 +46,7 @@ def time_run(pool: WarmServices, deployment: str, model: dict[str, Any], path: P
     """Schedule a run, wait for its end, and return the seconds from its scheduled start to its first piece of text."""
     start = datetime.now(UTC) + timedelta(seconds=AHEAD_SECONDS)
     state = {"type": "SCHEDULED", "state_details": {"scheduled_time": start.isoformat()}}
-    made = pool.services.post(
+    made = pool.post(
         f"deployments/{deployment}/create_flow_run", parameters={"model": model, "path": str(path)}, state=state
     )
     ended = pool.wait_for_end(made["id"], 180)

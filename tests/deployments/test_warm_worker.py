@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.flows.batches import batch_inference
 from support.prefect_services import PrefectServices
 from support.warm_flows import notes
 from support.warm_workers import WarmServices, kill_worker, stop_worker
@@ -58,11 +55,10 @@ def events(path: Path) -> list[str]:
 def test_the_second_scheduled_run_is_warm(warm: WarmServices, long_model: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "first.jsonl"
     deployment = warm.deploy("support.warm_flows.first_token", parameters={"model": long_model, "path": str(path)})
-    url = f"{warm.services.url}/deployments/{deployment}"
     schedule = {"active": True, "schedule": {"interval": 4, "anchor_date": "2026-01-01T00:00:00Z"}}
-    httpx.post(f"{url}/schedules", json=[schedule], timeout=30).raise_for_status()
+    warm.request("POST", f"deployments/{deployment}/schedules", json=[schedule])
     warm.wait(lambda: len(notes(path)) >= 3, 120, "three scheduled runs")
-    httpx.patch(url, json={"paused": True}, timeout=30).raise_for_status()
+    warm.request("PATCH", f"deployments/{deployment}", json={"paused": True})
 
     found = notes(path)
     assert {note["pid"] for note in found} == {warm.workers[-1].pid}
@@ -105,7 +101,7 @@ def test_cancelling_ends_a_long_answer(
     assert took < 15
     assert events(path) == ["began", "left", "hook"]
     assert warm.states(run)[-2:] == ["Cancelling", "Cancelled"]
-    tasks = warm.services.post("task_runs/filter", flow_runs={"id": {"any_": [run]}})
+    tasks = warm.post("task_runs/filter", flow_runs={"id": {"any_": [run]}})
     assert [task["state_type"] for task in tasks] == ["CRASHED"]
     assert warm.wait_for_end(unharmed)["name"] == "Completed"
     # The engine has dropped the request.
@@ -127,23 +123,21 @@ def write_rows(path: Path, rows: int) -> None:
     path.write_text("".join(json.dumps({"number": number}) + "\n" for number in range(rows)))
 
 
-def start_batch(warm: WarmServices, folder: Path, model: dict[str, Any], rows: int) -> str:
-    """Start a batch of a folder in the worker; the same batch without a worker gives `whole.jsonl`."""
-    source = folder / "in.jsonl"
-    if not source.exists():
-        write_rows(source, rows)
-        settings = {"prompt": "Say {number}", "options": BATCH_OPTIONS, "in_flight": 4, "show_progress": False}
-        batch_inference.fn(LocalModel(**model), str(source), str(folder / "whole.jsonl"), **settings)
+def start_batch(warm: WarmServices, folder: Path, model: dict[str, Any], name: str) -> str:
+    """Start a batch over the rows of a folder."""
     deployment = warm.deploy("prefect_huggingface.flows.batches.batch_inference")
     return warm.start_run(
-        deployment, model=model, source=str(source), destination=str(folder / "out.jsonl"), prompt="Say {number}",
-        options=BATCH_OPTIONS, in_flight=4, show_progress=False,
+        deployment, model=model, source=str(folder / "in.jsonl"), destination=str(folder / name),
+        prompt="Say {number}", options=BATCH_OPTIONS, in_flight=4, show_progress=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("end", [stop_worker, kill_worker], ids=["SIGTERM", "SIGKILL"])
 def test_the_next_worker_goes_on(warm: WarmServices, long_model: dict[str, Any], tmp_path: Path, end: Any) -> None:
-    run = start_batch(warm, tmp_path, long_model, rows=400)
+    write_rows(tmp_path / "in.jsonl", 400)
+    whole = start_batch(warm, tmp_path, long_model, "whole.jsonl")
+    assert warm.wait_for_end(whole)["name"] == "Completed"
+    run = start_batch(warm, tmp_path, long_model, "out.jsonl")
     warm.wait(lambda: warm.state(run) == "RUNNING", 60, "the batch")
     time.sleep(1.5)
     end(warm.workers[-1])

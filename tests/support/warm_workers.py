@@ -35,6 +35,19 @@ class WarmServices:
         self.pool = pool
         self.workers: list[subprocess.Popen[bytes]] = []
 
+    def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """Send a request, again where the server is too busy to take it."""
+        for _ in range(30):
+            response = httpx.request(method, f"{self.services.url}/{path}", timeout=120, **arguments)
+            if response.status_code != 503:
+                return response.raise_for_status()
+            time.sleep(1)
+        return response.raise_for_status()
+
+    def post(self, path: str, **body: Any) -> Any:
+        """Post to the server's API and return the answer."""
+        return self.request("POST", path, json=body).json()
+
     def start_worker(self, name: str = "warm", *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start a worker; its output is `<name>.log` in the home of the server."""
         path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
@@ -58,8 +71,8 @@ class WarmServices:
 
     def wait_for_pool(self) -> None:
         """Wait until a worker has created the pool."""
-        url = f"{self.services.url}/work_pools/{self.pool}"
-        self.wait(lambda: httpx.get(url, timeout=60).status_code == 200, 120, "the work pool of the worker")
+        wanted = {"name": {"any_": [self.pool]}}
+        self.wait(lambda: self.post("work_pools/filter", work_pools=wanted), 120, "the work pool of the worker")
 
     def wait(self, condition: Callable[[], Any], seconds: float, what: str) -> Any:
         """Return the first true value of a condition, as long as the last worker lives."""
@@ -79,9 +92,9 @@ class WarmServices:
         if ":" not in entrypoint and settings.pop("importable", True):
             module, attribute = entrypoint.rsplit(".", 1)
             flow = getattr(import_module(module), attribute)
-            schema, flow_name = parameter_schema(flow).model_dump(), flow.name
-        flow_id = self.services.post("flows/", name=flow_name)["id"]
-        made = self.services.post(
+            schema, flow_name = dict(parameter_schema(flow)), flow.name
+        flow_id = self.post("flows/", name=flow_name)["id"]
+        made = self.post(
             "deployments/", name=f"{name}-{self.pool}", flow_id=flow_id, entrypoint=entrypoint,
             work_pool_name=self.pool, parameter_openapi_schema=schema, **settings,
         )  # fmt: skip
@@ -89,12 +102,12 @@ class WarmServices:
 
     def start_run(self, deployment: str, **parameters: Any) -> str:
         """Start a run of a deployment now, as the form does, and return its id."""
-        made = self.services.post(f"deployments/{deployment}/create_flow_run", parameters=parameters)
+        made = self.post(f"deployments/{deployment}/create_flow_run", parameters=parameters)
         return str(made["id"])
 
     def read(self, run: str) -> dict[str, Any]:
         """Return a flow run."""
-        found: dict[str, Any] = httpx.get(f"{self.services.url}/flow_runs/{run}", timeout=30).raise_for_status().json()
+        found: dict[str, Any] = self.request("GET", f"flow_runs/{run}").json()
         return found
 
     def state(self, run: str) -> str:
@@ -109,23 +122,23 @@ class WarmServices:
 
     def cancel(self, run: str) -> None:
         """Cancel a run as the button of the UI does."""
-        self.services.post(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+        self.post(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
 
     def states(self, run: str) -> list[str]:
         """Return the names of the states of a run, in order."""
-        url = f"{self.services.url}/flow_run_states/"
-        found = httpx.get(url, params={"flow_run_id": run}, timeout=30).raise_for_status().json()
+        found = self.request("GET", f"flow_run_states/?flow_run_id={run}").json()
         return [str(state["name"]) for state in found]
 
     def logs(self, run: str) -> list[str]:
         """Return the lines of the log of a run that have reached the server."""
-        found = self.services.post("logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
+        found = self.post("logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
         return [str(line["message"]) for line in found]
 
     def health(self, name: str) -> str:
         """Return the health view of a worker, or nothing where there is none yet."""
-        response = httpx.get(f"{self.services.url}/artifacts/warm-worker-{name}/latest", timeout=30)
-        return str(response.json()["data"]) if response.status_code == 200 else ""
+        found = self.post("artifacts/filter", artifacts={"key": {"any_": [f"warm-worker-{name}"]}})
+        assert len(found) <= 1, "the health view is not changed in place"
+        return str(found[0]["data"]) if found else ""
 
 
 def stop_worker(process: subprocess.Popen[bytes], seconds: float = 20) -> float:
