@@ -62,7 +62,7 @@ class Operator:
 
     def process_of(self, run: str) -> int:
         """Return the process of a run, once it is known."""
-        text = wait_until(lambda: self.read(run)["infrastructure_pid"], 90, "the start of the run's process")
+        text = wait_until(lambda: self.read(run)["infrastructure_pid"], 300, "the start of the run's process")
         return int(str(text).rpartition(":")[2])
 
     def wait_for(self, run: str, *states: str, seconds: float = 120) -> str:
@@ -91,7 +91,7 @@ class Operator:
             os.kill(process, signal.Signals[way.split()[0]])
         else:
             os.kill(self.worker.pid, signal.Signals[way.split()[0]])
-            self.worker.wait(60)
+            self.worker.wait(120)
             self.start_worker()
 
 
