@@ -7,10 +7,6 @@ import signal
 import threading
 import time
 
-from prefect.logging import get_logger
-
-logger = get_logger(__name__)
-
 RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
 """Prefect sets it for the process of a run."""
 
@@ -31,5 +27,5 @@ def _watch(parent: int) -> None:
     # The kernel's signal for this hangs on the thread that started the process, and not on its process.
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
-    logger.warning("The worker of this run is gone; the run ends with it.")
+    # No word to the log: the worker has read it, and to write it would end this thread.
     os.kill(os.getpid(), signal.SIGTERM)
