@@ -96,7 +96,10 @@ def test_waits_end_with_what_is_waited_for():
 
 def test_a_lock_of_a_file_is_refused_in_time_and_its_holder_named(tmp_path):
     path = tmp_path / "lock"
-    code = f"import filelock, time; lock = filelock.FileLock({str(path)!r}); lock.acquire(); print(flush=True); time.sleep(60)"
+    code = (
+        f"import filelock, time; lock = filelock.FileLock({str(path)!r}); "
+        "lock.acquire(); print(flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         try:
             process.stdout.readline()
