@@ -3,7 +3,7 @@
 Both workers stand ready, poll once a second and take turns. A run is scheduled, as a schedule does it, for a moment
 some seconds ahead. The flow streams an answer of the model and writes down when its first piece came; what counts is
 the time from the scheduled start to that. The first run of the warm worker loads the model and is left out. The target
-is a fifth of the time.
+is a fifth of the time. Prefect begins a run up to a third of a second before its time, so that a time may be negative.
 
     python tests/benchmarks/benchmark_warm.py [--runs 5] [--quick]
 """
