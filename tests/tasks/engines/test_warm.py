@@ -35,7 +35,7 @@ LONG = {"max_new_tokens": 200, "ignore_eos": True}
 SAVE = """
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel
 LocalModel(
-    model_id={model!r}, backend="torch", options=GenerationOptions(max_new_tokens=16),
+    model_id={model!r}, backend="torch", dtype="float32", options=GenerationOptions(max_new_tokens=16),
     credentials=HuggingFaceCredentials(token="hf_canary"),
 ).save("small")
 """
@@ -108,7 +108,7 @@ def ask(workers: Workers, folder: Path, **settings) -> list[dict]:
 @pytest.fixture(scope="module")
 def local_answers(bundled_model: Path) -> list[Completion]:
     # Without an export, which would take longer than all the rest.
-    model = LocalModel(model_id=str(bundled_model), backend="torch")
+    model = LocalModel(model_id=str(bundled_model), backend="torch", dtype="float32")
     return complete_prompts(model, PROMPTS, GenerationOptions(max_new_tokens=16))
 
 
@@ -180,18 +180,18 @@ def test_a_caller_that_is_interrupted_ends_generation_in_the_worker(workers, tmp
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_request_outlives_the_worker_that_answers_it(workers, tmp_path, kills):
-    prompts, dice = PROMPTS[:1] * 16, random.Random(kills)
+    prompts, dice = PROMPTS[:1] * 4, random.Random(kills)
     with caller(workers, tmp_path, prompts=prompts, options=LONG, calls=kills + 1) as process:
         for _ in range(kills):
             workers.wait_for_work()
             time.sleep(dice.uniform(0, 1))
             workers.kill()
             workers.start()
-        process.wait(240 * kills)
+        process.wait(280 * kills)
     calls = read_calls(tmp_path, "caller")
     assert len(calls) == kills + 1
     for each in calls:
-        assert [completion["generated_tokens"] for completion in each["completions"]] == [200] * 16
+        assert [completion["generated_tokens"] for completion in each["completions"]] == [200] * 4
     assert "handed over again" in (tmp_path / "caller.log").read_text()
     wait_until(lambda: not workers.is_busy(), 30, "the end of the lost runs")
 
