@@ -22,7 +22,7 @@ def test_memory_and_requests_stay(tmp_path: Path) -> None:
     assert large["peak_mib"] <= 1.1 * small["peak_mib"]
     assert large["requests"] <= small["requests"] + 3 * large["seconds"]
     # Seconds of the processor, since tests share the machine with others.
-    assert 290_000 / (large["cpu_seconds"] - small["cpu_seconds"]) >= 10_000
+    assert 290_000 / (large["cpu_seconds"] - small["cpu_seconds"]) >= 20_000
 
 
 def measure(folder: Path, rows: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 QUERY_SIZE = 500
-PENDING_ROWS = 16_384
+PENDING_ROWS = 8192
 FILTER_BITS = 2**25  # 4 MiB: a million prompts with a thousandth of mistakes
 FILTER_HASHES = 4
 
