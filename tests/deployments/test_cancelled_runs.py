@@ -62,8 +62,9 @@ def end_somewhere(operator: Operator, way: str, journal: Journal, wait: float, p
     assert kept <= committed_rows(journal)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, 10])
 def test_a_batch_outlives_its_operator(operator: Operator, tmp_path, tiny_openvino, times):
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = 400 * times

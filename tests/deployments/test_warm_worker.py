@@ -82,7 +82,9 @@ def test_several_runs_share_one_engine(warm: WarmServices, long_model: dict[str,
     assert warm.health("warm").count("OpenVINOTextEngine") == 1
 
 
-@pytest.mark.parametrize("submitted", [False, True], ids=["in the flow", "in a task thread"])
+@pytest.mark.parametrize(
+    "submitted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in the flow", "in a task thread"]
+)
 def test_cancelling_ends_a_long_answer(
     warm: WarmServices, long_model: dict[str, Any], tmp_path: Path, submitted: bool
 ) -> None:
@@ -111,6 +113,7 @@ def test_cancelling_ends_a_long_answer(
     assert notes(after)[0]["requests"] == 0
 
 
+@pytest.mark.slow
 def test_cancelling_ends_an_asynchronous_flow(warm: WarmServices, tmp_path: Path) -> None:
     path = tmp_path / "async.jsonl"
     run = begin(warm, warm.deploy("support.warm_flows.async_sleeper"), path, seconds=120)
@@ -132,7 +135,9 @@ def start_batch(warm: WarmServices, folder: Path, model: dict[str, Any], name: s
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("end", [stop_worker, kill_worker], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "end", [pytest.param(stop_worker, marks=pytest.mark.slow), kill_worker], ids=["SIGTERM", "SIGKILL"]
+)
 def test_the_next_worker_goes_on(warm: WarmServices, long_model: dict[str, Any], tmp_path: Path, end: Any) -> None:
     write_rows(tmp_path / "in.jsonl", 400)
     whole = start_batch(warm, tmp_path, long_model, "whole.jsonl")
@@ -151,6 +156,7 @@ def test_the_next_worker_goes_on(warm: WarmServices, long_model: dict[str, Any],
     assert warm.states(run).count("Running") == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_to_be_cancelled_is_cancelled_by_the_next_worker(warm: WarmServices, tmp_path: Path) -> None:
     run = begin(warm, warm.deploy("support.warm_flows.sleeper"), tmp_path / "sleep.jsonl", seconds=120)
     kill_worker(warm.workers[-1])
@@ -160,6 +166,7 @@ def test_a_run_that_was_to_be_cancelled_is_cancelled_by_the_next_worker(warm: Wa
     assert events(tmp_path / "sleep.jsonl")[-1] == "hook"
 
 
+@pytest.mark.slow
 def test_an_idle_model_is_closed(services: PrefectServices, long_model: dict[str, Any], tmp_path: Path) -> None:
     idle = WarmServices(services, "idle-pool")
     worker = idle.start_worker("idle", "--idle-minutes", "0.05", "--memory-gb", "3", **QUICK)
