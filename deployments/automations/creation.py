@@ -146,5 +146,6 @@ def _save(client: SyncPrefectClient, wanted: AutomationCore) -> Outcome:
 
 
 def _is_same(there: Automation, wanted: AutomationCore) -> bool:
+    # Not as JSON, where the events of a trigger come in any order.
     fields = set(AutomationCore.model_fields)
-    return bool(there.model_dump(mode="json", include=fields) == wanted.model_dump(mode="json", include=fields))
+    return bool(there.model_dump(include=fields) == wanted.model_dump(include=fields))

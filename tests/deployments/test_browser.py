@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from support.browser import BROWSER, DRIVER, Browser, open_browser
@@ -54,9 +53,8 @@ def test_a_saved_token_is_masked(browser, deployed):
     for path in (browser.place, browser.place + "/edit"):
         browser.open(path, "my-hub")
         assert TOKEN not in browser.driver.page_source
-    saved = httpx.get(
-        f"{deployed.url}/block_types/slug/hugging-face-credentials/block_documents/name/my-hub?include_secrets=true",
-        timeout=30,
+    saved = deployed.request(
+        "GET", "block_types/slug/hugging-face-credentials/block_documents/name/my-hub?include_secrets=true"
     ).json()
     assert saved["data"]["token"] == TOKEN
 
@@ -66,9 +64,7 @@ def test_a_model_is_saved_from_its_form(browser, deployed, bundled_model):
     browser.fill_all({"Name": "small-model", "Model": str(bundled_model)})
     browser.click("Save")
     browser.wait(lambda: "/blocks/block/" in browser.place, "the saved block")
-    saved = httpx.get(
-        f"{deployed.url}/block_types/slug/hugging-face-local-model/block_documents/name/small-model", timeout=30
-    ).json()
+    saved = deployed.request("GET", "block_types/slug/hugging-face-local-model/block_documents/name/small-model").json()
     assert saved["data"]["model_id"] == str(bundled_model)
 
 

@@ -13,6 +13,7 @@ from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_huggingface.flows import batch_inference
+from support.prefect_services import PrefectServices
 
 # A better word does not exist for these.
 PLAIN = {"model", "steps", "store"}
@@ -24,9 +25,9 @@ def slug(kind: str, name: str) -> dict[str, Any]:
     return {"$ref": {"block_document_slug": f"hugging-face-{kind}/{name}"}}
 
 
-def create_run(server: str, deployment: dict[str, Any], parameters: dict[str, Any]) -> httpx.Response:
-    url = f"{server}/deployments/{deployment['id']}/create_flow_run"
-    return httpx.post(url, json={"parameters": parameters}, timeout=60)
+def create_run(server: PrefectServices, deployment: dict[str, Any], parameters: dict[str, Any]) -> httpx.Response:
+    path = f"deployments/{deployment['id']}/create_flow_run"
+    return server.request("POST", path, json={"parameters": parameters})
 
 
 def test_there_is_one_deployment_for_each_use(deployments):
@@ -97,7 +98,7 @@ def test_limits_and_choices_reach_the_form(deployments):
     ids=lambda value: str(value)[:40],
 )
 def test_a_wrong_value_is_refused_before_a_run_is_made(deployed, deployments, parameters, status, words):
-    answer = create_run(deployed.url, deployments["batch-inference"], parameters)
+    answer = create_run(deployed, deployments["batch-inference"], parameters)
     assert answer.status_code == status
     assert words in answer.text
 
@@ -117,7 +118,7 @@ def test_a_wrong_value_is_refused_before_a_run_is_made(deployed, deployments, pa
     ids=lambda value: str(value)[:50],
 )
 def test_what_the_server_accepts_fails_in_its_first_second(deployed, deployments, parameters, sentence):
-    made = create_run(deployed.url, deployments["batch-inference"], parameters)
+    made = create_run(deployed, deployments["batch-inference"], parameters)
     assert made.status_code == 201
     with temporary_settings({PREFECT_API_URL: deployed.url}), get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(UUID(made.json()["id"]))
@@ -130,7 +131,7 @@ def test_what_the_server_accepts_fails_in_its_first_second(deployed, deployments
 
 
 def test_a_block_whose_fields_do_not_fit_says_which(deployed, deployments):
-    kind = httpx.get(f"{deployed.url}/block_types/slug/hugging-face-local-model", timeout=30).json()
+    kind = deployed.request("GET", "block_types/slug/hugging-face-local-model").json()
     schemas = deployed.post("block_schemas/filter", block_schemas={"block_type_id": {"any_": [kind["id"]]}})
     document = deployed.post(
         "block_documents/", name="both", block_type_id=kind["id"], block_schema_id=schemas[0]["id"],
@@ -149,9 +150,9 @@ def test_rows_in_place_of_a_file_are_explained(prefect_server):
 
 
 def test_a_schedule_in_an_unknown_time_zone_is_refused(deployed, deployments):
-    url = f"{deployed.url}/deployments/{deployments['batch-inference']['id']}/schedules"
+    path = f"deployments/{deployments['batch-inference']['id']}/schedules"
     schedule = {"active": True, "schedule": {"cron": "0 3 * * *", "timezone": "Europe/Nowhere"}}
-    answer = httpx.post(url, json=[schedule], timeout=30)
+    answer = deployed.request("POST", path, json=[schedule])
     assert answer.status_code == 422
     assert "timezone" in answer.text
 

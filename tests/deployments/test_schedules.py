@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import httpx
-
 from support.prefect_services import stop_process, wait_until
 
 
@@ -19,17 +17,17 @@ def test_a_scheduled_run_writes_its_output(deployed, deployments, tmp_path):
         "prompt": "What is the capital of {country}?",
     }  # fmt: skip
     schedule = {"active": True, "schedule": {"interval": 5, "anchor_date": "2026-01-01T00:00:00Z"}}
-    url = f"{deployed.url}/deployments/{deployment['id']}"
-    httpx.patch(url, json={"parameters": parameters}, timeout=30).raise_for_status()
-    made = httpx.post(f"{url}/schedules", json=[schedule], timeout=30).raise_for_status().json()
+    path = f"deployments/{deployment['id']}"
+    deployed.request("PATCH", path, json={"parameters": parameters}).raise_for_status()
+    made = deployed.request("POST", f"{path}/schedules", json=[schedule]).raise_for_status().json()
 
     worker = deployed.start("worker", "worker", "start", "--pool", "hugging-face", "--limit", "1")
     try:
         wait_until(output.exists, 150, "the scheduled run")
     finally:
         stop_process(worker)
-        httpx.delete(f"{url}/schedules/{made[0]['id']}", timeout=30).raise_for_status()
-        httpx.patch(url, json={"parameters": deployment["parameters"]}, timeout=30).raise_for_status()
+        deployed.request("DELETE", f"{path}/schedules/{made[0]['id']}").raise_for_status()
+        deployed.request("PATCH", path, json={"parameters": deployment["parameters"]}).raise_for_status()
 
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["completion"].strip() for row in answers] == ["Paris", "Madrid"]

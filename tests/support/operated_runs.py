@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from support.prefect_services import PrefectServices, stop_process, wait_until
 
 FLOWS = {
@@ -58,7 +56,7 @@ class Operator:
 
     def read(self, run: str) -> dict[str, Any]:
         """Return what the server knows of a run."""
-        return dict(httpx.get(f"{self.services.url}/flow_runs/{run}", timeout=30).raise_for_status().json())
+        return dict(self.services.request("GET", f"flow_runs/{run}").raise_for_status().json())
 
     def process_of(self, run: str) -> int:
         """Return the process of a run, once it is known."""

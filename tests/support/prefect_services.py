@@ -82,9 +82,18 @@ class PrefectServices:
         except httpx.HTTPError:
             return False
 
+    def request(self, method: str, path: str, **arguments: object) -> httpx.Response:
+        """Send a request, again where SQLite is too busy to take it, as Prefect's own client does."""
+        for _ in range(60):
+            response = httpx.request(method, f"{self.url}/{path}", timeout=120, **arguments)
+            if response.status_code != 503:
+                break
+            time.sleep(0.5)
+        return response
+
     def post(self, path: str, **body: object):
         """Post to the server's API and return the answer."""
-        return httpx.post(f"{self.url}/{path}", json=body, timeout=30).raise_for_status().json()
+        return self.request("POST", path, json=body).raise_for_status().json()
 
 
 def stop_process(process: subprocess.Popen[bytes], seconds: float = 20) -> None:

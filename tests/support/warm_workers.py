@@ -36,13 +36,8 @@ class WarmServices:
         self.workers: list[subprocess.Popen[bytes]] = []
 
     def request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        """Send a request, again where the server is too busy to take it."""
-        for _ in range(30):
-            response = httpx.request(method, f"{self.services.url}/{path}", timeout=120, **arguments)
-            if response.status_code != 503:
-                return response.raise_for_status()
-            time.sleep(1)
-        return response.raise_for_status()
+        """Send a request, and return an answer that is none of an error."""
+        return self.services.request(method, path, **arguments).raise_for_status()
 
     def post(self, path: str, **body: Any) -> Any:
         """Post to the server's API and return the answer."""
