@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import psutil
 # Clocks are corrected while processes run, and start times are computed from the time of the last boot.
 START_TOLERANCE_SECONDS = 2.0
 STOP_SECONDS = 20.0
+CHILD_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,22 @@ def end_process(service: ServiceProcess, seconds: float = STOP_SECONDS) -> bool:
     processes = [psutil.Process(service.pid)]
     with suppress(psutil.NoSuchProcess):
         processes += processes[0].children(recursive=True)
-    with suppress(psutil.NoSuchProcess):
-        processes[0].send_signal(signal.SIGTERM)
+    _end(processes[:1], seconds)
+    # What it left behind has nobody to wait for.
+    _end(processes[1:], CHILD_SECONDS)
+    return True
+
+
+def _end(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Ask processes to end, and kill those that do not in time."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, left = psutil.wait_procs(processes, timeout=seconds)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=5)
-    return True
 
 
 class ProcessRecord:

@@ -25,7 +25,7 @@ from prefect_huggingface.deployments.automations.creation import FOLDER, create_
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.flows.reports import report_failure
 from prefect_huggingface.tasks.errors import PlanError
-from support.prefect_services import PrefectServices, wait_until
+from support.prefect_services import PrefectServices, prefect_services, wait_until
 
 FILES = {"zombie-runs", "failed-runs", "failed-run-messages", "file-arrived"}
 SLEEPER = """
@@ -38,6 +38,13 @@ def sleeper():
 with tags("hugging-face"):
     sleeper()
 """
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServices]:
+    """A server of its own: its deployments are not those of the project, and its automations start runs."""
+    with prefect_services(tmp_path_factory.mktemp("automations")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

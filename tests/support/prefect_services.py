@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from prefect.events.worker import EventsWorker
 
 
 def free_port() -> int:
@@ -119,4 +120,6 @@ def prefect_services(home: Path) -> Iterator[PrefectServices]:
         wait_until(services.is_healthy, 300, "the start of the Prefect server")
         yield services
     finally:
+        # This process says what it has to say of its runs while the server still listens.
+        EventsWorker.drain_all(timeout=30)
         stop_process(server)
