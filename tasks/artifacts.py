@@ -49,7 +49,7 @@ def shorten(value: Any, characters: int = MAX_CELL_CHARACTERS) -> str:
         text = f"({type(value).__name__})"
     if len(text) > characters:
         text = f"{text[:characters]}…"
-    return make_printable(" ".join(text.split()))
+    return " ".join(make_printable(text).split())
 
 
 def escape_markdown(value: Any, characters: int = MAX_CELL_CHARACTERS) -> str:

@@ -94,7 +94,8 @@ def test_a_saved_endpoint_is_used_by_its_reference(models):
 def test_the_form_of_a_flow_offers_both_blocks():
     from prefect.utilities.callables import parameter_schema
 
-    for deployed in (prompt_chain, batch_inference):
+    kinds = ["LocalModel", "InferenceEndpoint"]
+    for deployed, wanted in ((prompt_chain, [*kinds, "WarmModel"]), (batch_inference, kinds)):
         schema = parameter_schema(deployed.fn).model_dump_for_openapi()
         offered = [choice["$ref"].rpartition("/")[2] for choice in schema["properties"]["model"]["anyOf"]]
-        assert offered == ["LocalModel", "InferenceEndpoint"]
+        assert offered == wanted

@@ -77,6 +77,7 @@ def read_cells(markdown: str) -> list[list[Token]]:
 @settings(deadline=None)
 @given(st.lists(st.lists(ODD_TEXTS, min_size=2, max_size=2), min_size=1, max_size=4))
 @example([["a|b\\", "\\|"], ["https://evil.example/x", "www.evil.example"], ["<a href='x'>", "![x](y)"]])
+@example([["", "0\r\u2066"]])
 @example([["\ud83d", "\u202eabc"], ["--- | ---", "\x1b[31m"], ["**b**", "~~s~~ `c` $x$"], ["&lt; &amp;", "[^1]"]])
 def test_a_table_shows_every_text_literally(rows: list[list[str]]) -> None:
     table = read_cells(markdown_table(("first", "second"), rows))
