@@ -175,7 +175,7 @@ def describe(local: LocalServices) -> str:
         [
             f"The Prefect UI is at {local.address}",
             *lines,
-            "Try it: Deployments > prompt-chain-warm > Run > Quick run. The answers are under Artifacts.",
+            "Try it: Deployments > prompt-chain-warm > Run > Quick run > Run. The answers are under Artifacts.",
             "        Deployments > batch-inference > Run > Custom run shows the form of the nightly batch.",
             "`make stop` ends all of this; what the server knows stays in " + str(local.home) + ".",
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -43,8 +43,9 @@ def run_path(home: Path) -> dict[str, float]:
                 ).json()
                 browser.open(f"/v2/deployments/deployment/{found[0]['id']}", "Run")
                 run = quick_run(browser, address, found[0]["id"])
-                browser.open(f"/v2/runs/flow-run/{run['id']}", run["name"])
-                browser.wait(lambda: "Completed" in browser.text, f"the end of {name}", 240)
+                made = partial(find_run, address, found[0]["id"])
+                browser.wait(lambda made=made: (made() or {}).get("state_type") == "COMPLETED", f"the end of {name}", 240)
+                browser.open(f"/v2/runs/flow-run/{run['id']}", "Completed")
                 seconds.setdefault("first run", time.monotonic() - began)
                 browser.click("Artifacts")
                 browser.wait(lambda key=key: key in browser.text, f"the artifacts of {name}")
@@ -55,15 +56,12 @@ def run_path(home: Path) -> dict[str, float]:
 
 
 def quick_run(browser: Browser, address: str, deployment: str) -> dict[str, str]:
-    """Choose a quick run from the menu of a deployment. A click on a menu that is still opening is lost, then again."""
-    for _ in range(3):
-        browser.click("Run")
-        time.sleep(1)
-        browser.click("Quick run")
-        with suppress(TimeoutError):
-            return browser.wait(lambda: find_run(address, deployment), "the run", 20)
-        browser.driver.refresh()
-    raise TimeoutError(f"No run was made. The page {browser.place}:\n{browser.text}")
+    """Start a quick run from the menu of a deployment; the UI shows its parameters once more before it starts it."""
+    browser.click("Run")
+    time.sleep(1)
+    browser.click("Quick run")
+    browser.click("Run", below="Model or endpoint")
+    return dict(browser.wait(lambda: find_run(address, deployment), "the run", 30))
 
 
 def find_run(address: str, deployment: str) -> dict[str, str] | None:
