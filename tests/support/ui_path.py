@@ -43,8 +43,8 @@ def run_path(home: Path) -> dict[str, float]:
                 ).json()
                 browser.open(f"/v2/deployments/deployment/{found[0]['id']}", "Run")
                 run = quick_run(browser, address, found[0]["id"])
-                made = partial(find_run, address, found[0]["id"])
-                browser.wait(lambda made=made: (made() or {}).get("state_type") == "COMPLETED", f"the end of {name}", 240)
+                is_done = partial(is_completed, address, found[0]["id"])
+                browser.wait(is_done, f"the end of {name}", 240)
                 browser.open(f"/v2/runs/flow-run/{run['id']}", "Completed")
                 seconds.setdefault("first run", time.monotonic() - began)
                 browser.click("Artifacts")
@@ -69,6 +69,12 @@ def find_run(address: str, deployment: str) -> dict[str, str] | None:
     body = {"deployments": {"id": {"any_": [deployment]}}}
     runs = httpx.post(f"{address}/api/flow_runs/filter", json=body, timeout=30).json()
     return next((run for run in runs if not run["auto_scheduled"]), None)
+
+
+def is_completed(address: str, deployment: str) -> bool:
+    """Tell whether the run that was started by hand has completed."""
+    run = find_run(address, deployment)
+    return run is not None and run["state_type"] == "COMPLETED"
 
 
 if __name__ == "__main__":
