@@ -133,9 +133,11 @@ class WarmCall:
         watch.look(client)
         with suppress(ObjectNotFound):
             worker = worker_of(client.read_task_run(future.task_run_id).name)
-            gone = [name for name in ([worker] if worker else hosts) if watch.is_lost(name)]
-            if gone and len(gone) == len([worker] if worker else hosts):
-                raise _Lost(", ".join(gone))
+            possible = [worker] if worker else sorted(hosts)
+            # Each is asked, since the watch counts from the first time that it is told of a missing one.
+            lost = [watch.is_lost(name) for name in possible]
+            if lost and all(lost):
+                raise _Lost(", ".join(possible))
 
     def _check(self) -> None:
         if not self.is_wanted():
