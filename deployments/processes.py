@@ -37,18 +37,28 @@ class ServiceProcess:
 
     def is_alive(self) -> bool:
         """Tell whether this very process runs, and not another one with its id."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < START_TOLERANCE_SECONDS
-            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False
+        return is_process(self.pid, self.started)
 
     def read_end_of_log(self, lines: int = 8) -> str:
         """Return the last lines of its output."""
         with suppress(OSError):
             return "\n".join(Path(self.log).read_text(errors="replace").splitlines()[-lines:])
         return ""
+
+
+def start_of(pid: int) -> float | None:
+    """Return when a process started (seconds since 1970), or None where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def is_process(pid: int, started: float) -> bool:
+    """Tell whether the process of this id that started then still runs."""
+    found = start_of(pid)
+    return found is not None and abs(found - started) < START_TOLERANCE_SECONDS
 
 
 def start_process(name: str, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> ServiceProcess:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from functools import cache
 from typing import Self
 
-_START_TOLERANCE_SECONDS = 2
+from prefect_huggingface.deployments.processes import is_process, start_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class WorkerMark:
     def own(cls, name: str) -> Self:
         """Return the mark of this process."""
         pid = os.getpid()
-        return cls(pid, socket.gethostname(), _start_of(pid) or 0, name)
+        return cls(pid, socket.gethostname(), int(start_of(pid) or 0), name)
 
     @classmethod
     def parse(cls, text: str | None) -> Self | None:
@@ -58,20 +57,4 @@ class WorkerMark:
         """Whether the process is one of this machine and has ended."""
         if not self.is_here:
             return False
-        started = _own_start() if self.pid == os.getpid() else _start_of(self.pid)
-        return started is None or abs(started - self.started) > _START_TOLERANCE_SECONDS
-
-
-@cache
-def _own_start() -> int | None:
-    return _start_of(os.getpid())
-
-
-def _start_of(pid: int) -> int | None:
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else int(process.create_time())
-    except psutil.NoSuchProcess:
-        return None
+        return not is_process(self.pid, self.started)
