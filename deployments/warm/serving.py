@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import anyio
 from prefect.logging.loggers import get_logger
@@ -14,16 +11,11 @@ from prefect.task_worker import TaskWorker
 
 from prefect_huggingface.deployments.warm.health import WorkerHealth
 from prefect_huggingface.deployments.warm.interruptions import interrupt_thread
+from prefect_huggingface.tasks.warm_requests import SERVED_TASKS
 
 logger = get_logger(__name__)
 
-TASKS_MODULE = "prefect_huggingface.tasks.warm_requests"
 AGAIN_SECONDS = 5.0
-
-
-def served_tasks() -> list[Any]:
-    """Return the tasks that a warm worker serves."""
-    return list(import_module(TASKS_MODULE).SERVED_TASKS) if find_spec(TASKS_MODULE) else []
 
 
 class _TaskWorker(TaskWorker):
@@ -48,9 +40,8 @@ class RequestService:
 
     async def run(self) -> None:
         """Serve until this is cancelled. A lost connection is taken up again."""
-        tasks = served_tasks()
-        while tasks:
-            self._worker = _TaskWorker(*tasks, limit=self._limit)
+        while True:
+            self._worker = _TaskWorker(*SERVED_TASKS, limit=self._limit)
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._count, self._worker, self._health.requests or 0)
