@@ -11,11 +11,11 @@ from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answer_forms import check_form
-from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.protocol import OnText
 from prefect_huggingface.tasks.engines.stopping import Decode, TextStream
 from prefect_huggingface.tasks.engines.transformers.sampling import TokenChooser
-from prefect_huggingface.tasks.records import Completion, FinishReason, Request
+from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +57,18 @@ class Submission:
         except Exception:
             if not self.future.cancelled():
                 raise
+
+    def fail(self, code: ErrorCode, message: str, **counts: int) -> None:
+        """Complete the request with an error. The counts are those of tokens, as a completion names them."""
+        self.complete(failed(self.request, code, message, seconds=self.seconds, **counts))
+
+    def cancel(self) -> None:
+        """Complete the request as one that the closing of the engine has left undone."""
+        self.fail("cancelled", "The engine was closed before the request was done. Load the engine again.")
+
+    def skip(self, prompt_tokens: int) -> None:
+        """Complete the request as one whose prompt is too long and is to be skipped."""
+        self.complete(Completion("", "skipped", prompt_tokens, seconds=self.seconds, request_id=self.request.id))
 
 
 class Answer:

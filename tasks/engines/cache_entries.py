@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.failures import RequestError, failed
+from prefect_huggingface.tasks.engines.failures import RequestError, refused
 from prefect_huggingface.tasks.engines.memory import resident_bytes
 from prefect_huggingface.tasks.engines.prompts import TemplateUse, resolve_options
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
@@ -207,9 +207,7 @@ class SharedEngine(Engine):
         try:
             options = resolve_options(self._defaults, request)
         except RequestError as exc:
-            refused: Future[Completion] = Future()
-            refused.set_result(failed(request, exc.code, str(exc)))
-            return refused
+            return refused(request, exc)
         template = request.chat_template or self._chat_template
         return self._entry.submit(replace(request, options=options, chat_template=template), on_text)
 

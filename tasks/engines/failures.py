@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 from prefect_huggingface.tasks.records import Completion, ErrorCode, Request
 
 
@@ -48,3 +50,10 @@ def failed(
         error_code=code,
         request_id=request.id,
     )
+
+
+def refused(request: Request, error: RequestError) -> Future[Completion]:
+    """Return the future of a request that no engine sees."""
+    future: Future[Completion] = Future()
+    future.set_result(failed(request, error.code, str(error)))
+    return future

@@ -11,14 +11,15 @@ from typing import Any
 
 from prefect.logging import get_logger
 
+from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.image_conversations import read_conversation
 from prefect_huggingface.tasks.engines.images import read_image
-from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter
+from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context
 from prefect_huggingface.tasks.engines.protocol import OnText
-from prefect_huggingface.tasks.engines.threads import ThreadedEngine, fail
+from prefect_huggingface.tasks.engines.threads import ThreadedEngine
 from prefect_huggingface.tasks.records import Completion, Request
 
 logger = get_logger(__name__)
@@ -56,7 +57,7 @@ class ImageReader(ThreadedEngine):
             self._readers.submit(self._read, submission)
         except RuntimeError:
             # The readers are gone after the engine was closed.
-            self._end(submission)
+            submission.cancel()
         return submission.future
 
     def close(self) -> None:
@@ -70,20 +71,17 @@ class ImageReader(ThreadedEngine):
                 messages, sources = read_conversation(submission.request)
                 self._scenes[submission] = Scene(submission, messages, [read_image(source) for source in sources])
         except RequestError as exc:
-            fail(submission, exc.code, str(exc))
+            submission.fail(exc.code, str(exc))
             return
         except Exception as exc:
-            fail(submission, "engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its images.")
+            submission.fail("engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its images.")
             return
         with self._lock:
             if not self._closed.is_set():
                 self._inbox.put(submission)
                 return
         self._scenes.pop(submission, None)
-        self._end(submission)
-
-    def _end(self, submission: Submission) -> None:
-        fail(submission, "cancelled", "The engine was closed before the request was done. Load the engine again.")
+        submission.cancel()
 
 
 class ImageEngine(ImageReader):
@@ -120,11 +118,22 @@ class ImageEngine(ImageReader):
         try:
             self._show(self._current)
         except RequestError as exc:
-            fail(self._current.submission, exc.code, str(exc), prompt_tokens=exc.prompt_tokens)
+            self._current.submission.fail(exc.code, str(exc), prompt_tokens=exc.prompt_tokens)
         except Exception as exc:
             logger.warning("A request with images failed.", exc_info=True)
-            fail(self._current.submission, "engine_error", f"The model refuses the request: {exc}. Check its images.")
+            self._current.submission.fail("engine_error", f"The model refuses the request: {exc}. Check its images.")
         self._current = None
+
+
+def fits_context(token_ids: list[int], options: GenerationOptions, context_length: int | None) -> bool:
+    """Tell whether a prompt fits the context. One with images cannot be cut, so cutting counts as an error.
+
+    Raises:
+        RequestError: If it does not fit and is not to be skipped.
+    """
+    policy = "skip" if options.context_overflow == "skip" else "error"
+    uncut = options.model_copy(update={"context_overflow": policy})
+    return fit_context(token_ids, uncut, context_length) is not None
 
 
 def write_scene(

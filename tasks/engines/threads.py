@@ -6,14 +6,13 @@ import queue
 import threading
 from abc import abstractmethod
 from concurrent.futures import Future
-from typing import Any
 
 from prefect.logging import get_logger
 
 from prefect_huggingface.tasks.engines.answers import Submission
-from prefect_huggingface.tasks.engines.failures import RequestError, failed
+from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
-from prefect_huggingface.tasks.records import Completion, ErrorCode, Request
+from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.waiting import join_thread
 
 logger = get_logger(__name__)
@@ -60,7 +59,7 @@ class ThreadedEngine(Engine):
             if not self._closed.is_set():
                 self._inbox.put(submission)
                 return submission.future
-        _end(submission, "cancelled")
+        submission.cancel()
         return submission.future
 
     def close(self) -> None:
@@ -93,7 +92,7 @@ class ThreadedEngine(Engine):
                 return True
             if submission is None or self._closed.is_set():
                 if submission is not None:
-                    _end(submission, "cancelled")
+                    submission.cancel()
                 return False
             self._accept_safely(submission)
 
@@ -103,31 +102,22 @@ class ThreadedEngine(Engine):
         try:
             self._accept(submission)
         except RequestError as exc:
-            fail(submission, exc.code, str(exc), prompt_tokens=exc.prompt_tokens)
+            submission.fail(exc.code, str(exc), prompt_tokens=exc.prompt_tokens)
         except Exception as exc:
-            fail(submission, "engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its prompt.")
+            submission.fail("engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its prompt.")
 
     def _end_all(self, error: str | None) -> None:
         submissions = self._under_way()
         self._forget()
         for submission in submissions:
             if error is None:
-                _end(submission, "cancelled")
+                submission.cancel()
             else:
-                fail(submission, "engine_error", error)
+                submission.fail("engine_error", error)
         while error is None:
             try:
                 waiting = self._inbox.get_nowait()
             except queue.Empty:
                 return
             if waiting is not None:
-                _end(waiting, "cancelled")
-
-
-def fail(submission: Submission, code: ErrorCode, message: str, **counts: Any) -> None:
-    """Complete a submission with an error."""
-    submission.complete(failed(submission.request, code, message, seconds=submission.seconds, **counts))
-
-
-def _end(submission: Submission, reason: ErrorCode) -> None:
-    fail(submission, reason, "The engine was closed before the request was done. Load the engine again.")
+                waiting.cancel()

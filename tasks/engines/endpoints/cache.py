@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
 from prefect_huggingface.tasks.engines.endpoints.engine import EndpointEngine
-from prefect_huggingface.tasks.engines.failures import RequestError, failed
+from prefect_huggingface.tasks.engines.failures import RequestError, refused
 from prefect_huggingface.tasks.engines.prompts import resolve_options
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.records import Completion, Request
@@ -33,9 +33,7 @@ class SharedEndpoint(Engine):
         try:
             options = resolve_options(self._defaults, request)
         except RequestError as exc:
-            refused: Future[Completion] = Future()
-            refused.set_result(failed(request, exc.code, str(exc)))
-            return refused
+            return refused(request, exc)
         return self._engine.submit(replace(request, options=options), on_text)
 
     def close(self) -> None:

@@ -16,13 +16,12 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_json
 from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.image_engine import ImageReader, write_scene
+from prefect_huggingface.tasks.engines.image_engine import ImageReader, fits_context, write_scene
 from prefect_huggingface.tasks.engines.images import check_pillow
 from prefect_huggingface.tasks.engines.openvino.genai_options import check_options, generation_config
 from prefect_huggingface.tasks.engines.openvino.genai_rows import Row, Start
 from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
-from prefect_huggingface.tasks.engines.prompts import fit_context, resolve_options
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.engines.prompts import resolve_options
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
@@ -76,10 +75,8 @@ class OpenVINOImageEngine(ImageReader, OpenVINOTextEngine):
         assert self.prompts is not None
         prompt = write_scene(self.prompts, scene, render_tagged)
         tokens = self._codec.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
-        # A prompt with images cannot be cut.
-        policy = "skip" if options.context_overflow == "skip" else "error"
-        if fit_context(tokens, options.model_copy(update={"context_overflow": policy}), self.context_length) is None:
-            submission.complete(Completion("", "skipped", prompt_tokens=len(tokens), request_id=submission.request.id))
+        if not fits_context(tokens, options, self.context_length):
+            submission.skip(len(tokens))
             return
         echo = prompt.text if options.echo else ""
         row = ImageRow(submission, options, tokens, frozenset(self._end_tokens), self._codec, echo)

@@ -35,8 +35,8 @@ from prefect_huggingface.tasks.engines.openvino.genai_rows import CacheExhausted
 from prefect_huggingface.tasks.engines.openvino.scheduling import choose_sizes
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, refuse_images, resolve_options
 from prefect_huggingface.tasks.engines.row_queue import RowQueue
-from prefect_huggingface.tasks.engines.threads import ThreadedEngine, fail
-from prefect_huggingface.tasks.records import Completion, ErrorCode
+from prefect_huggingface.tasks.engines.threads import ThreadedEngine
+from prefect_huggingface.tasks.records import ErrorCode
 
 logger = get_logger(__name__)
 
@@ -91,7 +91,7 @@ class OpenVINOTextEngine(ThreadedEngine):
         tokens = self._codec.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         fitting = fit_context(tokens, options, self._context_length)
         if fitting is None:
-            submission.complete(_skipped(submission, len(tokens)))
+            submission.skip(len(tokens))
             return
         echo = prompt.text if options.echo else ""
         self._queue.append(Row(submission, options, fitting, frozenset(self._end_tokens), self._codec, echo))
@@ -209,16 +209,4 @@ class OpenVINOTextEngine(ThreadedEngine):
     def _give_up(self, row: Row, code: ErrorCode, message: str) -> None:
         self._queue.remove(row)
         row.leave()
-        fail(
-            row.submission, code, message, prompt_tokens=len(row.prompt_tokens), generated_tokens=row.generated_tokens
-        )  # fmt: skip
-
-
-def _skipped(submission: Submission, prompt_tokens: int) -> Completion:
-    return Completion(
-        text="",
-        finish_reason="skipped",
-        prompt_tokens=prompt_tokens,
-        seconds=submission.seconds,
-        request_id=submission.request.id,
-    )
+        row.submission.fail(code, message, prompt_tokens=len(row.prompt_tokens), generated_tokens=row.generated_tokens)

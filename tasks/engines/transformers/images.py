@@ -8,11 +8,11 @@ from typing import Any
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene, write_scene
+from prefect_huggingface.tasks.engines.image_engine import ImageEngine, Scene, fits_context, write_scene
 from prefect_huggingface.tasks.engines.images import check_pillow
-from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.prompts import Prompt, PromptWriter, resolve_options
 from prefect_huggingface.tasks.engines.transformers.loading import input_device, load_processor, load_torch_model
-from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs, skip
+from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs
 from prefect_huggingface.tasks.engines.transformers.tokenization import pad_token
 from prefect_huggingface.tasks.engines.transformers.whole_batches import prepare_model, run_beams, run_whole_batch
 
@@ -76,8 +76,8 @@ class TorchImageEngine(ImageEngine):
         prompt = write_scene(self.prompts, scene, ChatTemplate.render)
         inputs = self._inputs(prompt, scene)
         ids = inputs["input_ids"][0].tolist()
-        if not self._fits(ids, options):
-            skip(scene.submission, len(ids))
+        if not fits_context(ids, options, self.context_length):
+            scene.submission.skip(len(ids))
             return
         job = self._jobs.job_of(scene.submission, options, ids, echo=prompt.text if options.echo else "")
         if options.num_beams > 1:
@@ -102,14 +102,3 @@ class TorchImageEngine(ImageEngine):
                 f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
             ) from exc
         return dict(inputs.to(input_device(self._model), self._model.dtype))
-
-    def _fits(self, ids: list[int], options: GenerationOptions) -> bool:
-        """Tell whether a prompt fits the context; one with images cannot be cut.
-
-        Raises:
-            RequestError: If it does not fit and is not to be skipped.
-        """
-        policy = "skip" if options.context_overflow == "skip" else "error"
-        return (
-            fit_context(ids, options.model_copy(update={"context_overflow": policy}), self.context_length) is not None
-        )

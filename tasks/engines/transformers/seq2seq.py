@@ -12,14 +12,14 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
+from prefect_huggingface.tasks.engines.answers import Answer
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.openvino.devices import choose_device, compile_properties
-from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, refuse_images, resolve_options
+from prefect_huggingface.tasks.engines.prompts import PromptWriter
 from prefect_huggingface.tasks.engines.transformers.answer_engine import AnswerEngine
 from prefect_huggingface.tasks.engines.transformers.loading import load_tokenizer, load_torch_model
 from prefect_huggingface.tasks.engines.transformers.sizes import EngineSizes, free_cached_memory, is_out_of_memory
-from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs, skip
+from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs
 from prefect_huggingface.tasks.engines.transformers.tokenization import pad_token
 from prefect_huggingface.tasks.engines.transformers.whole_batches import (
     padded_inputs,
@@ -131,33 +131,16 @@ class OpenVINOSeq2SeqEngine(Seq2SeqEngine):
 class Seq2SeqJobs(TextJobs):
     """Jobs whose prompt goes through an encoder, with the prefix of the task before it."""
 
+    is_continued = False
+
     def __init__(
         self, loaded: Any, tokenizer: Any, writer: PromptWriter, defaults: GenerationOptions, prefix: str
     ) -> None:
         super().__init__(loaded, tokenizer, writer, defaults)
-        self._prefix = prefix
+        self.prefix = prefix
         # With relative positions a model reads prompts of any length.
         if hasattr(loaded.config, "relative_attention_num_buckets"):
             self.context_length = None
-
-    def make(self, submission: Submission) -> Job | None:
-        """Return the job of a request, or None where it is completed already.
-
-        Raises:
-            RequestError: If the request cannot be worked on.
-        """
-        options = resolve_options(self._defaults, submission.request)
-        refuse_images(submission.request)
-        prompt = self.prompts.write(submission.request)
-        text = prompt.text if prompt.text.startswith(self._prefix) else self._prefix + prompt.text
-        ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
-        # The answer has positions of its own.
-        one_new = options.model_copy(update={"max_new_tokens": 0})
-        fitting = fit_context(ids, one_new, self.context_length)
-        if fitting is None:
-            skip(submission, len(ids))
-            return None
-        return self.job_of(submission, options, fitting, echo=prompt.text if options.echo else "", seen_ids=())
 
 
 def task_prefix(config: Any, task: str) -> str:

@@ -19,7 +19,6 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.answers import Answer
 from prefect_huggingface.tasks.engines.prompts import PromptWriter
-from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.transformers.answer_engine import AnswerEngine
 from prefect_huggingface.tasks.engines.transformers.dense_batch import DenseBatch, can_join
 from prefect_huggingface.tasks.engines.transformers.loading import load_tokenizer, load_torch_model
@@ -158,8 +157,7 @@ class TorchTextEngine(AnswerEngine):
         """Fail a request that does not fit, even alone."""
         del self._running[answer.job]
         self._waiting = deque(other for other in self._waiting if other.job is not answer.job)
-        fail(
-            answer.job.submission,
+        answer.job.submission.fail(
             "out_of_cache",
             "The request does not fit into the memory of the device, even alone. "
             "Shorten the prompt, lower `max_new_tokens`, or use a larger device.",

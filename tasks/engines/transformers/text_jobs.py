@@ -11,7 +11,6 @@ from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, refuse_images, resolve_options
-from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.transformers.grammars import GrammarMaker
 from prefect_huggingface.tasks.engines.transformers.sampling import TokenChooser
 from prefect_huggingface.tasks.engines.transformers.tokenization import (
@@ -19,7 +18,6 @@ from prefect_huggingface.tasks.engines.transformers.tokenization import (
     context_length_of,
     end_tokens,
 )
-from prefect_huggingface.tasks.records import Completion
 
 logger = get_logger(__name__)
 
@@ -32,7 +30,13 @@ class TextJobs:
         tokenizer: Tokenizer of the model.
         end_ids: Tokens that end an answer.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
+        prefix: Words that the model wants before a prompt.
+        is_continued: Whether the answer goes on where the prompt ends. Otherwise the context and the repetition penalty
+            count them apart.
     """
+
+    prefix = ""
+    is_continued = True
 
     def __init__(self, loaded: Any, tokenizer: Any, prompts: PromptWriter, defaults: GenerationOptions) -> None:
         self.prompts = prompts
@@ -51,10 +55,12 @@ class TextJobs:
         options = resolve_options(self._defaults, submission.request)
         refuse_images(submission.request)
         prompt = self.prompts.write(submission.request)
-        ids = self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
-        fitting = fit_context(ids, options, self.context_length)
+        text = prompt.text if prompt.text.startswith(self.prefix) else self.prefix + prompt.text
+        ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+        fitted = options if self.is_continued else options.model_copy(update={"max_new_tokens": 0})
+        fitting = fit_context(ids, fitted, self.context_length)
         if fitting is None:
-            skip(submission, len(ids))
+            submission.skip(len(ids))
             return None
         return self.job_of(submission, options, fitting, echo=prompt.text if options.echo else "")
 
@@ -64,7 +70,6 @@ class TextJobs:
         options: GenerationOptions,
         prompt_ids: Sequence[int],
         echo: str = "",
-        seen_ids: Sequence[int] | None = None,
     ) -> Job:
         """Return a job with its answers.
 
@@ -73,7 +78,6 @@ class TextJobs:
             options: Options of the request over those of the model.
             prompt_ids: Tokens of the prompt.
             echo: Text to put before each answer.
-            seen_ids: Tokens that the repetition penalty counts; those of the prompt where they are left out.
 
         Raises:
             RequestError: If the answers cannot have the form that is asked for.
@@ -86,7 +90,7 @@ class TextJobs:
         job = Job(submission, options, prompt_ids, self.end_ids, echo)
         for index in range(options.n):
             grammar = self._grammars.make(form) if form is not None else None
-            seen = prompt_ids if seen_ids is None else seen_ids
+            seen = prompt_ids if self.is_continued else ()
             chooser = TokenChooser(options, seen, self.end_ids, index, grammar)
             job.answers.append(Answer(job, index, self.tokenizer.decode, chooser))
         if echo and submission.on_text is not None:
@@ -106,18 +110,11 @@ class TextJobs:
         submission = job.submission
         counts = {"prompt_tokens": len(job.prompt_ids), "generated_tokens": job.generated_tokens}
         if job.error is not None:
-            fail(submission, job.error.code, str(job.error), **counts)
+            submission.fail(job.error.code, str(job.error), **counts)
         elif submission.closed.is_set() and job.answers[0].finish_reason == "cancelled":
-            fail(submission, "cancelled", "The engine was closed before the request was done. Load the engine again.")
+            submission.cancel()
         else:
             try:
                 submission.complete(job.completion())
             except RequestError as exc:
-                fail(submission, exc.code, str(exc), **counts)
-
-
-def skip(submission: Submission, prompt_tokens: int) -> None:
-    """Complete a submission whose prompt is too long and is to be skipped."""
-    submission.complete(
-        Completion("", "skipped", prompt_tokens, seconds=submission.seconds, request_id=submission.request.id)
-    )
+                submission.fail(exc.code, str(exc), **counts)

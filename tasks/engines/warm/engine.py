@@ -24,7 +24,6 @@ from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.prompts import resolve_options
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
-from prefect_huggingface.tasks.engines.threads import fail
 from prefect_huggingface.tasks.engines.warm.calls import WarmCall, await_worker
 from prefect_huggingface.tasks.engines.warm.messages import pack_request, unpack_completion
 from prefect_huggingface.tasks.engines.warm.workers import Unwanted, WarmFailure
@@ -58,7 +57,7 @@ class WarmEngine(Engine):
         try:
             submission.request = _with_options(self.warm, request)
         except RequestError as exc:
-            fail(submission, exc.code, str(exc))
+            submission.fail(exc.code, str(exc))
             return submission.future
         with self._lock:
             self._inbox.put(submission)
@@ -164,7 +163,7 @@ def _settle(submission: Submission, completion: Completion) -> None:
         try:
             submission.on_text(completion.text)
         except Exception as exc:
-            fail(submission, "engine_error", f"`on_text` failed: {exc}. Correct it.")
+            submission.fail("engine_error", f"`on_text` failed: {exc}. Correct it.")
             return
     submission.complete(completion)
 
@@ -172,7 +171,7 @@ def _settle(submission: Submission, completion: Completion) -> None:
 def _fail_all(batch: Sequence[Submission], failure: WarmFailure) -> None:
     for submission in batch:
         if not submission.future.done():
-            fail(submission, failure.code, str(failure))
+            submission.fail(failure.code, str(failure))
 
 
 _lock = threading.Lock()
