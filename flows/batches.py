@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from prefect.futures import PrefectFuture
@@ -12,7 +14,7 @@ from pydantic import Field
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import ProgressReport
-from prefect_huggingface.tasks.batches import BatchPlan, plan_batch, publish_batch, run_shard
+from prefect_huggingface.tasks.batches import ENGINE_TAG, BatchPlan, plan_batch, publish_batch, run_shard
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
 from prefect_huggingface.tasks.batching.monitors import BatchMonitor
 from prefect_huggingface.tasks.batching.plans import check_free, check_places, may_replace
@@ -28,8 +30,10 @@ from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
 from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
-from prefect_huggingface.tasks.waiting import WAKE_SECONDS, take_next
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice, take_next
 
+# A shard that has not begun by then waits for something.
+START_SECONDS = 5.0
 # Threads share one engine, so that more of them would not make it faster.
 _runner: Any = ThreadPoolTaskRunner(max_workers=4)
 
@@ -152,13 +156,14 @@ def _run_shards(
     for future in futures:
         future.add_done_callback(finished.put)
     results: list[ShardResult] = []
+    start = _StartWatch(futures)
     with ProgressBar("rows", rows, show) as bar:
         try:
             while len(results) < len(futures):
                 try:
                     results.append(take_next(finished, run.journal.poll_seconds).result())
                 except queue.Empty:
-                    pass
+                    start.look()
                 progress = monitor.measure()
                 bar.update(progress)
                 report.update(progress.share, describe(progress))
@@ -178,3 +183,22 @@ def _run_shards(
             f"The batch was stopped, or taken over by another run. {run.journal.place.url!r} keeps its rows."
         )
     return results
+
+
+class _StartWatch:
+    """Says so in the log as long as no shard has begun."""
+
+    def __init__(self, futures: Sequence[PrefectFuture[Any]]) -> None:
+        self._first = futures[0] if futures else None
+        what = f"No shard has begun: waiting for a free worker, or for the concurrency limit on the tag {ENGINE_TAG!r}"
+        self._notice = WaitNotice(run_log(), what, START_SECONDS)
+
+    def look(self) -> None:
+        """Ask Prefect for the first shard, until it has begun."""
+        if self._first is None:
+            return
+        with suppress(Exception):  # a server that is busy answers the next time
+            if self._first.state.is_pending() or self._first.state.is_scheduled():
+                self._notice.tell()
+            else:
+                self._first = None

@@ -38,12 +38,13 @@ class WaitNotice:
     Args:
         log: Log of the run that waits.
         what: What is waited for, a sentence without its end.
+        first_seconds: When to say it for the first time.
     """
 
-    def __init__(self, log: Log, what: str) -> None:
+    def __init__(self, log: Log, what: str, first_seconds: float = FIRST_NOTICE_SECONDS) -> None:
         self._log, self._what = log, what
         self._began = time.monotonic()
-        self._next = FIRST_NOTICE_SECONDS
+        self._next = first_seconds
 
     def tell(self) -> None:
         """Write a line if it is time for one."""

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import Artifact
+from prefect.concurrency.sync import concurrency
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
@@ -24,6 +26,7 @@ from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.batch_runs import read_answers, start_batch
+from support.prefect_services import wait_until
 from support.request_counts import counted_requests
 from support.s3_servers import serve_s3
 
@@ -243,6 +246,22 @@ def test_requests_to_prefect_do_not_grow_with_the_rows(tmp_path: Path, model: Lo
 
     allowed = 3 * max(counts[5000][1] - counts[20][1], 0)  # the progress is updated once a second
     assert counts[5000][0] <= counts[20][0] + 10 + allowed
+
+
+def test_a_run_that_waits_for_the_limit_on_the_tag_says_so(
+    tmp_path: Path, source: Path, model: LocalModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with get_client(sync_client=True) as client:
+        client.create_concurrency_limit(tag=ENGINE_TAG, concurrency_limit=1)
+        try:
+            with ThreadPoolExecutor(1) as beside, concurrency(f"tag:{ENGINE_TAG}"):
+                done = beside.submit(batch_inference, model, str(source), str(tmp_path / "out.jsonl"), PROMPT)
+                wait_until(lambda: "No shard has begun: waiting" in caplog.text, 60, "the word of the waiting run")
+                assert not done.done()
+            assert done.result().rows == 6
+        finally:
+            client.delete_concurrency_limit_by_tag(tag=ENGINE_TAG)
 
 
 @pytest.mark.slow
