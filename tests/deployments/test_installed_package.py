@@ -1,0 +1,142 @@
+"""A worker machine that has the package from a wheel, and no clone: blocks, deployments, both kinds of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.prefect_services import PrefectServices, prefect_services, stop_process, wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGED = ("blocks", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
+FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+class WorkerMachine:
+    """An environment with the installed package, and a folder that is no clone.
+
+    Args:
+        folder: Where to make both.
+        services: Server that it works for.
+    """
+
+    def __init__(self, folder: Path, services: PrefectServices) -> None:
+        self.folder, self.environment = folder / "empty", dict(services.environment)
+        self.folder.mkdir()
+        # It brings the folder of the tests, and with it the clone.
+        self.environment.pop("PYTHONPATH", None)
+        self._run(sys.executable, "-m", "venv", "--without-pip", str(folder / "venv"))
+        self.python = str(folder / "venv" / "bin" / "python")
+        packages = Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        # The other packages are those of this environment. The editable installation is not followed from here.
+        (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        command = ["install", "--quiet", "--no-deps", "--no-index", "--target", str(packages), build_wheel(folder)]
+        self._run(sys.executable, "-m", "pip", *command)
+        self.package = packages / "prefect_huggingface"
+
+    def run(self, *arguments: str) -> str:
+        """Run Python with arguments and return what it prints."""
+        return self._run(self.python, *arguments)
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start Python with arguments in the background; its output is in `<name>.log`."""
+        with (self.folder.parent / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [self.python, *arguments],
+                env=self.environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def _run(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+def build_wheel(folder: Path) -> str:
+    """Build a wheel of a copy of the clone, so that the clone stays clean, and return its path."""
+    source = folder / "source"
+    source.mkdir()
+    for name in PACKAGED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, source / name)
+    command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *command], check=True, timeout=250, env=os.environ)
+    return str(next(folder.glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServices]:
+    """A server of its own, since the other tests deploy under the same names."""
+    with prefect_services(tmp_path_factory.mktemp("installed-server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, server: PrefectServices) -> WorkerMachine:
+    """A worker machine with everything deployed, by the commands of the README."""
+    machine = WorkerMachine(tmp_path_factory.mktemp("machine"), server)
+    for pool, kind in (("hugging-face", "process"), ("hugging-face-warm", "hugging-face-warm")):
+        machine.run("-m", "prefect", "work-pool", "create", pool, "--type", kind)
+    answers = machine.folder / "answers-{date}.jsonl"
+    machine.run("-m", "prefect_huggingface.deployments.defaults", "--answers", str(answers))
+    file = machine.package / "deployments" / "prefect.yaml"
+    machine.run("-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file), "--all")
+    machine.run("-m", "prefect_huggingface.deployments.automations")
+    return machine
+
+
+def start_run(server: PrefectServices, deployment: str, **parameters: Any) -> str:
+    """Start a run of a deployment and return its id."""
+    found = {each["name"]: each for each in server.post("deployments/filter")}
+    made = server.post(f"deployments/{found[deployment]['id']}/create_flow_run", parameters=parameters)
+    return str(made["id"])
+
+
+def wait_for_end(server: PrefectServices, run: str) -> str:
+    """Return the last state of a run, with its message."""
+
+    def ended() -> str | None:
+        found = server.request("GET", f"flow_runs/{run}").raise_for_status().json()
+        return f"{found['state_type']} {found['state']['message']}" if found["state_type"] in FINAL else None
+
+    return str(wait_until(ended, 150, f"flow run {run}"))
+
+
+def test_the_package_is_the_installed_one(machine: WorkerMachine) -> None:
+    place = machine.run("-c", "import prefect_huggingface.flows as flows; print(flows.__file__)").strip()
+    assert Path(place).is_relative_to(machine.package)
+    assert not (machine.folder / "deployments").exists()
+
+
+@pytest.mark.parametrize(
+    ("pool", "deployment"), [("hugging-face", "prompt-chain"), ("hugging-face-warm", "prompt-chain-warm")]
+)
+def test_a_worker_runs_what_was_deployed(
+    machine: WorkerMachine, server: PrefectServices, pool: str, deployment: str
+) -> None:
+    worker = machine.start(pool, "-m", "prefect", "worker", "start", "--pool", pool)
+    try:
+        assert wait_for_end(server, start_run(server, deployment)).startswith("COMPLETED")
+        if pool == "hugging-face":
+            source = machine.folder / "rows.jsonl"
+            source.write_text(json.dumps({"country": "Peru"}) + "\n")
+            wanted = {"source": str(source), "destination": str(machine.folder / "answers.jsonl")}
+            run = start_run(server, "batch-inference", **wanted, prompt="What is the capital of {country}?")
+            assert wait_for_end(server, run).startswith("COMPLETED")
+            assert json.loads((machine.folder / "answers.jsonl").read_text())["completion"].strip() == "Lima"
+    finally:
+        stop_process(worker)
+    assert worker.returncode is not None
