@@ -34,6 +34,7 @@ HOST = "127.0.0.1"
 PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
 POOLS = ("hugging-face", "hugging-face-warm")
 START_SECONDS = 180.0
+PORT_SECONDS = 3.0
 # Settings of another server that this one must not get.
 FOREIGN = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING")
 
@@ -92,7 +93,8 @@ class LocalServices:
             SystemExit: If the port is taken, or if something ends or does not answer in time.
         """
         missing = [name for name in self.commands if name not in self.services]
-        if "server" in missing and _is_taken(self.port):
+        # The port of a server that was killed is free a moment after its process is gone.
+        if "server" in missing and not wait_for(lambda: not _is_taken(self.port), PORT_SECONDS):
             raise SystemExit(
                 f"Port {self.port} is in use by another program. End that, or choose another port: "
                 f"`make deployments PORT={self.port + 100}`."

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.prefect_services import PrefectServices
 from support.warm_flows import notes
 from support.warm_workers import WarmServices, kill_worker, stop_worker
@@ -139,12 +140,12 @@ def start_batch(warm: WarmServices, folder: Path, model: dict[str, Any], name: s
     "end", [pytest.param(stop_worker, marks=pytest.mark.slow), kill_worker], ids=["SIGTERM", "SIGKILL"]
 )
 def test_the_next_worker_goes_on(warm: WarmServices, long_model: dict[str, Any], tmp_path: Path, end: Any) -> None:
-    write_rows(tmp_path / "in.jsonl", 400)
+    write_rows(tmp_path / "in.jsonl", 2000)
     whole = start_batch(warm, tmp_path, long_model, "whole.jsonl")
     assert warm.wait_for_end(whole)["name"] == "Completed"
     run = start_batch(warm, tmp_path, long_model, "out.jsonl")
-    warm.wait(lambda: warm.state(run) == "RUNNING", 60, "the batch")
-    time.sleep(1.5)
+    journal = Journal.beside(str(tmp_path / "out.jsonl"))
+    warm.wait(lambda: journal.place.exists() and len(journal.names()) > 1, 60, "the first rows")
     end(warm.workers[-1])
     left = warm.states(run)[-1]
     assert left == ("AwaitingRetry" if end is stop_worker else "Running")
