@@ -181,16 +181,18 @@ def test_a_caller_that_is_interrupted_ends_generation_in_the_worker(workers, tmp
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_request_outlives_the_worker_that_answers_it(workers, tmp_path, kills):
     prompts, dice = PROMPTS[:1] * 4, random.Random(kills)
-    with caller(workers, tmp_path, prompts=prompts, options=LONG, calls=kills + 1) as process:
+    # Enough for all lives: loading takes some seconds, and a call then half a second.
+    with caller(workers, tmp_path, prompts=prompts, options=LONG, calls=6 * kills) as process:
         for _ in range(kills):
             workers.wait_for_work()
-            time.sleep(dice.uniform(0, 1))
+            time.sleep(dice.uniform(0, 6))
             workers.kill()
             workers.start()
         process.wait(280 * kills)
     calls = read_calls(tmp_path, "caller")
-    assert len(calls) == kills + 1
+    assert len(calls) == 6 * kills
     for each in calls:
+        assert {completion["error"] for completion in each["completions"]} == {None}
         assert [completion["generated_tokens"] for completion in each["completions"]] == [200] * 4
     assert "handed over again" in (tmp_path / "caller.log").read_text()
     wait_until(lambda: not workers.is_busy(), 30, "the end of the lost runs")
