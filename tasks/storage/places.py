@@ -113,7 +113,7 @@ class Place:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.url)
-        sync_folder(os.path.dirname(self.url))
+        sync_path(os.path.dirname(self.url))
 
     def names(self) -> list[str]:
         """Return the sorted names in this folder; a folder that does not exist has none."""
@@ -172,12 +172,12 @@ class Place:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, self.url)
-        sync_folder(os.path.dirname(self.url))
+        sync_path(os.path.dirname(self.url))
 
 
-def sync_folder(folder: str) -> None:
-    """Make renames within a local folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: str | os.PathLike[str]) -> None:
+    """Make a local file durable, or the names within a local folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.storage.exports.layout import LEASE, staging_folder
 from prefect_huggingface.tasks.storage.leases import take_alone
+from prefect_huggingface.tasks.storage.places import sync_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,9 @@ def publish(staged: Path, target: Path) -> None:
     (staged / LEASE).touch()
     for path in [*staged.rglob("*"), staged]:
         if not path.is_symlink():
-            _sync(path)
+            sync_path(path)
     os.rename(staged, target)
-    _sync(target.parent)
+    sync_path(target.parent)
 
 
 def discard(store: Path, folder: Path) -> None:
@@ -106,11 +107,3 @@ def not_writable(store: Path, error: OSError) -> ExportError:
         f"Store {str(store)!r} cannot be written to: {error.strerror or error}. "
         "Free some space or correct its permissions, or set another `path` of the store."
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
