@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
+from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.answers import Answer, Job, Submission
+from prefect_huggingface.tasks.engines.prompts import PromptWriter
 from prefect_huggingface.tasks.engines.threads import ThreadedEngine
 from prefect_huggingface.tasks.engines.transformers.text_jobs import TextJobs
 
@@ -30,6 +33,20 @@ class AnswerEngine(ThreadedEngine):
         self._running: dict[Job, None] = {}
         self.in_flight = max(2 * sizes.sequences, 16)
         super().__init__()
+
+    @classmethod
+    def of_loaded(cls, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> Self:
+        """Return an engine of a model and a tokenizer of Transformers that are loaded already.
+
+        They are not changed.
+        """
+        engine = cls.__new__(cls)
+        engine._start(loaded, tokenizer, writer, model)
+        return engine
+
+    @abstractmethod
+    def _start(self, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> None:
+        """Take what is loaded, and start as `__init__` of this class does."""
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""

@@ -35,16 +35,6 @@ logger = get_logger(__name__)
 class Seq2SeqEngine(AnswerEngine):
     """Encoder-decoder model in one thread."""
 
-    @classmethod
-    def of_loaded(cls, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> Seq2SeqEngine:
-        """Return an engine of a model and a tokenizer of Transformers that are loaded already.
-
-        They are not changed.
-        """
-        engine = cls.__new__(cls)
-        engine._start(loaded, tokenizer, writer, model)
-        return engine
-
     def _start(self, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> None:
         jobs = Seq2SeqJobs(loaded, tokenizer, writer, model.options, task_prefix(loaded.config, model.task))
         self._model = prepare_model(loaded, pad_token(tokenizer, jobs.end_ids))

@@ -53,16 +53,6 @@ class TorchTextEngine(AnswerEngine):
         loaded = load_torch_model(path, model, "AutoModelForCausalLM")
         self._start(loaded, load_tokenizer(path, model), PromptWriter.of_folder(path, model.chat_template), model)
 
-    @classmethod
-    def of_loaded(cls, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> TorchTextEngine:
-        """Return an engine of a model and a tokenizer of Transformers that are loaded already.
-
-        They are not changed.
-        """
-        engine = cls.__new__(cls)
-        engine._start(loaded, tokenizer, writer, model)
-        return engine
-
     def _start(self, loaded: Any, tokenizer: Any, writer: PromptWriter, model: LocalModel) -> None:
         jobs = TextJobs(loaded, tokenizer, writer, model.options)
         pad = pad_token(tokenizer, jobs.end_ids)
