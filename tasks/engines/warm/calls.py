@@ -23,6 +23,7 @@ from prefect.logging import get_logger
 from prefect.states import Cancelling, Crashed, Pending
 
 from prefect_huggingface.blocks import WarmModel
+from prefect_huggingface.tasks.engines.warm.leftovers import remove_leftovers
 from prefect_huggingface.tasks.engines.warm.messages import worker_of
 from prefect_huggingface.tasks.engines.warm.workers import Unwanted, WarmFailure, WorkerWatch
 from prefect_huggingface.tasks.waiting import WAKE_SECONDS, sleep_for
@@ -111,7 +112,10 @@ class WarmCall:
         except BaseException:
             _end_run(future, Cancelling(message="Nobody waits for the answer any more."))
             raise
-        return self._answer_of(state)
+        try:
+            return self._answer_of(state)
+        finally:
+            remove_leftovers(future.task_run_id, state)
 
     def _state_of(self, future: PrefectDistributedFuture[Any], watch: WorkerWatch) -> State[Any]:
         state: State[Any] = Pending()

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from prefect.filesystems import RemoteFileSystem
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, WarmModel
+from prefect_huggingface.tasks.engines.warm.leftovers import _remove
 from prefect_huggingface.tasks.engines.warm.messages import (
     pack_completion,
     pack_request,
@@ -140,13 +142,30 @@ def test_two_callers_share_the_engine_at_the_same_time(workers, tmp_path):
     assert workers.log.read_text().count("Loaded ") == 1
 
 
-def test_neither_blocks_nor_tokens_travel(workers, tmp_path):
-    ask(workers, tmp_path, prompts=["What is the capital of Italy?"])
-    stored = [path for path in (workers.server.home / "storage").rglob("*") if path.is_file()]
-    assert stored
-    for path in stored:
-        assert b"hf_canary" not in path.read_bytes()
+def read_storage(workers: Workers) -> list[bytes]:
+    """What Prefect stores of calls now."""
+    return [path.read_bytes() for path in (workers.server.home / "storage").rglob("*") if path.is_file()]
+
+
+def test_prompts_travel_without_blocks_and_tokens_and_nothing_stays(workers, tmp_path):
+    before = read_storage(workers)
+    prompt = "What is the capital of Italy?"
+    with caller(workers, tmp_path, prompts=[prompt], options=LONG) as process:
+        workers.wait_for_work()
+        stored = read_storage(workers)
+        process.wait(240)
+    assert read_calls(tmp_path, "caller")[0]["completions"][0]["text"].startswith("Rome")
+    assert any(prompt.encode() in content for content in stored)
+    assert not any(b"hf_canary" in content for content in stored)
     assert "hf_canary" not in workers.log.read_text()
+    assert read_storage(workers) == before
+
+
+def test_what_cannot_be_removed_is_emptied(tmp_path):
+    storage = RemoteFileSystem(basepath=f"memory://{tmp_path.name}")
+    storage.write_path("parameters/1", b"a prompt")
+    _remove(storage, "parameters/1")
+    assert storage.read_path("parameters/1") == b""
 
 
 def test_a_missing_block_is_an_error_of_every_row(workers, tmp_path):
