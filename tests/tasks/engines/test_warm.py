@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cloudpickle
 import pytest
 from prefect.filesystems import RemoteFileSystem
+from prefect.results import ResultRecord
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, WarmModel
 from prefect_huggingface.tasks.engines.warm.leftovers import _remove
@@ -143,8 +145,9 @@ def test_two_callers_share_the_engine_at_the_same_time(workers, tmp_path):
 
 
 def read_storage(workers: Workers) -> list[bytes]:
-    """What Prefect stores of calls now."""
-    return [path.read_bytes() for path in (workers.server.home / "storage").rglob("*") if path.is_file()]
+    """What Prefect stores of calls now, as bytes in which texts can be found."""
+    files = [path for path in (workers.server.home / "storage").rglob("*") if path.is_file()]
+    return [cloudpickle.dumps(ResultRecord.deserialize(path.read_bytes()).result) for path in files]
 
 
 def test_prompts_travel_without_blocks_and_tokens_and_nothing_stays(workers, tmp_path):
