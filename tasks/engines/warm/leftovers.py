@@ -1,4 +1,4 @@
-"""What Prefect stores for a background task: the prompts as its parameters, the answers as its result.
+"""What Prefect stores for a background task, and how it is removed: the prompts as parameters, the answers as result.
 
 Both lie in clear in Prefect's storage, and Prefect never removes them. They go when the call is over.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prefect.client.orchestration import get_client
 from prefect.filesystems import LocalFileSystem
 from prefect.logging import get_logger
-from prefect.results import ResultRecordMetadata, get_or_create_default_task_scheduling_storage, resolve_result_storage
+from prefect.results import aresolve_result_storage, get_or_create_default_task_scheduling_storage
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -31,8 +31,7 @@ def remove_leftovers(task_run_id: UUID, state: State[Any]) -> None:
     """
     try:
         _remove_parameters(task_run_id)
-        if isinstance(state.data, ResultRecordMetadata):
-            _remove_result(state.data)
+        _remove_result(state.data)
     except Exception as exc:
         logger.warning(
             "The prompts and answers of task run %s stay in Prefect's storage, as they cannot be removed: %s: %s",
@@ -45,21 +44,21 @@ def _remove_parameters(task_run_id: UUID) -> None:
         states = client.read_task_run_states(task_run_id)
     storage = asyncio.run(get_or_create_default_task_scheduling_storage())
     for kept in {state.state_details.task_parameters_id for state in states} - {None}:
-        _remove(storage, f"parameters/{kept}")
+        remove_stored(storage, f"parameters/{kept}")
 
 
-def _remove_result(result: ResultRecordMetadata) -> None:
-    if result.storage_key is None:
-        return
-    if result.storage_block_id is not None:
-        _remove(resolve_result_storage(result.storage_block_id, _sync=True), result.storage_key)
-    elif Path(result.storage_key).is_absolute():
-        Path(result.storage_key).unlink(missing_ok=True)
+def _remove_result(record: Any) -> None:
+    # A run without a result has something else there.
+    key, block = getattr(record, "storage_key", None), getattr(record, "storage_block_id", None)
+    if key is not None and block is not None:
+        remove_stored(asyncio.run(aresolve_result_storage(block)), key)
+    elif key is not None and Path(key).is_absolute():
+        Path(key).unlink(missing_ok=True)
 
 
-def _remove(storage: Any, path: str) -> None:
+def remove_stored(storage: Any, path: str) -> None:
+    """Remove a file from a storage block, or empty it where the block can only write."""
     if isinstance(storage, LocalFileSystem):
         Path(storage.basepath or ".").expanduser().joinpath(path).unlink(missing_ok=True)
     else:
-        # A storage block of Prefect can write and read only.
         storage.write_path(path, b"")

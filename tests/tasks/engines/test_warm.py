@@ -19,7 +19,7 @@ from prefect.filesystems import RemoteFileSystem
 from prefect.results import ResultRecord
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, WarmModel
-from prefect_huggingface.tasks.engines.warm.leftovers import _remove
+from prefect_huggingface.tasks.engines.warm.leftovers import remove_stored
 from prefect_huggingface.tasks.engines.warm.messages import (
     pack_completion,
     pack_request,
@@ -167,7 +167,7 @@ def test_prompts_travel_without_blocks_and_tokens_and_nothing_stays(workers, tmp
 def test_what_cannot_be_removed_is_emptied(tmp_path):
     storage = RemoteFileSystem(basepath=f"memory://{tmp_path.name}")
     storage.write_path("parameters/1", b"a prompt")
-    _remove(storage, "parameters/1")
+    remove_stored(storage, "parameters/1")
     assert storage.read_path("parameters/1") == b""
 
 
