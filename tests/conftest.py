@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ os.environ.update(
 )
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "HF_ENDPOINT", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
+
+# Whoever starts the suite in the background of a shell has it ignore Ctrl-C, and every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 
