@@ -16,7 +16,7 @@ from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import ProgressReport
 from prefect_huggingface.tasks.batches import ENGINE_TAG, BatchPlan, plan_batch, publish_batch, run_shard
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
-from prefect_huggingface.tasks.batching.monitors import BatchMonitor
+from prefect_huggingface.tasks.batching.monitors import BatchMonitor, Progress
 from prefect_huggingface.tasks.batching.plans import check_free, check_places, may_replace
 from prefect_huggingface.tasks.batching.publications import Publication
 from prefect_huggingface.tasks.batching.runs import BatchRun, check_failures, open_run
@@ -158,31 +158,38 @@ def _run_shards(
     results: list[ShardResult] = []
     start = _StartWatch(futures)
     with ProgressBar("rows", rows, show) as bar:
+
+        def tell(final: bool = False) -> Progress:
+            progress = monitor.measure()
+            bar.update(progress)
+            report.update(progress.share, describe(progress), final=final)
+            return progress
+
         try:
             while len(results) < len(futures):
                 try:
                     results.append(take_next(finished, run.journal.poll_seconds).result())
                 except queue.Empty:
                     start.look()
-                progress = monitor.measure()
-                bar.update(progress)
-                report.update(progress.share, describe(progress))
-                check_failures(progress.failed, rows, max_failures)
+                check_failures(tell().failed, rows, max_failures)
         except BaseException as exc:
-            run.journal.request_stop(type(exc).__name__)
-            for future in futures:
-                while not future.state.is_final():
-                    future.wait(WAKE_SECONDS)
+            _end_shards(run, futures, type(exc).__name__)
             raise
         finally:
-            progress = monitor.measure()
-            bar.update(progress)
-            report.update(progress.share, describe(progress), final=True)
+            tell(final=True)
     if not all(result.complete for result in results):
         raise BatchError(
             f"The batch was stopped, or taken over by another run. {run.journal.place.url!r} keeps its rows."
         )
     return results
+
+
+def _end_shards(run: BatchRun, futures: Sequence[PrefectFuture[Any]], cause: str) -> None:
+    """Ask the shards to end, and wait until they have committed what is finished."""
+    run.journal.request_stop(cause)
+    for future in futures:
+        while not future.state.is_final():
+            future.wait(WAKE_SECONDS)
 
 
 class _StartWatch:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 ROWS = 500
 PROMPT = "What is the number {number} in {language}?"
 # Long answers and few in flight make the run long enough to be hit many times.
-PARAMETERS: dict[str, Any] = {"prompt": PROMPT, "in_flight": 4, "options": {"max_new_tokens": 48, "ignore_eos": True}}
+PARAMETERS: dict[str, Any] = {"prompt": PROMPT, "in_flight": 2, "options": {"max_new_tokens": 96, "ignore_eos": True}}
 
 
 def write_rows(path: Path, rows: int) -> None:
