@@ -205,7 +205,8 @@ class _StartWatch:
         if self._first is None:
             return
         with suppress(Exception):  # a server that is busy answers the next time
-            if self._first.state.is_pending() or self._first.state.is_scheduled():
+            state = self._first.state  # each look at it is a request to the server
+            if state.is_pending() or state.is_scheduled():
                 self._notice.tell()
             else:
                 self._first = None

@@ -21,7 +21,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import WarmModel
 from prefect_huggingface.tasks.engines.answers import Submission
-from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.failures import RequestError, refused
 from prefect_huggingface.tasks.engines.prompts import resolve_options
 from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.engines.warm.calls import WarmCall, await_worker
@@ -53,12 +53,11 @@ class WarmEngine(Engine):
 
     def submit(self, request: Request, on_text: OnText | None = None) -> Future[Completion]:
         """Queue a request and return the future of its completion."""
-        submission = Submission(request, Future(), on_text, closed=self._closed)
         try:
-            submission.request = _with_options(self.warm, request)
+            options = resolve_options(self.warm.options, request)
         except RequestError as exc:
-            submission.fail(exc.code, str(exc))
-            return submission.future
+            return refused(request, exc)
+        submission = Submission(replace(request, options=options), Future(), on_text, closed=self._closed)
         with self._lock:
             self._inbox.put(submission)
             if not self._gathering:
@@ -152,10 +151,6 @@ class WarmEngine(Engine):
     def _run(self, call: WarmCall) -> Any:
         with SettingsContext(profile=self._settings.profile, settings=self._settings.settings):
             return call.run()
-
-
-def _with_options(warm: WarmModel, request: Request) -> Request:
-    return replace(request, options=resolve_options(warm.options, request))
 
 
 def _settle(submission: Submission, completion: Completion) -> None:
