@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from support.prefect_services import PrefectServices, prefect_services, stop_process, wait_until
+from support.prefect_services import FINAL_STATES, PrefectServices, prefect_services, stop_process, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGED = ("blocks", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
-FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
 class WorkerMachine:
@@ -101,16 +100,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory, server: PrefectServices) -
 def start_run(server: PrefectServices, deployment: str, **parameters: Any) -> str:
     """Start a run of a deployment and return its id."""
     found = {each["name"]: each for each in server.post("deployments/filter")}
-    made = server.post(f"deployments/{found[deployment]['id']}/create_flow_run", parameters=parameters)
-    return str(made["id"])
+    return server.start_run(found[deployment]["id"], **parameters)
 
 
 def wait_for_end(server: PrefectServices, run: str) -> str:
     """Return the last state of a run, with its message."""
 
     def ended() -> str | None:
-        found = server.request("GET", f"flow_runs/{run}").raise_for_status().json()
-        return f"{found['state_type']} {found['state']['message']}" if found["state_type"] in FINAL else None
+        found = server.read_run(run)
+        return f"{found['state_type']} {found['state']['message']}" if found["state_type"] in FINAL_STATES else None
 
     return str(wait_until(ended, 150, f"flow run {run}"))
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from support.prefect_services import PrefectServices
-from support.warm_workers import FINAL, WarmServices, kill_worker, stop_worker
+from support.prefect_services import FINAL_STATES, PrefectServices
+from support.warm_workers import WarmServices, kill_worker, stop_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -130,7 +130,7 @@ def test_ending_the_worker_at_random_moments(batch: NotedBatch, end: Callable[[A
         batch.wait_for_moment(dice)
         end(worker)
         state = batch.warm.state(run)
-        hits += state not in FINAL
+        hits += state not in FINAL_STATES
         assert state in ("RUNNING", "PENDING", "SCHEDULED") or batch.destination.exists()
         assert end is kill_worker or state != "RUNNING"
         batch.check()

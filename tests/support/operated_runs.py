@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.prefect_services import PrefectServices, stop_process, wait_until
+from support.prefect_services import FINAL_STATES, PrefectServices, stop_process, wait_until
 
 FLOWS = {
     "batch": "prefect_huggingface.flows.batches.batch_inference",
     "prepare": "prefect_huggingface.flows.preparation.prepare_model",
 }
-TERMINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
 class Operator:
@@ -51,12 +50,11 @@ class Operator:
 
     def start(self, flow: str, **parameters: Any) -> str:
         """Start a run and return its id."""
-        run = self.services.post(f"deployments/{self.ids[flow]}/create_flow_run", parameters=parameters)
-        return str(run["id"])
+        return self.services.start_run(self.ids[flow], **parameters)
 
     def read(self, run: str) -> dict[str, Any]:
         """Return what the server knows of a run."""
-        return dict(self.services.request("GET", f"flow_runs/{run}").raise_for_status().json())
+        return self.services.read_run(run)
 
     def process_of(self, run: str) -> int:
         """Return the process of a run, once it is known."""
@@ -68,7 +66,7 @@ class Operator:
 
         def reached() -> str | None:
             state = str(self.read(run)["state_type"])
-            return state if state in (states or TERMINAL) else None
+            return state if state in (states or FINAL_STATES) else None
 
         return str(wait_until(reached, seconds, f"state {states or 'at the end'} of the run"))
 

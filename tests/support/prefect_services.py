@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 from prefect.events.worker import EventsWorker
 
+FINAL_STATES = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
 
 def free_port() -> int:
     """Return a loopback port that is free now."""
@@ -95,6 +97,14 @@ class PrefectServices:
     def post(self, path: str, **body: object):
         """Post to the server's API and return the answer."""
         return self.request("POST", path, json=body).raise_for_status().json()
+
+    def start_run(self, deployment: str, **parameters: object) -> str:
+        """Start a run of a deployment, given by its id, as the form does, and return the id of the run."""
+        return str(self.post(f"deployments/{deployment}/create_flow_run", parameters=parameters)["id"])
+
+    def read_run(self, run: str) -> dict:
+        """Return what the server knows of a flow run."""
+        return dict(self.request("GET", f"flow_runs/{run}").raise_for_status().json())
 
 
 def stop_process(process: subprocess.Popen[bytes], seconds: float = 20) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 import httpx
 import psutil
 
-from support.prefect_services import PrefectServices, wait_until
+from support.prefect_services import FINAL_STATES, PrefectServices, wait_until
 
 POOL = "hugging-face-warm"
-FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 TESTS = Path(__file__).parent.parent
 
 
@@ -97,13 +96,11 @@ class WarmServices:
 
     def start_run(self, deployment: str, **parameters: Any) -> str:
         """Start a run of a deployment now, as the form does, and return its id."""
-        made = self.post(f"deployments/{deployment}/create_flow_run", parameters=parameters)
-        return str(made["id"])
+        return self.services.start_run(deployment, **parameters)
 
     def read(self, run: str) -> dict[str, Any]:
         """Return a flow run."""
-        found: dict[str, Any] = self.request("GET", f"flow_runs/{run}").json()
-        return found
+        return self.services.read_run(run)
 
     def state(self, run: str) -> str:
         """Return the type of the state of a run."""
@@ -111,7 +108,7 @@ class WarmServices:
 
     def wait_for_end(self, run: str, seconds: float = 90) -> dict[str, Any]:
         """Wait for the end of a run, and return its last state."""
-        self.wait(lambda: self.state(run) in FINAL, seconds, f"flow run {run}")
+        self.wait(lambda: self.state(run) in FINAL_STATES, seconds, f"flow run {run}")
         found: dict[str, Any] = self.read(run)["state"]
         return found
 
