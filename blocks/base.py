@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from prefect.blocks.core import Block
@@ -38,6 +39,17 @@ class ConfigurationBlock(Block):
         fields.pop("additionalProperties", None)
         fields["not"] = {"required": ["$ref"], "not": {"required": ["-"]}}
         return described
+
+    @classmethod
+    @functools.cache
+    def get_block_type_slug(cls) -> str:
+        """Return the slug of the type, worked out once.
+
+        Prefect's own looks for a package at every call, and it is called whenever a block is read or written. An
+        exception that is put into the thread there, as by the timeout of a flow, can leave the interpreter's import
+        lock held, and then every thread that imports stands still for ever.
+        """
+        return super().get_block_type_slug()
 
     def ref(self) -> dict[str, dict[str, str]]:
         """Return the reference to use for this block in the parameters of a deployment or a run.

@@ -18,7 +18,7 @@ from uuid import UUID
 from prefect.exceptions import TerminationSignal
 
 # Where a thread holds a lock that no `with` gives back yet, an exception would leave the lock held for ever.
-_LOCK_FILES = ("logging/__init__.py", "httpcore/_synchronization.py", "/weakref.py")
+_LOCK_FILES = ("logging/__init__.py", "httpcore/_synchronization.py", "/weakref.py", "importlib._bootstrap>")
 _WAITS = ("wait", "join", "_wait_for_tstate_lock")
 
 

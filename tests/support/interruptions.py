@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,9 @@ class InterruptibleThread(threading.Thread):
             self.error = exc.with_traceback(None)
 
     def send(self) -> None:
-        """Put the exception into the thread."""
+        """Put the exception into the thread, anywhere but where CPython would leave its import lock held."""
+        while (frame := sys._current_frames().get(self.ident or 0)) and "importlib" in frame.f_code.co_filename:
+            time.sleep(0.001)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(Interruption))
 
     def interrupt(self, seconds: float = 30) -> float:

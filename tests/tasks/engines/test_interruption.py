@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 from functools import partial
@@ -50,10 +51,10 @@ def assert_free(model: LocalModel) -> None:
     assert completion.error is None
 
 
-def assert_busy(model: LocalModel) -> None:
+def assert_busy(model: LocalModel, requests: int = 1) -> None:
     began = time.monotonic()
     engine = load_engine(model)
-    while not engine.unshared._under_way():
+    while len(engine.unshared._under_way()) < requests:
         assert time.monotonic() - began < 60, "the generation does not begin"
         time.sleep(0.05)
 
@@ -77,7 +78,7 @@ def test_an_exception_in_the_thread_of_the_caller_ends_generation(model, way):
 def test_what_is_interrupted_takes_nobody_with_it(model):
     other = load_engine(model).submit(Request("Hello", options=GenerationOptions(max_new_tokens=300, ignore_eos=True)))
     thread = InterruptibleThread(partial(complete_prompts, model, PROMPTS, ENDLESS))
-    assert_busy(model)
+    assert_busy(model, requests=2)
     thread.interrupt()
     assert other.result(60).generated_tokens == 300
     assert_free(model)
@@ -94,6 +95,21 @@ def test_two_that_wait_for_the_same_engine_are_interrupted_together(model):
         thread.join(30)
         assert not thread.is_alive()
     assert_free(changed)
+
+
+def test_a_loaded_engine_is_used_without_an_import(model, monkeypatch):
+    """An exception that meets an import can leave the import lock held, and then the whole process stands still."""
+    sought = []
+
+    class Recorder:
+        def find_spec(self, name, path=None, target=None):
+            sought.append(name)
+
+    for _ in range(2):
+        complete_prompts(model, ["Hello"], SHORT)
+        list(stream_completion(model, "Hello", SHORT))
+        monkeypatch.setattr(sys, "meta_path", [Recorder(), *sys.meta_path])
+    assert sought == []
 
 
 @pytest.mark.usefixtures("prefect_server")
