@@ -18,6 +18,7 @@ from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.engines.cache import list_engines, load_engine
 from prefect_huggingface.tasks.generation import generate_text
 from prefect_huggingface.tasks.records import Request
+from support.prefect_services import wait_until
 
 
 def note(path: str, **values: Any) -> None:
@@ -60,12 +61,18 @@ def _note_crash(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 @flow(name="long-answers", on_cancellation=[_note_cancellation], on_crashed=[_note_crash])
-def long_answers(model: LocalModel, path: str, tokens: int = 10_000, submitted: bool = False) -> None:
-    """Generate for a long time, in the thread of the flow or in one of its task runner."""
+def long_answers(
+    model: LocalModel, path: str, tokens: int = 10_000, submitted: bool = False, together_with: tuple[str, ...] = ()
+) -> None:
+    """Generate for a long time, in the thread of the flow or in one of its task runner.
+
+    With others it begins when all of them are there: a busy SQLite server keeps a run waiting for 14 seconds.
+    """
     options = GenerationOptions(max_new_tokens=tokens, ignore_eos=True)
     prompts = ["Once upon a time"]
     note(path, event="began")
     with _noted_end(path):
+        wait_until(lambda: all(notes(Path(other)) for other in together_with), 90, "the other runs")
         if submitted:
             answers = generate_text.submit(model, prompts, options).result()
         else:
