@@ -13,7 +13,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import CachePolicy
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.context import TaskRunContext
 from pydantic import ValidationError
 
@@ -21,6 +21,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.batching.shards import run_requests
 from prefect_huggingface.tasks.engines.cache import load_engine
 from prefect_huggingface.tasks.engines.failures import failed
+from prefect_huggingface.tasks.engines.warm.leftovers import remove_parameters
 from prefect_huggingface.tasks.engines.warm.messages import pack_completion, run_name, unpack_request
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
@@ -99,22 +100,35 @@ def load_model(name: str) -> LocalModel:
         ) from None
 
 
-class _StopCheck:
-    """Asks Prefect now and then whether the caller has given up."""
+class _Caller:
+    """Who waits for the answers of this run, as far as Prefect knows."""
 
     def __init__(self) -> None:
-        self._next = 0.0
         context = TaskRunContext.get()
         self._run_id = None if context is None else context.task_run.id
+        self._next = 0.0
+        self._is_gone = False
 
-    def __call__(self) -> bool:
-        if self._run_id is None or time.monotonic() < self._next:
-            return False
+    def begin(self) -> bool:
+        """Remove the prompts that Prefect stores, which this run has read, and tell whether to go on."""
+        remove_parameters(self._look())
+        return not self._is_gone
+
+    def is_gone(self, at_once: bool = False) -> bool:
+        """Tell whether nobody waits any more. Prefect is asked now and then, or at once."""
+        if not self._is_gone and (at_once or time.monotonic() >= self._next):
+            self._look()
+        return self._is_gone
+
+    def _look(self) -> list[State[Any]]:
         self._next = time.monotonic() + LOOK_SECONDS
+        if self._run_id is None:
+            return []
         # All its states: the one that the caller has set may be older than the last one of this process.
         with get_client(sync_client=True) as client:
             states = client.read_task_run_states(self._run_id)
-        return any(state.type in GIVEN_UP for state in states)
+        self._is_gone = any(state.type in GIVEN_UP for state in states)
+        return states
 
 
 class AnswerRequests:
@@ -122,8 +136,10 @@ class AnswerRequests:
 
     def __call__(self, model: str, requests: list[dict[str, Any]], seconds: float, batch: str) -> list[dict[str, Any]]:
         """Answer requests with a saved model. `batch` names the call, so that no answer is taken from a cache."""
-        should_stop = _StopCheck()
-        return [] if should_stop() else answer_with_model(model, requests, seconds, should_stop)
+        caller, end = _Caller(), time.monotonic() + seconds
+        answers = answer_with_model(model, requests, seconds, caller.is_gone) if caller.begin() else []
+        # Prefect stores what is returned, and only the caller would remove it.
+        return [] if caller.is_gone(at_once=time.monotonic() >= end) else answers
 
 
 class MeasureTexts:
@@ -131,7 +147,7 @@ class MeasureTexts:
 
     def __call__(self, model: str, texts: list[str], seconds: float, batch: str) -> dict[str, Any]:
         """Count the tokens of texts with a saved model. `batch` names the call."""
-        return measure_with_model(model, texts)
+        return measure_with_model(model, texts) if _Caller().begin() else {}
 
 
 def _name_run(parameters: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from prefect.logging import get_logger
 from prefect.states import Cancelling, Crashed, Pending
 
 from prefect_huggingface.blocks import WarmModel
-from prefect_huggingface.tasks.engines.warm.leftovers import remove_leftovers
+from prefect_huggingface.tasks.engines.warm.leftovers import remove_parameters, remove_result
 from prefect_huggingface.tasks.engines.warm.messages import worker_of
 from prefect_huggingface.tasks.engines.warm.workers import Unwanted, WarmFailure, WorkerWatch
 from prefect_huggingface.tasks.waiting import WAKE_SECONDS, sleep_for
@@ -115,7 +115,7 @@ class WarmCall:
         try:
             return self._answer_of(state)
         finally:
-            remove_leftovers(future.task_run_id, state)
+            remove_result(state)
 
     def _state_of(self, future: PrefectDistributedFuture[Any], watch: WorkerWatch) -> State[Any]:
         state: State[Any] = Pending()
@@ -210,6 +210,7 @@ def _served(task: str) -> Any:
 
 
 def _end_run(future: PrefectDistributedFuture[Any], state: State[Any]) -> None:
-    """Tell Prefect, and through it the worker, that a run is over."""
+    """Tell Prefect, and through it the worker, that a run is over. No worker may ever have begun with it."""
     with suppress(Exception), get_client(sync_client=True) as client:
         client.set_task_run_state(future.task_run_id, state, force=True)
+        remove_parameters(client.read_task_run_states(future.task_run_id))

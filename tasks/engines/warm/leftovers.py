@@ -1,50 +1,56 @@
 """What Prefect stores for a background task, and how it is removed: the prompts as parameters, the answers as result.
 
-Both lie in clear in Prefect's storage, and Prefect never removes them. They go when the call is over.
+Both lie in clear in Prefect's storage, and Prefect never removes them. The prompts go when the worker has read them,
+the answers when the caller has.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect.client.orchestration import get_client
 from prefect.filesystems import LocalFileSystem
 from prefect.logging import get_logger
 from prefect.results import aresolve_result_storage, get_or_create_default_task_scheduling_storage
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from prefect.client.schemas.objects import State
 
 logger = get_logger(__name__)
 
 
-def remove_leftovers(task_run_id: UUID, state: State[Any]) -> None:
-    """Remove the stored parameters and the stored result of a run that has ended, and whose result was read.
+def remove_parameters(states: Sequence[State[Any]]) -> None:
+    """Remove the stored parameters of a run, after they were read or when nobody is to read them.
 
     Args:
-        task_run_id: Run of the background task.
-        state: Its last state.
+        states: All states of the run.
     """
-    try:
-        _remove_parameters(task_run_id)
+    with _warned("prompts"):
+        kept = {state.state_details.task_parameters_id for state in states} - {None}
+        storage = asyncio.run(get_or_create_default_task_scheduling_storage()) if kept else None
+        for name in kept:
+            remove_stored(storage, f"parameters/{name}")
+
+
+def remove_result(state: State[Any]) -> None:
+    """Remove the stored result of a run, after it was read.
+
+    Args:
+        state: Last state of the run.
+    """
+    with _warned("answers"):
         _remove_result(state.data)
+
+
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as exc:
-        logger.warning(
-            "The prompts and answers of task run %s stay in Prefect's storage, as they cannot be removed: %s: %s",
-            task_run_id, type(exc).__name__, exc,
-        )  # fmt: skip
-
-
-def _remove_parameters(task_run_id: UUID) -> None:
-    with get_client(sync_client=True) as client:
-        states = client.read_task_run_states(task_run_id)
-    storage = asyncio.run(get_or_create_default_task_scheduling_storage())
-    for kept in {state.state_details.task_parameters_id for state in states} - {None}:
-        remove_stored(storage, f"parameters/{kept}")
+        logger.warning("The %s of a call stay in Prefect's storage: %s: %s", what, type(exc).__name__, exc)
 
 
 def _remove_result(record: Any) -> None:
