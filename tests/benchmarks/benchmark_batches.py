@@ -119,10 +119,10 @@ def measure_scale(rows: int, format: str, folder: Path) -> None:
     """Put rows through the whole flow, with an engine that gives a constant answer at once."""
     from prefect_huggingface.blocks import LocalModel
     from prefect_huggingface.flows.batches import batch_inference
-    from prefect_huggingface.tasks.engines import cache
+    from prefect_huggingface.tasks.engines import cache_table
 
     checkpoint = make_checkpoint(folder / "tiny-llama", MAKE_TINY)
-    cache.ENGINE_CLASSES["torch", "text-generation"] = "support.instant_engines:ConstantEngine"
+    cache_table.ENGINE_CLASSES["torch", "text-generation"] = "support.instant_engines:ConstantEngine"
     model = LocalModel(model_id=str(checkpoint), backend="torch")
     with tempfile.TemporaryDirectory(dir=folder) as work, prefect_server():
         source, destination = Path(work) / f"in.{format}", Path(work) / f"out.{format}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 CHAT_TEMPLATE = (
@@ -65,4 +67,19 @@ def make_tiny_llama(
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def copy_with_own_code(source: Path, folder: Path, code: str) -> Path:
+    """Copy a Llama checkpoint, with a model class of its own whose module runs some code when it is imported."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n" + code
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own-llama"
+    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -17,6 +17,7 @@ import pytest
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel
 from prefect_huggingface.tasks.engines import cache
 from prefect_huggingface.tasks.engines.cache import load_engine, set_memory_budget, unload_engines
+from prefect_huggingface.tasks.engines.cache_table import weight_bytes
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
@@ -149,7 +150,7 @@ def test_the_resident_memory_stays_within_the_budget(tmp_path, session_folder):
         for file in source.iterdir():
             if file.is_file():
                 (folder / file.name).write_bytes(file.read_bytes())
-    size = cache.weight_bytes(source)
+    size = weight_bytes(source)
     assert size > 50_000_000
     ask(load_engine(openvino_model(folders[0])), "The capital of", max_new_tokens=2)
     unload_engines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from prefect_huggingface.tasks.engines.transformers.loading import available_dev
 from prefect_huggingface.tasks.engines.transformers.text import TorchTextEngine
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Request
+from support.tiny_models import copy_with_own_code
 
 
 def block(folder: Path, **settings) -> LocalModel:
@@ -98,20 +98,8 @@ def test_a_folder_without_weights_or_without_a_model_is_refused(tiny_llama, tmp_
 
 
 def test_code_of_the_model_runs_only_with_permission(tiny_llama, expected, tmp_path):
-    for file in tiny_llama.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
     mark = tmp_path / "ran"
-    (tmp_path / "modeling_own.py").write_text(
-        "from pathlib import Path\n"
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        f"Path({str(mark)!r}).touch()\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
-        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
-    )
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["model_type"] = "own-llama"
-    config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    copy_with_own_code(tiny_llama, tmp_path, f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     with pytest.raises(EngineError, match="trust_remote_code=True"):
         TorchTextEngine(tmp_path, block(tmp_path, device="cpu"))
     assert not mark.exists()
