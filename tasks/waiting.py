@@ -14,7 +14,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,17 +70,11 @@ def take_next(items: queue.SimpleQueue[T], timeout_seconds: float = float("inf")
                 raise
 
 
-def finished(future: Future[Any]) -> bool:
-    """Wait for a future for a moment, and tell whether it is done."""
-    with suppress(FutureTimeout, CancelledError):
-        future.exception(timeout=WAKE_SECONDS)
-    return future.done()
-
-
 def result_of(future: Future[T]) -> T:
     """Return the result of a future; wait for it. What the future raises is raised."""
-    while not finished(future):
-        continue
+    while not future.done():
+        with suppress(FutureTimeout):
+            return future.result(timeout=WAKE_SECONDS)
     return future.result()
 
 

@@ -2,7 +2,7 @@
 
 Engines are kept in the order of their last use. Before a model is loaded, and after it, those that nobody uses are
 closed until the resident memory of the process is within the budget. An engine is in use while somebody holds what was
-lent to him, or while it works on a request.
+lent to them, or while it works on a request.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class EngineCache:
 
     def close(self) -> None:
         """Close all engines, also one that is being loaded for nobody."""
-        self._loader.wait()
+        self._loader.wait(WaitNotice(logger, "The process cannot end while a model is being loaded"))
         self.unload()
 
     def states(self) -> list[EngineState]:

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from prefect_huggingface.tasks.waiting import WaitNotice, finished, result_of
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice, result_of, wait_for
 
 T = TypeVar("T")
 
@@ -21,25 +21,26 @@ class Loader:
     """Runs one call at a time. When its caller is interrupted, the call goes on to its end."""
 
     def __init__(self) -> None:
-        self._last: Future[Any] = Future()
-        self._last.set_result(None)
+        self._idle = threading.Event()
+        self._idle.set()
 
     def run(self, call: Callable[[], T]) -> T:
         """Return what a call returns, and raise what it raises. It sees the run and the settings of the caller."""
-        self._last = future = Future[T]()
-        arguments = (copy_context().run, call, future)
-        threading.Thread(target=_fulfil, args=arguments, name="load-model", daemon=True).start()
+        context, future = copy_context(), Future[T]()
+
+        def fulfil() -> None:
+            self._idle.clear()  # here and not by the caller, who may be interrupted before there is a thread
+            try:
+                future.set_result(context.run(call))
+            except BaseException as exc:
+                future.set_exception(exc)
+            finally:
+                self._idle.set()
+
+        threading.Thread(target=fulfil, name="load-model", daemon=True).start()
         return result_of(future)
 
-    def wait(self, notice: WaitNotice | None = None) -> None:
+    def wait(self, notice: WaitNotice) -> None:
         """Wait for the end of a call whose caller was interrupted."""
-        while not finished(self._last):
-            if notice is not None:
-                notice.tell()
-
-
-def _fulfil(run: Callable[[Callable[[], T]], T], call: Callable[[], T], future: Future[T]) -> None:
-    try:
-        future.set_result(run(call))
-    except BaseException as exc:
-        future.set_exception(exc)
+        while not wait_for(self._idle, WAKE_SECONDS):
+            notice.tell()

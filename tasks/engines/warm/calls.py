@@ -210,7 +210,7 @@ def _served(task: str) -> Any:
 
 
 def _end_run(future: PrefectDistributedFuture[Any], state: State[Any]) -> None:
-    """Tell Prefect, and through it the worker, that a run is over. No worker may ever have begun with it."""
+    """Tell Prefect, and through it the worker, that a run is over, and remove the prompts that no worker has read."""
     with suppress(Exception), get_client(sync_client=True) as client:
         client.set_task_run_state(future.task_run_id, state, force=True)
         remove_parameters(client.read_task_run_states(future.task_run_id))
