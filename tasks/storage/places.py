@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefect_huggingface.tasks.errors import TableError
+from prefect_huggingface.tasks.storage.scratch import scratch_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +154,9 @@ class Place:
         folder = os.path.dirname(self.url) if self.is_local else None
         if folder:
             os.makedirs(folder, exist_ok=True)
-        temporary = Path(folder or tempfile.gettempdir()) / f".{self.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-        # Unlike `mkstemp`, this gives the file the permissions that the user's mask asks for.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        try:
+        with scratch_file(folder or tempfile.gettempdir(), self.name) as temporary:
             yield temporary
             self._publish(temporary, replace)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _publish(self, temporary: Path, replace: bool) -> None:
         if not replace and self.exists():

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import marshal
 import os
-import shutil
-import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
+
+from prefect_huggingface.tasks.storage.scratch import open_scratch_database
 
 QUERY_SIZE = 500
 PENDING_ROWS = 8192
@@ -24,15 +24,12 @@ Fields = tuple[Any, ...]
 
 
 class AnswerIndex:
-    """Answers by the hash of their prompt, 16 bytes. It lives as long as the process and is for one thread."""
+    """Answers by the hash of their prompt, 16 bytes. It ends with the process, and is for one thread."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="prefect-huggingface-answers-")
-        self._base = sqlite3.connect(os.path.join(self._folder, "answers.db"), isolation_level=None)
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-4096"):
-            self._base.execute(f"PRAGMA {pragma}")
+        self._base = open_scratch_database()
         self._base.execute("CREATE TABLE places (key INTEGER PRIMARY KEY, start INTEGER, size INTEGER)")
-        self._file = open(os.path.join(self._folder, "answers"), "w+b", buffering=0)
+        self._file = tempfile.TemporaryFile(buffering=0)
         self._size = 0
         self._pending: dict[bytes, Fields] = {}
         self._filter = _Filter()
@@ -57,7 +54,6 @@ class AnswerIndex:
         """Delete the index."""
         self._base.close()
         self._file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
