@@ -17,6 +17,7 @@ import pytest
 from prefect_huggingface.deployments.processes import ProcessRecord, ServiceProcess, end_process, start_process
 from prefect_huggingface.deployments.services import LocalServices, main
 from support.browser import BROWSER, DRIVER
+from support.ports import free_port
 
 TESTS = Path(__file__).parent.parent
 CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
@@ -107,7 +108,7 @@ def test_blocks_are_not_saved_on_a_temporary_server(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, capsys):
-    home, port = str(tmp_path / "home"), _free_port()
+    home, port = str(tmp_path / "home"), free_port()
     try:
         main(["start", "--home", home, "--port", str(port)])
         assert f"The Prefect UI is at http://127.0.0.1:{port}" in capsys.readouterr().out
@@ -140,9 +141,3 @@ def test_from_the_command_to_the_first_run_in_the_ui_without_a_network(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     seconds = json.loads(done.stdout.splitlines()[-1])
     assert seconds["first run"] < 180, seconds
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

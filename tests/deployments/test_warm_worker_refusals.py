@@ -12,7 +12,8 @@ import pytest
 from prefect_huggingface.deployments.warm.idleness import IDLE_VARIABLE, idle_minutes
 from prefect_huggingface.deployments.warm.marks import WorkerMark
 from prefect_huggingface.tasks.errors import WorkerError
-from support.prefect_services import PrefectServices, free_port
+from support.ports import free_port
+from support.prefect_services import PrefectServices
 from support.warm_workers import WarmServices, stop_worker
 
 POOL = "refusing-pool"

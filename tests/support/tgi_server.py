@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from support.endpoint_faults import Fault, Hangup, LoggedRequest, refuse
+from support.ports import free_port
 from support.text_models import TextModel
 from support.tgi_protocol import Refusal, TgiProtocol
 
@@ -49,8 +50,7 @@ class TgiServer:
         self.requests: list[LoggedRequest] = []
         self.most_at_once = self._at_once = 0
         self._server: uvicorn.Server | None = None
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = int(listener.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
     def fault(self, kind: Any, **options: Any) -> Fault:

@@ -15,7 +15,7 @@ import httpx
 
 from prefect_huggingface.deployments.services import main
 from support.browser import Browser, open_browser
-from support.prefect_services import free_port
+from support.ports import free_port
 
 
 def can_leave() -> bool:
