@@ -12,7 +12,6 @@ import threading
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefect.logging import get_logger
 
@@ -31,9 +30,6 @@ from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.waiting import WaitNotice, held
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 logger = get_logger(__name__)
 
@@ -97,11 +93,11 @@ class EngineCache:
                 self._loader.wait(_notice("a model"))
                 return self._lend(key, model) or self._load(key, model)
 
-    def unload(self, keys: Iterable[EngineKey] | None = None) -> int:
-        """Close engines, also those in use, and return how many there were."""
+    def unload(self) -> int:
+        """Close all engines, also those in use, and return how many there were."""
         with self._lock:
-            wanted = list(self._entries) if keys is None else [key for key in keys if key in self._entries]
-            entries = [self._entries.pop(key) for key in wanted]
+            entries = list(self._entries.values())
+            self._entries.clear()
         for entry in entries:
             entry.close()
         give_back_memory()

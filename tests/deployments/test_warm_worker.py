@@ -75,8 +75,12 @@ def test_several_runs_share_one_engine(warm: WarmServices, long_model: dict[str,
     paths = [str(tmp_path / f"{number}.jsonl") for number in range(3)]
     runs = [warm.start_run(deployment, model=long_model, path=path, tokens=2000, together_with=paths) for path in paths]
     for run in runs:
-        assert warm.wait_for_end(run, 120)["name"] == "Completed"
-    assert {note["pid"] for path in paths for note in notes(Path(path))} == {warm.workers[-1].pid}
+        assert warm.wait_for_end(run)["name"] == "Completed"
+    found = [notes(Path(path)) for path in paths]
+    began = max(each[0]["time"] for each in found)
+    done = min(note["time"] for each in found for note in each if note["event"] == "done")
+    assert began < done, "the runs were not at work at the same time"
+    assert {note["pid"] for each in found for note in each} == {warm.workers[-1].pid}
     assert warm.health("warm").count("OpenVINOTextEngine") == 1
 
 

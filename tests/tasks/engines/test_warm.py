@@ -172,6 +172,7 @@ def test_prompts_travel_without_blocks_and_tokens_and_nothing_stays(workers, tmp
         while process.poll() is None:
             stored += read_storage(workers)
     assert read_calls(tmp_path, "caller")[0]["completions"][0]["text"].startswith("Rome")
+    assert any(prompt.encode() in content for content in stored)
     assert any(b"Rome" in content for content in stored)
     assert not any(b"hf_canary" in content for content in stored)
     assert "hf_canary" not in workers.log.read_text()
