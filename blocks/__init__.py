@@ -6,7 +6,6 @@ from prefect_huggingface.blocks.model import EngineOptions, LocalModel
 from prefect_huggingface.blocks.options import GenerationOptions, ResponseFormat
 from prefect_huggingface.blocks.quantization import QuantizationOptions
 from prefect_huggingface.blocks.store import ModelStore
-from prefect_huggingface.blocks.warm import WarmModel
 
 __all__ = [
     "EngineOptions",
@@ -17,5 +16,4 @@ __all__ = [
     "ModelStore",
     "QuantizationOptions",
     "ResponseFormat",
-    "WarmModel",
 ]

@@ -32,7 +32,7 @@ from prefect_huggingface.deployments.processes import (
 
 HOST = "127.0.0.1"
 PREFECT_FILE = Path(__file__).parent / "prefect.yaml"
-POOLS = ("hugging-face", "hugging-face-warm")
+POOL = "hugging-face"
 START_SECONDS = 180.0
 PORT_SECONDS = 3.0
 # Settings of another server that this one must not get.
@@ -54,12 +54,10 @@ class LocalServices:
     @property
     def commands(self) -> dict[str, list[str]]:
         """What is started, by its name, in order."""
-        prefect, module = [sys.executable, "-m", "prefect"], [sys.executable, "-m", __package__]
-        warm, name = f"{module[-1]}.warm_worker", f"{self.home.name.strip('.')}-warm"
+        prefect = [sys.executable, "-m", "prefect"]
         return {
             "server": [*prefect, "server", "start", "--host", HOST, "--port", str(self.port)],
-            "worker": [*prefect, "worker", "start", "--pool", POOLS[0], "--type", "process", "--name", "processes"],
-            "warm-worker": [*module[:-1], warm, "--pool", POOLS[1], "--name", name],
+            "worker": [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "processes"],
         }
 
     @property
@@ -111,8 +109,7 @@ class LocalServices:
             if name != "server":
                 self._start(name, f"Starting the {name}")
         self._run("Saving the default blocks", "-m", f"{__package__}.defaults", "--answers", self._answers())
-        for pool, name in zip(POOLS, ("worker", "warm-worker"), strict=True):
-            self._await(name, lambda pool=pool: self._has_worker(pool))
+        self._await("worker", self._has_worker)
         deploy = ("-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all")
         self._run("Deploying the flows", *deploy)
         self._run("Creating the automations", "-m", f"{__package__}.automations")
@@ -162,9 +159,9 @@ class LocalServices:
         if done.returncode:
             raise SystemExit(f"{sentence} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
-    def _has_worker(self, pool: str) -> bool:
+    def _has_worker(self) -> bool:
         try:
-            workers = self.post(f"work_pools/{pool}/workers/filter")
+            workers = self.post(f"work_pools/{POOL}/workers/filter")
         except httpx.HTTPError:
             return False
         return any(worker["status"] == "ONLINE" for worker in workers)
@@ -177,7 +174,7 @@ def describe(local: LocalServices) -> str:
         [
             f"The Prefect UI is at {local.address}",
             *lines,
-            "Try it: Deployments > prompt-chain-warm > Run > Quick run > Run. The answers are under Artifacts.",
+            "Try it: Deployments > prompt-chain > Run > Quick run > Run. The answers are under Artifacts.",
             "        Deployments > batch-inference > Run > Custom run shows the form of the nightly batch.",
             "`make stop` ends all of this; what the server knows stays in " + str(local.home) + ".",
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, WarmModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import publish_table
 from prefect_huggingface.tasks.chains import ChainStep, check_chain, parse_output, render_prompt
@@ -16,7 +16,7 @@ from prefect_huggingface.tasks.parent_processes import end_with_parent
 
 @form_flow(name="prompt-chain")
 def prompt_chain(
-    model: Annotated[LocalModel | InferenceEndpoint | WarmModel, titled("Model or endpoint")],
+    model: Annotated[LocalModel | InferenceEndpoint, titled("Model or endpoint")],
     steps: Annotated[Sequence[ChainStep], titled("Steps")],
     inputs: Annotated[dict[str, Any] | None, titled("Inputs by name")] = None,
     options: Annotated[GenerationOptions | None, titled("Generation")] = None,
@@ -24,7 +24,7 @@ def prompt_chain(
     """Run named prompts one after the other, each with the inputs and the outputs of earlier steps.
 
     Args:
-        model: Model or endpoint that answers the prompts, or a model that a warm worker keeps loaded.
+        model: Model or endpoint that answers the prompts.
         steps: Steps in their order, each with a name, a prompt template and, where it is not text, a parser.
         inputs: Values for the names in the prompts.
         options: Generation options of all steps, put over the defaults of the model.
@@ -51,7 +51,7 @@ def prompt_chain(
 
 
 def _answer(
-    model: LocalModel | InferenceEndpoint | WarmModel, step: ChainStep, prompt: str, options: GenerationOptions | None
+    model: LocalModel | InferenceEndpoint, step: ChainStep, prompt: str, options: GenerationOptions | None
 ) -> str:
     merged = step.options if options is None else options.merged(step.options)
     named = generate_text.with_options(task_run_name=f"step-{step.name}")

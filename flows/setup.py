@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.variables import Variable
 from pydantic import SecretStr
 
-from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore, WarmModel
+from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.flows.forms import form_flow, titled
 
 B = TypeVar("B", bound=Block)
@@ -56,7 +56,6 @@ def save_default_blocks(
         store=_load(ModelStore),
     )
     saved["model"] = _save(block, overwrite)
-    saved["warm model"] = _save(WarmModel(model=NAME), overwrite)
     saved[QUESTIONS] = _set(QUESTIONS, questions, overwrite)
     saved[ANSWERS] = _set(ANSWERS, answers, overwrite)
     _warn_of_missing_places()

@@ -14,7 +14,6 @@ HuggingFaceTaskError
 ├── ChainError             a prompt chain that cannot be filled in or parsed
 ├── TableError             an input that cannot be read or an output that cannot be written
 ├── BatchError             a batch that cannot start or go on
-└── WorkerError            a flow run that a warm worker cannot run, or a worker that cannot start
 """
 
 from __future__ import annotations
@@ -88,7 +87,3 @@ class TableError(HuggingFaceTaskError):
 
 class BatchError(HuggingFaceTaskError):
     """A batch cannot start or go on."""
-
-
-class WorkerError(HuggingFaceTaskError):
-    """A warm worker cannot start, or cannot run a flow run."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, WarmModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.engines.cache import load_engine
 from prefect_huggingface.tasks.records import Completion, Message, Request
 from prefect_huggingface.tasks.run_logs import library_logs, run_log
@@ -18,7 +18,7 @@ LOGGED_CHARACTERS = 80
 
 
 def complete_prompts(
-    model: LocalModel | InferenceEndpoint | WarmModel, prompts: Sequence[str], options: GenerationOptions | None = None
+    model: LocalModel | InferenceEndpoint, prompts: Sequence[str], options: GenerationOptions | None = None
 ) -> list[Completion]:
     """Generate one completion for each prompt.
 
@@ -26,7 +26,7 @@ def complete_prompts(
     others go on.
 
     Args:
-        model: Model to use, which is downloaded and exported first where needed, an endpoint, or a warm model.
+        model: Model to use, which is downloaded and exported first where needed, or an endpoint.
         prompts: N prompts, in order. A single string is not a list of prompts.
         options: Options over those of the model.
 
@@ -42,7 +42,7 @@ def complete_prompts(
 
 
 def complete_conversations(
-    model: LocalModel | InferenceEndpoint | WarmModel,
+    model: LocalModel | InferenceEndpoint,
     conversations: Sequence[Sequence[Message]],
     options: GenerationOptions | None = None,
 ) -> list[Completion]:
@@ -51,7 +51,7 @@ def complete_conversations(
     The chat template of the model is applied once.
 
     Args:
-        model: Model to use, with a chat template, an endpoint, or a warm model.
+        model: Model to use, with a chat template, or an endpoint.
         conversations: N lists of messages with `role` and `content`.
         options: Options over those of the model.
 
@@ -67,12 +67,12 @@ def complete_conversations(
 
 
 def stream_completion(
-    model: LocalModel | InferenceEndpoint | WarmModel, prompt: str, options: GenerationOptions | None = None
+    model: LocalModel | InferenceEndpoint, prompt: str, options: GenerationOptions | None = None
 ) -> Iterator[str]:
     """Yield the text of one completion piece by piece as it is generated. The log of the run shows it.
 
     Args:
-        model: Model or endpoint to use, or a warm model, whose text comes in one piece.
+        model: Model or endpoint to use.
         prompt: Text to go on from.
         options: Options over those of the model.
 
@@ -84,7 +84,7 @@ def stream_completion(
         yield from _shown(pieces)
 
 
-def _run(model: LocalModel | InferenceEndpoint | WarmModel, requests: Sequence[Request]) -> list[Completion]:
+def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> list[Completion]:
     if not requests:
         return []
     found: list[Completion | None] = [None] * len(requests)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 
-from prefect_huggingface.blocks import InferenceEndpoint, LocalModel, WarmModel
+from prefect_huggingface.blocks import InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.engines.cache_entries import EngineState
 from prefect_huggingface.tasks.engines.cache_table import GIB, EngineCache
 from prefect_huggingface.tasks.engines.protocol import Engine
@@ -33,7 +33,7 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_unload_at_exit)
 
 
-def load_engine(model: LocalModel | InferenceEndpoint | WarmModel) -> Engine:
+def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
     """Return the engine of a model. It is loaded once per process and shared by all callers.
 
     The model is downloaded and exported first where needed. Models that differ only in their generation options share
@@ -41,8 +41,7 @@ def load_engine(model: LocalModel | InferenceEndpoint | WarmModel) -> Engine:
     memory is needed.
 
     Args:
-        model: Model, backend, device and options; an endpoint, which is asked nothing before the first request; or a
-            model that a warm worker keeps loaded.
+        model: Model, backend, device and options; or an endpoint, which is asked nothing before the first request.
 
     Raises:
         ModelSourceError: If the model is a folder that is missing or holds no model.
@@ -54,10 +53,6 @@ def load_engine(model: LocalModel | InferenceEndpoint | WarmModel) -> Engine:
         from prefect_huggingface.tasks.engines.endpoints.cache import load_endpoint
 
         return load_endpoint(model)
-    if isinstance(model, WarmModel):
-        from prefect_huggingface.tasks.engines.warm.engine import load_warm
-
-        return load_warm(model)
     return _cache.get(model)
 
 

@@ -32,9 +32,7 @@ def deployed(services: PrefectServices, session_folder: Path) -> PrefectServices
         command = [sys.executable, "-m", f"prefect_huggingface.deployments.{name}", *arguments]
         subprocess.run(command, env=services.environment, cwd=elsewhere, check=True, timeout=280)
 
-    for pool in ("hugging-face", "hugging-face-warm"):
-        kind = "process" if pool == "hugging-face" else pool
-        services.run("work-pool", "create", pool, "--type", kind, "--overwrite")
+    services.run("work-pool", "create", "hugging-face", "--type", "process", "--overwrite")
     run_module("defaults", "--answers", str(elsewhere / "answers" / "answers-{date}-{time}.jsonl"))
     services.run("deploy", "--prefect-file", str(PREFECT_FILE), "--all", cwd=elsewhere)
     run_module("forms")

@@ -17,7 +17,7 @@ from support.prefect_services import PrefectServices
 
 # A better word does not exist for these.
 PLAIN = {"model", "steps", "store"}
-USES = {"batch-inference", "prompt-chain", "prompt-chain-warm", "prepare-model", "prune-models"}
+USES = {"batch-inference", "prompt-chain", "prepare-model", "prune-models"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
@@ -40,7 +40,6 @@ def test_there_is_one_deployment_for_each_use(deployments):
         assert not deployment["pull_steps"]
     scheduled = {name for name, each in deployments.items() if any(s["active"] for s in each["schedules"])}
     assert scheduled == {"batch-inference", "prepare-model", "prune-models"}
-    assert deployments["prompt-chain-warm"]["work_pool_name"] == "hugging-face-warm"
 
 
 def test_every_field_has_a_title_a_sentence_and_a_value_to_begin_with(deployments):

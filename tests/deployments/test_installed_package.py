@@ -1,4 +1,4 @@
-"""A worker machine that has the package from a wheel, and no clone: blocks, deployments, both kinds of workers."""
+"""A worker machine that has the package from a wheel, and no clone: blocks, deployments, a worker."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from support.prefect_services import FINAL_STATES, PrefectServices, prefect_services, stop_process, wait_until
 
+POOL = "hugging-face"
 ROOT = Path(__file__).parent.parent.parent
 PACKAGED = ("blocks", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
 
@@ -87,8 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServices
 def machine(tmp_path_factory: pytest.TempPathFactory, server: PrefectServices) -> WorkerMachine:
     """A worker machine with everything deployed, by the commands of the README."""
     machine = WorkerMachine(tmp_path_factory.mktemp("machine"), server)
-    for pool, kind in (("hugging-face", "process"), ("hugging-face-warm", "hugging-face-warm")):
-        machine.run("-m", "prefect", "work-pool", "create", pool, "--type", kind)
+    machine.run("-m", "prefect", "work-pool", "create", POOL, "--type", "process")
     answers = machine.folder / "answers-{date}.jsonl"
     machine.run("-m", "prefect_huggingface.deployments.defaults", "--answers", str(answers))
     file = machine.package / "deployments" / "prefect.yaml"
@@ -119,22 +119,16 @@ def test_the_package_is_the_installed_one(machine: WorkerMachine) -> None:
     assert not (machine.folder / "deployments").exists()
 
 
-@pytest.mark.parametrize(
-    ("pool", "deployment"), [("hugging-face", "prompt-chain"), ("hugging-face-warm", "prompt-chain-warm")]
-)
-def test_a_worker_runs_what_was_deployed(
-    machine: WorkerMachine, server: PrefectServices, pool: str, deployment: str
-) -> None:
-    worker = machine.start(pool, "-m", "prefect", "worker", "start", "--pool", pool)
+def test_a_worker_runs_what_was_deployed(machine: WorkerMachine, server: PrefectServices) -> None:
+    worker = machine.start(POOL, "-m", "prefect", "worker", "start", "--pool", POOL)
     try:
-        assert wait_for_end(server, start_run(server, deployment)).startswith("COMPLETED")
-        if pool == "hugging-face":
-            source = machine.folder / "rows.jsonl"
-            source.write_text(json.dumps({"country": "Peru"}) + "\n")
-            wanted = {"source": str(source), "destination": str(machine.folder / "answers.jsonl")}
-            run = start_run(server, "batch-inference", **wanted, prompt="What is the capital of {country}?")
-            assert wait_for_end(server, run).startswith("COMPLETED")
-            assert json.loads((machine.folder / "answers.jsonl").read_text())["completion"].strip() == "Lima"
+        assert wait_for_end(server, start_run(server, "prompt-chain")).startswith("COMPLETED")
+        source = machine.folder / "rows.jsonl"
+        source.write_text(json.dumps({"country": "Peru"}) + "\n")
+        wanted = {"source": str(source), "destination": str(machine.folder / "answers.jsonl")}
+        run = start_run(server, "batch-inference", **wanted, prompt="What is the capital of {country}?")
+        assert wait_for_end(server, run).startswith("COMPLETED")
+        assert json.loads((machine.folder / "answers.jsonl").read_text())["completion"].strip() == "Lima"
     finally:
         stop_process(worker)
     assert worker.returncode is not None

@@ -113,7 +113,7 @@ def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, caps
         main(["start", "--home", home, "--port", str(port)])
         assert f"The Prefect UI is at http://127.0.0.1:{port}" in capsys.readouterr().out
         first = LocalServices(Path(home)).services
-        assert set(first) == {"server", "worker", "warm-worker"}
+        assert set(first) == {"server", "worker"}
 
         main(["start", "--home", home])
         assert "Everything runs already." in capsys.readouterr().out

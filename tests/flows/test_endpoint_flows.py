@@ -95,7 +95,7 @@ def test_the_form_of_a_flow_offers_both_blocks():
     from prefect.utilities.callables import parameter_schema
 
     kinds = ["LocalModel", "InferenceEndpoint"]
-    for deployed, wanted in ((prompt_chain, [*kinds, "WarmModel"]), (batch_inference, kinds)):
+    for deployed, wanted in ((prompt_chain, kinds), (batch_inference, kinds)):
         schema = parameter_schema(deployed.fn).model_dump_for_openapi()
         offered = [choice["$ref"].rpartition("/")[2] for choice in schema["properties"]["model"]["anyOf"]]
         assert offered == wanted

@@ -1,1 +1,0 @@
-"""The engine of a model that another process keeps loaded."""
