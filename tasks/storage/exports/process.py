@@ -12,7 +12,6 @@ from prefect_huggingface.tasks.storage.exports.child_process import ChildProgram
 from prefect_huggingface.tasks.storage.exports.recipes import Recipe
 
 STEPS = {
-    "import": "starting Optimum",
     "export": "converting the model to OpenVINO",
     "quantize": "quantizing the weights",
     "verify": "loading the export and generating from it",
