@@ -95,8 +95,7 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
         stderr=subprocess.STDOUT,
         env=child_environment(work, program.network),
         cwd=work,
-        # Elsewhere the child cannot share the lock; it ends with its parent all the same.
-        **({"pass_fds": (descriptor,)} if descriptor >= 0 and os.name == "posix" else {}),
+        pass_fds=(descriptor,) if descriptor >= 0 else (),
     )
     report = ChildReport()
     output = work / "output.log"
