@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -28,7 +26,6 @@ from prefect_huggingface.tasks.run_logs import RunLog, run_log
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
 from prefect_huggingface.tasks.storage.exports.layout import failure_logs_folder
 from prefect_huggingface.tasks.storage.exports.resources import free_disk
-from prefect_huggingface.tasks.waiting import sleep_for, take_next
 
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 NO_MEMORY = ("bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory")
@@ -103,8 +100,7 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
         if process.stdout is not None:
             with output.open("w", encoding="utf-8") as file:
                 _follow(process.stdout, report, program, file)
-        while (code := process.poll()) is None:
-            sleep_for(0.02)
+        code = process.wait()
     finally:
         _end(process)
     if code == 0 and report.result is not None:
@@ -160,30 +156,12 @@ def describe_bar(line: str) -> str | None:
 def _lines(stream: IO[bytes]) -> Iterator[str]:
     """Yield lines, and each state of a progress bar that is overwritten by the next."""
     pending = b""
-    for chunk in _chunks(stream):
+    while chunk := os.read(stream.fileno(), 65536):
         *parts, pending = re.split(rb"(\r\n|\n|\r)", pending + chunk)
         for text in parts[::2]:
             yield text.decode("utf-8", "replace")
     if pending:
         yield pending.decode("utf-8", "replace")
-
-
-def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    """Yield what the pipe brings. A thread reads it, since not every system can wait for a pipe and a signal."""
-    chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def read() -> None:
-        chunk = b" "
-        while chunk:
-            try:
-                chunk = os.read(stream.fileno(), 65536)
-            except (OSError, ValueError):  # closed, since nobody waits for it any more
-                chunk = b""
-            chunks.put(chunk)
-
-    threading.Thread(target=read, name="read-child", daemon=True).start()
-    while chunk := take_next(chunks):
-        yield chunk
 
 
 def _note_step(values: dict[str, Any], report: ChildReport, program: ChildProgram, log: RunLog) -> None:
