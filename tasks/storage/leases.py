@@ -48,8 +48,8 @@ def hold_export(path: Path) -> Lease:
     lease_path = path / LEASE
     try:
         descriptor = os.open(lease_path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if path.is_dir():
+    except (FileNotFoundError, NotADirectoryError):
+        if path.exists():
             return Lease(None)
         raise _removed(path) from None
     lease = Lease(descriptor)
