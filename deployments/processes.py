@@ -75,6 +75,7 @@ def start_process(name: str, command: Sequence[str], folder: Path, environment: 
         process = subprocess.Popen(
             command, env=dict(environment), cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows has no sessions
         )  # fmt: skip
     # It is to outlive this process, so that Python shall not warn of it.
     process.returncode = 0
@@ -123,7 +124,7 @@ class ProcessRecord:
     def read(self) -> dict[str, ServiceProcess]:
         """Return the processes by name; none if the file is missing or damaged."""
         try:
-            entries = json.loads(self.path.read_text())
+            entries = json.loads(self.path.read_text(encoding="utf-8"))
             return {entry["name"]: ServiceProcess(**entry) for entry in entries}
         except (OSError, ValueError, TypeError, KeyError):
             return {}
@@ -131,7 +132,7 @@ class ProcessRecord:
     def write(self, services: Mapping[str, ServiceProcess]) -> None:
         """Replace the file."""
         staged = self.path.with_suffix(f".{os.getpid()}")
-        staged.write_text(json.dumps([asdict(service) for service in services.values()], indent=2))
+        staged.write_text(json.dumps([asdict(service) for service in services.values()], indent=2), encoding="utf-8")
         os.replace(staged, self.path)
 
     def remove(self) -> None:

@@ -103,7 +103,7 @@ class LocalServices:
         (self.home / "prefect").mkdir(parents=True, exist_ok=True)
         if "server" in missing:
             self._start("server", "Starting the Prefect server")
-            (self.home / "port").write_text(str(self.port))
+            (self.home / "port").write_text(str(self.port), encoding="utf-8")
         self._await("server", self.is_healthy)
         for name in missing:
             if name != "server":
@@ -129,7 +129,7 @@ class LocalServices:
 
     def _read_port(self) -> int | None:
         try:
-            return int((self.home / "port").read_text())
+            return int((self.home / "port").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 

@@ -1,8 +1,8 @@
 """The log of the Prefect run that this library works for, also for what the libraries below say.
 
 Prefect keeps the lines of other loggers out of a run's log unless their names are in an environment variable before
-the process starts. Here the lines of the libraries get there while a run of this library is at work, and only once
-where that variable names them too. Progress bars are no log lines and stay out.
+the process starts. Here the warnings of the libraries and all lines of this one get there while a run of this library
+is at work, and only once where that variable names them too. Progress bars are no log lines and stay out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from prefect.logging.handlers import APILogHandler
 
 RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
-LOGGERS = ("prefect.prefect_huggingface", "transformers", "huggingface_hub", "optimum", "nncf", "openvino")
+OWN_LOGGER = "prefect.prefect_huggingface"
+LOGGERS = (OWN_LOGGER, "transformers", "huggingface_hub", "optimum", "nncf", "openvino")
 
 
 class RunLogHandler(APILogHandler):
     """Sends lines to the run that they belong to. Lines of no run are dropped."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a line, unless another handler does."""
-        if _run_is_known() and not _is_sent_already(record.name, self):
+        """Send a line, unless another handler does. What a library tells at INFO is not for the users of this one."""
+        ours = record.name.startswith(OWN_LOGGER)
+        if (ours or record.levelno >= logging.WARNING) and _run_is_known() and not _is_sent_already(record.name, self):
             super().emit(record)
 
 

@@ -6,14 +6,13 @@ It is run as a file, like the exporter. The file was checked before, so that eve
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect_huggingface.tasks.storage.exports.exporter import die_with_parent, report
+from prefect_huggingface.tasks.storage.exports.exporter import die_with_parent, peak_memory, report
 from prefect_huggingface.tasks.storage.gguf_files import checkpoint_config, read_file
 from prefect_huggingface.tasks.storage.gguf_tokenizers import ROUND_TRIPS, build_tokenizer, special_tokens
 
@@ -37,9 +36,6 @@ def main(job_path: str) -> None:
     die_with_parent(int(job["parent"]))
     source, output, started = Path(job["source"]), Path(job["output"]), time.monotonic()
     fields, tensors = read_file(source)
-    report(step="import")
-    import transformers  # noqa: F401
-
     report(step="weights")
     dtype = save_weights(output, fields, tensors)
     report(step="tokenizer")
@@ -47,7 +43,7 @@ def main(job_path: str) -> None:
     report(
         step="done",
         seconds={"convert": time.monotonic() - started},
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=peak_memory(),
         weights={dtype: 1.0},
     )
 

@@ -28,7 +28,6 @@ from prefect_huggingface.tasks.storage.gguf_tokenizers import build_tokenizer
 CONVERSION = 1
 CHECKPOINT = Recipe(task="checkpoint", weight_format="checkpoint", quantization=None)
 STEPS = {
-    "import": "starting Transformers",
     "weights": "reading the weights of the GGUF file",
     "tokenizer": "making its tokenizer",
 }

@@ -1,28 +1,48 @@
-"""Leases: who uses a folder of the store right now. The kernel takes a lease back when its process ends."""
+"""Leases: who uses a folder of the store right now. The system takes a lease back when its process ends.
+
+Where the kernel has `flock`, a lease is a lock on the lease file itself: it needs no right to write, and a child
+process can inherit it. Elsewhere, on Windows, it is a `ReadWriteLock` of filelock in the machine's temporary folder.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
+import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from filelock import ReadWriteLock, Timeout
+
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.storage.exports.layout import LEASE
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 
 class Lease:
-    """A lock on an open file, held until it is closed."""
+    """A lock that is held until it is closed, from whatever thread.
 
-    def __init__(self, descriptor: int | None) -> None:
-        self.descriptor = descriptor
+    Attributes:
+        descriptor: Open file that a child process can inherit, or None.
+    """
+
+    def __init__(self, descriptor: int | None = None, release: Callable[[], object] | None = None) -> None:
+        self.descriptor, self._release = descriptor, release
 
     def close(self) -> None:
         """Give the lease back. Closing again does nothing."""
         descriptor, self.descriptor = self.descriptor, None
+        release, self._release = self._release, None
         if descriptor is not None:
             os.close(descriptor)
+        if release is not None:
+            release()
 
     def __enter__(self) -> Self:
         return self
@@ -46,16 +66,10 @@ def hold_export(path: Path) -> Lease:
         ModelSourceError: If the folder was removed in the meantime.
     """
     lease_path = path / LEASE
-    try:
-        descriptor = os.open(lease_path, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        if path.exists():
-            return Lease(None)
-        raise _removed(path) from None
-    lease = Lease(descriptor)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if not _is_same_file(descriptor, lease_path):
-        lease.close()
+    if not lease_path.exists() and path.exists():
+        return Lease()
+    lease = _lock(lease_path, alone=False)
+    if lease is None:
         raise _removed(path)
     note_use(path)
     return lease
@@ -69,31 +83,61 @@ def note_use(path: Path) -> None:
 
 def take_alone(lease_path: Path, create: bool = False) -> Lease | None:
     """Return the lease of a file that nobody else holds, or None if somebody does or there is no such file."""
-    flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
-    try:
-        descriptor = os.open(lease_path, flags | os.O_CLOEXEC, 0o644)
-    except FileNotFoundError:
-        return None
-    lease = Lease(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lease.close()
-        return None
-    # The file may have been unlinked between the opening and the locking; such a lease protects nothing.
-    if not _is_same_file(descriptor, lease_path):
+    if create:
+        lease_path.touch()
+    return _lock(lease_path, alone=True)
+
+
+def _lock(path: Path, alone: bool) -> Lease | None:
+    """Lock a file that exists: alone if that is possible at once, or beside others once nobody has it alone."""
+    lease = _lock_by_kernel(path, alone) if fcntl is not None else _lock_by_name(path, alone)
+    # The file may have been unlinked before the locking; such a lease protects nothing.
+    if lease is not None and not _is_locked(path, lease):
         lease.close()
         return None
     return lease
 
 
-def _is_same_file(descriptor: int, path: Path) -> bool:
+def _lock_by_kernel(path: Path, alone: bool) -> Lease | None:
+    try:
+        # NFS gives a lock of one's own only to those who may write.
+        lease = Lease(os.open(path, os.O_RDWR if alone else os.O_RDONLY))
+    except FileNotFoundError:
+        return None
+    assert lease.descriptor is not None
+    try:
+        fcntl.flock(lease.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+    except BlockingIOError:
+        lease.close()
+        return None
+    except OSError:
+        lease.close()
+        raise
+    return lease
+
+
+def _lock_by_name(path: Path, alone: bool) -> Lease | None:
+    folder = Path(tempfile.gettempdir(), "prefect-huggingface-leases")
+    folder.mkdir(exist_ok=True)
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
+    lock = ReadWriteLock(folder / f"{digest[:32]}.lock", is_singleton=False)
+    try:
+        if alone:
+            lock.acquire_write(blocking=False)
+        else:
+            lock.acquire_read()
+    except Timeout:
+        lock.close()
+        return None
+    return Lease(release=lock.close)
+
+
+def _is_locked(path: Path, lease: Lease) -> bool:
     try:
         there = os.stat(path)
     except OSError:
         return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+    return lease.descriptor is None or os.path.samestat(os.fstat(lease.descriptor), there)
 
 
 def _removed(path: Path) -> ModelSourceError:

@@ -7,6 +7,7 @@ fsspec's own configuration, never from the URL's user.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,11 +174,22 @@ class Place:
 
 def sync_path(path: str | os.PathLike[str]) -> None:
     """Make a local file durable, or the names within a local folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows cannot, and need not
+    # Windows makes only files durable that are open for writing.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make a file appear under another name: as a link, or as a copy where the system allows no links."""
+    try:
+        target.symlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def find_places(source: str) -> list[Place]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from prefect_huggingface.tasks.storage.leases import take_alone
 
 
 def open_scratch_database() -> sqlite3.Connection:
@@ -31,23 +32,23 @@ def scratch_file(folder: str | os.PathLike[str], name: str) -> Iterator[Path]:
     """
     for left in glob.glob(os.path.join(glob.escape(os.fspath(folder)), f".{glob.escape(name)}.*.tmp")):
         with suppress(OSError):
-            _remove_unlocked(left)
+            _remove_unlocked(Path(left))
     path = Path(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     # Unlike `mkstemp`, this gives the file the permissions that the user's mask asks for.
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    path.touch(exist_ok=False)
+    lease = None
     try:
         with suppress(OSError):  # a file system without locks: then nobody can lock it, and nobody removes it
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lease = take_alone(path)
         yield path
     finally:
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+        if lease is not None:
+            lease.close()
 
 
-def _remove_unlocked(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-    finally:
-        os.close(descriptor)
+def _remove_unlocked(path: Path) -> None:
+    lease = take_alone(path)
+    if lease is not None:
+        with lease:
+            path.unlink()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,10 +13,9 @@ from typing import Any
 import pytest
 
 from support.prefect_services import FINAL_STATES, PrefectServices, prefect_services, stop_process, wait_until
+from support.wheels import build_wheel, make_environment
 
 POOL = "hugging-face"
-ROOT = Path(__file__).parent.parent.parent
-PACKAGED = ("blocks", "tasks", "flows", "deployments", "pyproject.toml", "README.md", "LICENSE")
 
 
 class WorkerMachine:
@@ -34,8 +31,7 @@ class WorkerMachine:
         self.folder.mkdir()
         # It brings the folder of the tests, and with it the clone.
         self.environment.pop("PYTHONPATH", None)
-        self._run(sys.executable, "-m", "venv", "--without-pip", str(folder / "venv"))
-        self.python = str(folder / "venv" / "bin" / "python")
+        self.python = str(make_environment(folder / "venv"))
         packages = Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
         # The other packages are those of this environment. The editable installation is not followed from here.
         (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -61,20 +57,6 @@ class WorkerMachine:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-
-def build_wheel(folder: Path) -> str:
-    """Build a wheel of a copy of the clone, so that the clone stays clean, and return its path."""
-    source = folder / "source"
-    source.mkdir()
-    for name in PACKAGED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif (ROOT / name).exists():
-            shutil.copy(ROOT / name, source / name)
-    command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run([sys.executable, "-m", "pip", *command], check=True, timeout=250, env=os.environ)
-    return str(next(folder.glob("*.whl")))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ def test_a_scheduled_run_writes_its_output(deployed, deployments, tmp_path):
     worker = deployed.start("worker", "worker", "start", "--pool", "hugging-face", "--limit", "1")
     try:
         wait_until(output.exists, 150, "the scheduled run")
+        runs = deployed.post("flow_runs/filter", deployments={"id": {"any_": [deployment["id"]]}})
     finally:
         stop_process(worker)
         deployed.request("DELETE", f"{path}/schedules/{made[0]['id']}").raise_for_status()
@@ -31,3 +32,4 @@ def test_a_scheduled_run_writes_its_output(deployed, deployments, tmp_path):
 
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["completion"].strip() for row in answers] == ["Paris", "Madrid"]
+    assert {run["auto_scheduled"] for run in runs} == {True}, "the schedule made the runs, nobody else"

@@ -16,6 +16,7 @@ from packaging.version import Version
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.storage.exports.exporter import LIFTED_LIMITS, LIFTED_UP_TO
 from prefect_huggingface.tasks.storage.exports.optimum_sources import DATASETS, read_constants
+from prefect_huggingface.tasks.storage.exports.package_conflicts import find_conflict
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS, Recipe
 from prefect_huggingface.tasks.storage.exports.support_table import support_table
 from prefect_huggingface.tasks.storage.exports.versions import installed_version
@@ -62,7 +63,10 @@ def find_problems(case: ExportCase) -> tuple[str, ...]:
         return (unusable,)
     if not case.config:
         checks = (check_packages, check_dataset)
-    return tuple(problem for check in checks if (problem := check(case)) is not None)
+    problems = [problem for check in checks if (problem := check(case)) is not None]
+    # It takes a second or two where such packages are installed, and no longer matters beside another problem.
+    conflict = None if problems else find_conflict()
+    return (*problems, *([conflict] if conflict else []))
 
 
 def check_remote_code(case: ExportCase) -> str | None:

@@ -2,6 +2,8 @@
 
 The child is a program of this package that imports nothing of it. It gets a JSON job, writes only below a work folder,
 reports its steps in marked lines of its output, and dies with its parent. It has no secrets and no network.
+The log of the run has its steps; what the libraries say is there at the level DEBUG, and in a file that stays if the
+child fails.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,15 +24,16 @@ from typing import IO, Any
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.run_logs import RunLog, run_log
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
+from prefect_huggingface.tasks.storage.exports.layout import failure_logs_folder
 from prefect_huggingface.tasks.storage.exports.resources import free_disk
-from prefect_huggingface.tasks.waiting import read_some, sleep_for
 
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 NO_MEMORY = ("bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory")
 NO_SPACE = "No space left on device"
-NOISE = re.compile(r"TracerWarning|^\s+(if|torch|is_causal|warnings\.warn)\b")
 FULL_DISK_BYTES = 4 << 20
-TAIL_LINES = 40
+TAIL_LINES = 15
+KILLED = -9  # SIGKILL, which Windows does not name
+KEPT_LOGS = 20
 # With the share before the bar, as of tqdm, and behind it, as of rich.
 BARS = (re.compile(r"(.*?)[:\s|]*(\d+)%[\s|]*[|█━╸]"), re.compile(r"([^█━╸]*?)[\s|]*[█━╸][^%]*?(\d+)%"))
 PROGRESS_SECONDS = 10.0
@@ -40,7 +43,7 @@ PROGRESS_SECONDS = 10.0
 class ChildReport:
     """What a child process tells: its step, its result, and the end of its log for errors."""
 
-    step: str = "start"
+    step: str = ""
     result: dict[str, Any] | None = None
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
 
@@ -62,8 +65,8 @@ class ChildProgram:
     network: bool = False
 
     def describe(self, step: str) -> str:
-        """Return a step for people."""
-        return self.steps.get(step, step)
+        """Return a step for people. Before the first one, the libraries are imported."""
+        return self.steps.get(step, "starting the libraries")
 
 
 def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descriptor: int = -1) -> dict[str, Any]:
@@ -92,16 +95,17 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
         pass_fds=(descriptor,) if descriptor >= 0 else (),
     )
     report = ChildReport()
+    output = work / "output.log"
     try:
         if process.stdout is not None:
-            _follow(process.stdout, report, program, run_log())
-        while (code := process.poll()) is None:
-            sleep_for(0.02)
+            with output.open("w", encoding="utf-8") as file:
+                _follow(process.stdout, report, program, file)
+        code = process.wait()
     finally:
         _end(process)
     if code == 0 and report.result is not None:
         return report.result
-    raise _failure(program, report, code, work)
+    raise _failure(program, report, code, work, _keep_log(output, program))
 
 
 def child_environment(work: Path, network: bool = False) -> dict[str, str]:
@@ -122,10 +126,9 @@ def child_environment(work: Path, network: bool = False) -> dict[str, str]:
     }
 
 
-def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, log: RunLog) -> None:
-    """Read the output of the child to its end; log each line once, and where its progress bars are now and then."""
-    last_progress = time.monotonic()
-    logged: set[str] = set()
+def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, file: IO[str]) -> None:
+    """Read the output of the child to its end: its steps are for the log of the run, the rest for a file."""
+    log, last_progress = run_log(), time.monotonic()
     for line in _lines(stream):
         if line.startswith(REPORT_MARK):
             _note_step(json.loads(line.removeprefix(REPORT_MARK)), report, program, log)
@@ -138,9 +141,10 @@ def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, log: 
             line, last_progress = progress, time.monotonic()
         else:
             report.tail.append(line)
-        if not NOISE.search(line) and line not in logged:
-            logged.add(line)
-            log.info("%s", line.rstrip())
+        log.debug("%s", line.rstrip())
+        with suppress(OSError):  # a full disk, which the child meets too
+            file.write(line + "\n")
+            file.flush()
 
 
 def describe_bar(line: str) -> str | None:
@@ -152,7 +156,7 @@ def describe_bar(line: str) -> str | None:
 def _lines(stream: IO[bytes]) -> Iterator[str]:
     """Yield lines, and each state of a progress bar that is overwritten by the next."""
     pending = b""
-    while chunk := read_some(stream):
+    while chunk := os.read(stream.fileno(), 65536):
         *parts, pending = re.split(rb"(\r\n|\n|\r)", pending + chunk)
         for text in parts[::2]:
             yield text.decode("utf-8", "replace")
@@ -165,7 +169,9 @@ def _note_step(values: dict[str, Any], report: ChildReport, program: ChildProgra
     if report.step == "done":
         report.result = values
         return
-    number = list(program.steps).index(report.step) + 1 if report.step in program.steps else 0
+    if report.step not in program.steps:
+        return
+    number = list(program.steps).index(report.step) + 1
     name = f" ({values['name']})" if "name" in values else ""
     log.info("Step %d of %d: %s%s.", number, len(program.steps), program.describe(report.step), name)
 
@@ -179,14 +185,29 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path) -> ExportError:
+def _keep_log(output: Path, program: ChildProgram) -> Path | None:
+    """Keep the output of a child that failed, and the newest ones of those before; return where it is."""
+    folder = failure_logs_folder(output.parent)
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", program.purpose).strip("-.")[-80:]
+    try:
+        folder.mkdir(exist_ok=True)
+        kept = output.replace(folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{output.parent.name[:4]}.log")
+        for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT_LOGS]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        return None
+    return kept
+
+
+def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path, kept: Path | None) -> ExportError:
     """Return the error for a child that did not come to its end."""
     text = "\n".join(report.tail)
+    whole = f" Its log is in {str(kept)!r}." if kept else ""
     where = f"at the step {program.describe(report.step)!r}"
-    if code == -signal.SIGKILL or any(words in text for words in NO_MEMORY):
+    if code == KILLED or any(words in text for words in NO_MEMORY):
         return ExportOutOfMemoryError(
             f"The {program.purpose} was killed {where}, most likely for want of memory. Use a machine with more "
-            "memory, or an OpenVINO repository of the model ('OpenVINO/...' on the Hub) as `model_id`.",
+            f"memory, or an OpenVINO repository of the model ('OpenVINO/...' on the Hub) as `model_id`.{whole}",
             exit_code=code,
             step=report.step,
         )
@@ -198,7 +219,7 @@ def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path) 
             step=report.step,
         )
     return ExportError(
-        f"The {program.purpose} failed {where} (exit code {code}). The end of its log:\n{text}",
+        f"The {program.purpose} failed {where} (exit code {code}).{whole} Its last lines:\n{text}",
         exit_code=code,
         step=report.step,
     )

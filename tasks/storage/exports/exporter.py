@@ -10,8 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
-import signal
 import sys
 import threading
 import time
@@ -21,7 +19,7 @@ from typing import Any
 REPORT_MARK = "@@export@@ "
 VERIFIED_TOKENS = 4
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
 # Architectures that optimum-intel 2.1 refuses with Transformers 5.5 and that it converts rightly nevertheless; the
 # tests compare each of them with its source. The class is the one that sets the limit.
 LIFTED_LIMITS = {
@@ -59,7 +57,7 @@ def main(job_path: str) -> None:
             "quantize": quantized - exported,
             "verify": time.monotonic() - quantized,
         },
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=peak_memory(),
         **found,
     )
 
@@ -71,16 +69,30 @@ def die_with_parent(parent: int) -> None:
         parent: Id of the parent process.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+    # On Windows, a virtual environment puts a process between the two.
+    if os.name == "posix" and os.getppid() != parent:
         os._exit(1)
 
     def watch() -> None:
         # The parent holds the other end of the standard input; it closes when the parent ends.
         os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process had (bytes)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def report(**values: Any) -> None:

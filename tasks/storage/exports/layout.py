@@ -4,6 +4,7 @@
 <store>/exports/<name>-<format>-<first 16 digits of the key>/   one export, whole
 <store>/exports/.staging/<random>/                              an export in the making, renamed when it is whole
 <store>/exports/.locks/<first 16 digits of the key>.lock        held by the process that makes the export
+<store>/exports/.logs/<what>-<when>.log                         output of a child process that failed
 <store>/hashes/<digest of the folder's path>.json               hashes of the files of a local folder
 ```
 
@@ -30,6 +31,11 @@ def exports_folder(store: Path) -> Path:
 def staging_folder(store: Path) -> Path:
     """Return the folder of the exports that are being made."""
     return exports_folder(store) / ".staging"
+
+
+def failure_logs_folder(staged: Path) -> Path:
+    """Return the folder for the output of child processes that failed, for one that works in a staging folder."""
+    return staged.parent.parent / ".logs"
 
 
 def lock_path(store: Path, key: str) -> Path:

@@ -10,9 +10,9 @@ from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.storage.exports import exporter
 from prefect_huggingface.tasks.storage.exports.child_process import ChildProgram, run_child
 from prefect_huggingface.tasks.storage.exports.recipes import Recipe
+from prefect_huggingface.tasks.storage.places import link_file
 
 STEPS = {
-    "import": "starting Optimum",
     "export": "converting the model to OpenVINO",
     "quantize": "quantizing the weights",
     "verify": "loading the export and generating from it",
@@ -59,7 +59,7 @@ def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
     for file in snapshot.files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to((snapshot.path / file.path).resolve())
+        link_file((snapshot.path / file.path).resolve(), target)
     config_path = folder / "config.json"
     if config_path.exists():
         config = json.loads(config_path.read_text(encoding="utf-8"))

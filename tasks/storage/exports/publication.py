@@ -194,9 +194,9 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
     started = time.monotonic()
     sweep_staging(store)
     source = plan.source
-    log.info("Exporting %s to OpenVINO in %s.", source, recipe.weight_format)
-    for note in plan.notes:
-        log.info("%s", note)
+    # One line, with the notes in it: an export has one line for each step, and these two.
+    into = "a checkpoint" if recipe.task == "checkpoint" else f"OpenVINO in {recipe.weight_format}"
+    log.info("%s", " ".join((f"Exporting {source} to {into}.", *plan.notes)))
     for warning in plan.warnings:
         log.warning("%s", warning)
     with open_staging(store) as staging:
@@ -222,8 +222,9 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
             discard(store, old)
         publish(output, folder)
     remember_state(folder, file_state(folder, manifest))
-    log.info("Exported %s in %.1f s: %s.", source, manifest.seconds["total"], folder)
-    return as_export(folder, manifest, reused=False)
+    made = as_export(folder, manifest, reused=False)
+    log.info("Exported %s in %.1f s: %s in %s", source, manifest.seconds["total"], gigabytes(made.size_bytes), folder)
+    return made
 
 
 def _rounded(seconds: Mapping[str, Any]) -> dict[str, float]:

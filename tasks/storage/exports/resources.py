@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights
 
@@ -49,23 +50,14 @@ def free_disk(folder: Path) -> int:
 
 def free_memory() -> int | None:
     """Return the bytes of memory that can be had, swap included, or None where the system does not tell."""
-    numbers = _read_meminfo()
-    if "MemAvailable" not in numbers:
+    try:
+        available = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    except (OSError, RuntimeError, psutil.Error):
         return None
-    available = numbers["MemAvailable"] + numbers.get("SwapFree", 0)
     limit, used = _read_number(CGROUP / "memory.max"), _read_number(CGROUP / "memory.current")
     if limit is not None and used is not None:
         available = min(available, max(limit - used, 0))
     return available
-
-
-def _read_meminfo() -> Mapping[str, int]:
-    numbers: dict[str, int] = {}
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            name, _, rest = line.partition(":")
-            numbers[name] = int(rest.split()[0]) * 1024
-    return numbers
 
 
 def _read_number(path: Path) -> int | None:

@@ -52,7 +52,8 @@ class PartialContent:
         self.place, self.name, self.size = place, name, size
         self.length = 0
         # Unbuffered, so that a killed process loses as little as possible.
-        self._file = os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        place.touch()
+        self._file = place.open("r+b", buffering=0)
         self._hash = new_hash(name, size)
         self._take_up()
 
@@ -102,4 +103,5 @@ class PartialContent:
     def publish(self, target: Path) -> None:
         """Make the content the blob `target` in one step, after the disk has it."""
         os.fsync(self._file.fileno())
+        self._file.close()  # Windows renames no open file
         os.replace(self.place, target)

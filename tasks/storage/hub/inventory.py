@@ -114,7 +114,7 @@ def _remove(folder: RepositoryFolder, snapshot: StoredSnapshot) -> int:
     for manifest in (folder.path / "manifests").glob(f"{snapshot.commit}-*.json"):
         manifest.unlink(missing_ok=True)
     for reference in (folder.path / "refs").rglob("*"):
-        if reference.is_file() and reference.read_text().strip() == snapshot.commit:
+        if reference.is_file() and reference.read_text(encoding="utf-8").strip() == snapshot.commit:
             reference.unlink(missing_ok=True)
     contents = _contents(folder)
     files = contents.pop(snapshot.path, {})

@@ -165,7 +165,7 @@ class RepositoryFolder:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path / "partials" / f".{place.name}-{uuid.uuid4().hex}"
         try:
-            with temporary.open("w") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -176,6 +176,6 @@ class RepositoryFolder:
     def read_reference(self, revision: str) -> str | None:
         """Return the commit that a branch or tag was at the last download, or None."""
         try:
-            return self.reference(revision).read_text().strip()
+            return self.reference(revision).read_text(encoding="utf-8").strip()
         except OSError:
             return None

@@ -61,7 +61,7 @@ def write_manifest(folder: RepositoryFolder, manifest: Manifest) -> None:
 def read_manifest(place: Path) -> Manifest | None:
     """Return the manifest at a place, or None if there is none that can be read."""
     try:
-        values: dict[str, Any] = json.loads(place.read_text())
+        values: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT:
             return None
         return Manifest(**{**values, "files": tuple(ManifestFile(**file) for file in values["files"])})

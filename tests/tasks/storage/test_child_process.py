@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,7 +17,13 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError, PlanError
-from prefect_huggingface.tasks.storage.exports.child_process import child_environment
+from prefect_huggingface.tasks.storage.exports.child_process import (
+    KEPT_LOGS,
+    ChildProgram,
+    child_environment,
+    run_child,
+)
+from prefect_huggingface.tasks.storage.exports.layout import staging_folder
 from prefect_huggingface.tasks.storage.exports.publication import get_export
 from support.export_requests import processes_below, published, staged, wait_for_child
 
@@ -87,3 +96,29 @@ def test_a_disk_that_fills_up_is_named(tiny_llama: Path, small_disk: Path) -> No
     assert isinstance(errors[0], ExportError)
     assert "disk of the store is full" in str(errors[0])
     assert staged(model.store_path) == published(model.store_path) == []
+
+
+FAILING = """
+for number in range(100):
+    print("line", number)
+print("operator torchvision::nms does not exist")
+raise SystemExit(3)
+"""
+
+
+def test_the_log_of_a_child_that_failed_stays_and_is_named(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(FAILING)
+    program = ChildProgram(tmp_path / "program.py", "export of 'org/model'", {"export": "converting"})
+    for _ in range(KEPT_LOGS + 3):
+        work = staging_folder(tmp_path) / secrets.token_hex(8)
+        work.mkdir(parents=True)
+        with pytest.raises(ExportError, match="failed at the step 'starting the libraries'") as caught:
+            run_child(program, {}, work)
+        shutil.rmtree(work)
+    (named,) = re.findall(r"Its log is in '(.+?)'\. Its last lines:", str(caught.value))
+    assert Path(named).read_text().splitlines()[:2] == ["line 0", "line 1"]
+    assert Path(named).read_text().splitlines()[-1] == "operator torchvision::nms does not exist"
+    assert "operator torchvision::nms does not exist" in str(caught.value)
+    assert "line 50" not in str(caught.value)
+    assert Path(named).name.startswith("export-of-org-model-")
+    assert len(list(Path(named).parent.iterdir())) == KEPT_LOGS
