@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,12 +70,16 @@ def source_mark(model: LocalModel) -> str:
 
     The weights of a local folder are in it with their sizes and times, so that a replaced model is another one.
     """
-    states = _weight_states(Path(model.model_id)) if model.is_local else []
+    path = Path(model.model_id)
+    states = (_file_states([path]) if path.is_file() else _weight_states(path)) if model.is_local else []
     return json.dumps([_settings_of(model, (*SOURCE_FIELDS, *LOADING_FIELDS)), str(model.store_path), states])
 
 
 def _weight_states(folder: Path) -> list[tuple[str, int, int]]:
-    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    return _file_states(sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES))
+
+
+def _file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     states = ((file.name, file.stat()) for file in files)
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
