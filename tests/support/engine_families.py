@@ -108,8 +108,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def engine_threads() -> set[threading.Thread]:
-    """Return the threads that run now."""
-    return {thread for thread in threading.enumerate() if thread.is_alive()}
+    """Return the threads that run now, but for those of progress bars."""
+    return {thread for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"}
 
 
 def family_model(name: str, folder: Path, **more: Any) -> LocalModel:

@@ -27,7 +27,7 @@ class FailingForward:
     """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, family: str, must_fail: Callable[[int, int], bool], error: Exception
+        self, monkeypatch: pytest.MonkeyPatch, family: str, must_fail: Callable[[int, int], bool], error: BaseException
     ) -> None:
         """Put the fault in.
 
