@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         scale_endpoint_to_zero,
         wait_for_endpoint,
     )
-    from prefect_huggingface.tasks.engines.cache import load_engine, set_memory_budget, unload_engines
+    from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines
     from prefect_huggingface.tasks.evaluation import compare_export
     from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
     from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text

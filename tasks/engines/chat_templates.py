@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.base import RequestError
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,7 +44,12 @@ class ChatTemplate:
         return None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, answer: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        answer: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the prompt for a conversation.
 
@@ -52,6 +57,7 @@ class ChatTemplate:
             messages: Messages in order.
             tools: Functions that the model may call, as JSON schemas.
             answer: Whether the prompt ends where the model's answer begins.
+            variables: Further variables of the template, `enable_thinking` for instance.
 
         Raises:
             RequestError: If the template refuses the messages, or is broken.
@@ -64,7 +70,7 @@ class ChatTemplate:
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=answer,
-                **self.tokens,
+                **{**self.tokens, **(variables or {})},
             )
             return rendered
         except TemplateError as exc:

@@ -16,7 +16,7 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel
 from prefect_huggingface.tasks.engines import cache
-from prefect_huggingface.tasks.engines.cache import load_engine, set_memory_budget, unload_engines
+from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines
 from prefect_huggingface.tasks.engines.cache_table import weight_bytes
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
 from prefect_huggingface.tasks.errors import EngineError
@@ -211,7 +211,7 @@ def test_an_openvino_model_runs_without_torch_and_transformers(tiny_openvino, tm
 LEFT_RUNNING = """
 import sys
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.records import Request
 model = LocalModel(model_id=sys.argv[1], options=GenerationOptions(max_new_tokens=480, ignore_eos=True))
 engine = load_engine(model)

@@ -14,7 +14,7 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.image_conversations import read_conversation
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")

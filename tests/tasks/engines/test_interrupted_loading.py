@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.generation import complete_prompts
 from support.interruptions import InterruptibleThread, Interruption
 from support.prefect_services import wait_until

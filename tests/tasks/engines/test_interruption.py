@@ -14,7 +14,7 @@ import pytest
 from prefect import flow
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.generation import complete_prompts, generate_text, stream_completion
 from prefect_huggingface.tasks.records import Request
 from support.interruptions import InterruptibleThread, Interruption

@@ -9,7 +9,7 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
-from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
 from prefect_huggingface.tasks.records import Request
 from support.tiny_models import CHAT_TEMPLATE
