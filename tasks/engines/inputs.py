@@ -177,6 +177,12 @@ class InputProcessor:
             raise RequestError(
                 "invalid_option", f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two."
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if options.num_beams > 1 and getattr(options, name):
+                raise RequestError(
+                    "invalid_option",
+                    f"`{name}` does not work with beam search, got {getattr(options, name)}. Use `repetition_penalty`.",
+                )
         if form is not None:
             check_format(form)
         if self.check is not None:

@@ -91,6 +91,32 @@ def kv_cache_precision(device: str, properties: dict[str, Any]) -> str:
     return "u8" if device == "CPU" else "f16"
 
 
+def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
+    """Load a model of Optimum on OpenVINO.
+
+    Raises:
+        EngineError: If OpenVINO cannot load the model with these settings.
+    """
+    device, properties = choose_device(model), compile_properties(model)
+    try:
+        from optimum import intel
+
+        return getattr(intel, auto_class).from_pretrained(
+            path,
+            device=device,
+            ov_config=properties,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=True,
+            export=False,
+            compile=True,
+        )
+    except Exception as exc:
+        raise EngineError(
+            f"The OpenVINO model in {str(path)!r} could not be loaded for task {model.task!r}: "
+            f"{type(exc).__name__}: {exc}. Check the device, `ov_config`, and that the folder is complete."
+        ) from exc
+
+
 def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
     """Refuse options that OpenVINO GenAI cannot honour.
 

@@ -231,7 +231,10 @@ class Sequence:
         must_resubmit: Whether the backend must take it out and go on from `context_ids`.
         text: The answer, once it has ended.
         reasoning: Reasoning of the model once the sequence has ended, None where it shows none.
+        sampler: What a backend that samples itself keeps for this phase.
     """
+
+    sampler: Any = None
 
     def __init__(self, state: RequestState, index: int) -> None:
         self.state, self.index = state, index

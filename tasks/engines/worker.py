@@ -41,7 +41,7 @@ class EngineWorker(Engine):
         self.active_requests: dict[RequestState, None] = {}
         self._inbox: queue.SimpleQueue[RequestState | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closing = self._closed = False
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
@@ -92,6 +92,7 @@ class EngineWorker(Engine):
 
     def request_close(self) -> None:
         """Have the engine close as soon as it can. It does not wait and takes no lock."""
+        self._closing = True
         self._inbox.put(None)
 
     def count_tokens(self, text: str) -> int:
@@ -171,12 +172,20 @@ class EngineWorker(Engine):
         if state.is_done:
             self._retire(state)
 
+    def abort_if_due(self, state: RequestState) -> None:
+        """End a request that was cancelled, is past its deadline, or belongs to an engine that closes.
+
+        A backend whose steps are long calls it in between.
+        """
+        if self._closing:
+            state.fail("cancelled", CLOSED)
+        elif not state.is_done and (reason := state.abort_reason) is not None:
+            state.end(reason)
+
     def _abort_expired(self) -> None:
-        """End the requests that were cancelled or are past their deadline."""
         for state in list(self.active_requests):
-            reason = state.abort_reason
-            if reason is not None:
-                state.end(reason)
+            self.abort_if_due(state)
+            if state.is_done:
                 self._retire(state)
 
     def _advance(self) -> None:

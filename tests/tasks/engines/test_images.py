@@ -200,7 +200,7 @@ def test_a_pipeline_with_images_is_an_engine(folder, pictures):
     from PIL import Image
     from transformers import pipeline
 
-    from prefect_huggingface.tasks.engines.transformers.pipelines import engine_of_pipeline
+    from prefect_huggingface.tasks.engines.torch_engine import engine_of_pipeline
 
     parts = [{"type": "image", "image": Image.open(pictures[0])}, {"type": "text", "text": "What is this?"}]
     chat = [{"role": "user", "content": parts}]
