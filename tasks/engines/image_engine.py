@@ -13,7 +13,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.answers import Submission
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.engines.image_conversations import read_conversation
 from prefect_huggingface.tasks.engines.images import read_image
@@ -158,4 +158,7 @@ def write_scene(
         raise RequestError(
             "invalid_prompt", "The model has no chat template, so it cannot answer messages. Give a plain prompt."
         )
-    return Prompt(render(prompts.template, scene.messages, request.tools), add_special_tokens=False)
+    try:
+        return Prompt(render(prompts.template, scene.messages, request.tools), add_special_tokens=False)
+    except ChatTemplateError as exc:
+        raise RequestError("invalid_prompt", str(exc)) from exc

@@ -14,8 +14,7 @@ from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.answers import Submission
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_json
-from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.image_engine import ImageReader, fits_context, write_scene
 from prefect_huggingface.tasks.engines.images import check_pillow
 from prefect_huggingface.tasks.engines.openvino.genai_options import check_options, generation_config
@@ -92,13 +91,13 @@ def render_tagged(template: ChatTemplate, messages: list[dict[str, Any]], tools:
     """Return the text of messages with the tags of OpenVINO GenAI in the places of the images.
 
     Raises:
-        RequestError: If the template refuses them.
+        ChatTemplateError: If the template refuses them.
     """
     tagged = _tagged(messages)
     try:
         text = template.render(tagged, tools)
         complete = all(part["text"] in text for message in tagged for part in message["content"])
-    except RequestError:
+    except ChatTemplateError:
         complete = False
     if not complete:
         # Some templates want parts, and some want plain text.
