@@ -5,10 +5,8 @@ The chat template is applied exactly once, on every engine.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +14,14 @@ from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import TOKEN_NAMES, ChatTemplate, read_json, read_special_tokens
+from prefect_huggingface.tasks.engines.chat_templates import (
+    TOKEN_NAMES,
+    ChatTemplate,
+    ChatTemplateError,
+    read_json,
+    read_special_tokens,
+)
+from prefect_huggingface.tasks.engines.conversations import write_conversation
 from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
@@ -25,7 +30,6 @@ from prefect_huggingface.tasks.records import Request
 
 TemplateUse = Literal["auto", "always", "never"]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-PROBE = "PROBE-5d1c"
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
@@ -34,19 +38,24 @@ class Prompt:
     """The final text of a prompt.
 
     Attributes:
-        text: Text to tokenize.
+        segments: Texts to tokenize one by one, so that what looks like a special token in a message is text.
         add_special_tokens: Whether the tokenizer puts its start token before it. False where the text has it already.
     """
 
-    text: str
+    segments: tuple[str, ...]
     add_special_tokens: bool
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.segments)
 
 
 class InputProcessor:
     """Makes the prompts of one model.
 
     A plain prompt is put into the chat template as a message of the user when `use` says so: "auto" does it where the
-    model has a template and the prompt does not show its marks yet.
+    model has a template and the prompt has not been through it yet.
 
     Attributes:
         template: Chat template, or None where the model has none.
@@ -99,15 +108,17 @@ class InputProcessor:
         named = getattr(tokenizer, "tokenizer", tokenizer)
         tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(named, name, None))}
         source = getattr(tokenizer, "chat_template", None)
-        if isinstance(source, dict):
-            source = source.get("default")
-        return cls(ChatTemplate(source, tokens) if source else None, tokens, "never")
+        added = getattr(named, "added_tokens_decoder", None) or {}
+        special = [token.content for token in added.values() if token.special]
+        every = [token.content for token in added.values()]
+        return cls(ChatTemplate(source, tokens, special, every) if source else None, tokens, "never")
 
     def bind(self, tokenizer: Tokenizer, end_ids: Collection[int], context_length: int | None) -> None:
         """Take the tokenizer of the model, the end tokens that its settings name, and the length of its context."""
         self.tokenizer, self.context_length = tokenizer, context_length
         named = self._tokens.get("eos_token")
-        further = {tokenizer.special_id(text) for text in (named, self._turn_end) if text}
+        turn_end = self.template.end_text if self.template is not None else None
+        further = {tokenizer.special_id(text) for text in (named, turn_end) if text}
         self.end_ids = frozenset(end_ids) | {token for token in further if token is not None}
 
     def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
@@ -165,10 +176,14 @@ class InputProcessor:
         prompt = self.write(state.request, options)
         if not self.prefix or prompt.text.startswith(self.prefix):
             return prompt
-        return Prompt(self.prefix + prompt.text, prompt.add_special_tokens)
+        return Prompt((self.prefix, *prompt.segments), prompt.add_special_tokens)
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
+        first, *rest = prompt.segments
+        ids = self.tokenizer.encode(first, add_special_tokens=prompt.add_special_tokens)
+        for segment in rest:
+            ids += self.tokenizer.encode(segment, add_special_tokens=False)
+        return ids
 
     def _check_options(self, options: GenerationOptions) -> None:
         form = options.response_format
@@ -194,13 +209,18 @@ class InputProcessor:
         return self.end_ids.union(stops, options.stop_token_ids)
 
     def _reasoning_of(self, prompt: Prompt) -> ReasoningFormat | None:
-        source = self.template.source if self.template is not None else None
-        return find_reasoning_format(source, prompt.text) if self.is_continued else None
+        if self.template is None or not self.is_continued:
+            return None
+        return find_reasoning_format(self.template.sources.values(), prompt.text)
 
     def _from_messages(
         self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
     ) -> Prompt:
-        return Prompt(self._template_for_messages.render(messages, tools, variables=variables), add_special_tokens=False)
+        try:
+            chat = write_conversation(self._template_for_messages, messages, tools, options=variables)
+        except ChatTemplateError as exc:
+            raise RequestError("invalid_prompt", str(exc)) from exc
+        return Prompt(chat.segments, add_special_tokens=False)
 
     @property
     def _template_for_messages(self) -> ChatTemplate:
@@ -221,53 +241,13 @@ class InputProcessor:
                 "invalid_prompt",
                 "The model has no chat template to put the prompt into. Set `chat_template` to 'auto' or 'never'.",
             )
-        shows_template = self.template is not None and self._shows_template(text)
-        if self.template is not None and (use == "always" or (use == "auto" and not shows_template)):
+        is_templated = self.template is not None and self.template.is_templated(text)
+        if self.template is not None and (use == "always" or (use == "auto" and not is_templated)):
             return self._from_messages([{"role": "user", "content": text}], tools, variables)
         starts = bool(self._start_token) and text.startswith(self._start_token or "")
         # A templated text gets a start token only where the template itself writes one.
-        return Prompt(text, add_special_tokens=not starts and (not shows_template or self._starts_itself))
-
-    @cached_property
-    def _turn_end(self) -> str | None:
-        """Text that the template writes after a turn of the assistant, None where it writes nothing."""
-        if self.template is None:
-            return None
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}]
-        try:
-            after = self.template.render(turns, answer=False).partition(PROBE)[2].strip()
-        except RequestError:
-            return None
-        mark = re.match(r"<[^<>]+>|\[[^\[\]]+\]", after)
-        return mark[0] if mark else None
-
-    def _shows_template(self, text: str) -> bool:
-        """Tell whether a text has been put into the template already."""
-        marks, frame = self._marks
-        return any(mark in text for mark in marks) or (bool(frame) and all(part in text for part in frame))
-
-    @property
-    def _starts_itself(self) -> bool:
-        return bool(self._start_token) and self._rendered_probe.startswith(self._start_token or "")
-
-    @cached_property
-    def _rendered_probe(self) -> str:
-        assert self.template is not None
-        try:
-            return self.template.render([{"role": "user", "content": PROBE}])
-        except RequestError:
-            return ""
-
-    @cached_property
-    def _marks(self) -> tuple[list[str], list[str]]:
-        """Return what shows that a text was templated: marks of which one is enough, and parts that occur together."""
-        before, _, after = self._rendered_probe.partition(PROBE)
-        marks = re.findall(r"<[|｜][^<>|｜]+[|｜]>|<(?:start|end)_of_turn>|<\|[^<>|]+>|\[/?INST\]", before + after)
-        marks = [mark for mark in marks if mark != self._start_token]
-        before_lines = before.removeprefix(self._start_token or "").strip().splitlines()
-        after_lines = after.strip().splitlines()
-        frame = [line.strip() for line in (*before_lines[-1:], *after_lines[-1:])]
-        return sorted(set(marks)), frame if len(frame) == 2 else []
+        writes_start = self.template is None or not is_templated or self.template.writes_start_token
+        return Prompt((text,), add_special_tokens=not starts and writes_start)
 
 
 def check_text(text: Any) -> None:

@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, Prompt, check_messages, check_text
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
@@ -99,10 +99,13 @@ class MultimodalInputProcessor(InputProcessor):
             prompt = self.write(replace(request, images=()), options)
             if prompt.text == request.prompt:
                 return prompt
-        text = self.render(
-            self._template_for_messages, state.multimodal.messages, request, variables=options.template_options
-        )
-        return Prompt(text, add_special_tokens=False)
+        try:
+            text = self.render(
+                self._template_for_messages, state.multimodal.messages, request, options=options.template_options
+            )
+        except ChatTemplateError as exc:
+            raise RequestError("invalid_prompt", str(exc)) from exc
+        return Prompt((text,), add_special_tokens=False)
 
     def _reasoning_of(self, prompt: Prompt) -> None:
         return None

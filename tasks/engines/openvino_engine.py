@@ -21,8 +21,7 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_json
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
 from prefect_huggingface.tasks.engines.inputs import (
     InputProcessor,
@@ -301,7 +300,7 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
         try:
             text = template.render(tagged, request.tools, **more)
             complete = all(part["text"] in text for message in tagged for part in message["content"])
-        except RequestError:
+        except ChatTemplateError:
             complete = False
         if not complete:
             # Some templates want parts, and some want plain text.

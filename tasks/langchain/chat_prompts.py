@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
-from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Message
@@ -41,8 +40,8 @@ def render_messages(engine: Engine, messages: Sequence[Message], tools: Sequence
         )
     try:
         return template.render(messages, tools)
-    except RequestError as exc:
-        raise GenerationError(str(exc), error_code=exc.code) from None
+    except ChatTemplateError as exc:
+        raise GenerationError(str(exc), error_code="invalid_prompt") from None
 
 
 def is_templated(engine: Engine, messages: Sequence[Message]) -> bool:
@@ -52,7 +51,7 @@ def is_templated(engine: Engine, messages: Sequence[Message]) -> bool:
         return False
     try:
         before, _, after = template.render([{"role": "user", "content": PROBE}]).partition(PROBE)
-    except RequestError:
+    except ChatTemplateError:
         return False
     begin, end = (lines[-1].strip() if (lines := part.strip().splitlines()) else "" for part in (before, after))
     text = str(messages[0]["content"]).rstrip()

@@ -125,7 +125,7 @@ def test_templates_are_found_where_models_keep_them(tmp_path):
     assert ChatTemplate.of_folder(tmp_path) is None
     for (name, content), wanted in zip(places.items(), "abc", strict=True):
         Path(tmp_path / name).write_text(content)
-        assert ChatTemplate.of_folder(tmp_path).source == wanted
+        assert ChatTemplate.of_folder(tmp_path).sources["default"] == wanted
 
 
 def test_options_that_do_not_go_together_are_refused():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.transformers.sampling import TokenChooser, choose_tokens, log_probabilities
+from prefect_huggingface.tasks.engines.torch_sampling import TokenChooser, choose_tokens, log_probabilities
 
 SCORES = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 20_000
