@@ -26,7 +26,6 @@ from prefect_huggingface.tasks.engines.openvino_runtime import tuning_file, with
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.waiting import result_of
 
 # In the order of what they have been seen to gain.
 GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -206,7 +205,7 @@ def _time(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> float:
 def _answer(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> list[str]:
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     futures = [engine.submit(Request(prompt, options=options)) for prompt in prompts]
-    return [result_of(future).text for future in futures]
+    return [future.result().text for future in futures]
 
 
 def _agreements(answers: Sequence[str], wanted: Sequence[str]) -> list[float]:
