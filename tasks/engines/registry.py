@@ -58,7 +58,7 @@ ENGINE_CLASSES = {
     **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
 }
-ENDPOINT_CLASS = "endpoints.engine:EndpointEngine"
+ENDPOINT_CLASS = "endpoint_engine:EndpointEngine"
 
 
 @dataclass(frozen=True, slots=True)
