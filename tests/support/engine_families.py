@@ -18,7 +18,7 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks import load_engine
-from prefect_huggingface.tasks.engines.cache import list_engines
+from prefect_huggingface.tasks.engines.registry import list_engines
 from prefect_huggingface.tasks.records import Completion, Request
 from support.tiny_models import SAMPLE_TEXTS
 
