@@ -60,11 +60,12 @@ class InputProcessor:
     Attributes:
         template: Chat template, or None where the model has none.
         tokenizer: Tokenizer of the model, set by `bind`.
-        end_ids: Tokens that end an answer: those of the model, its end token, and what the template writes after a turn.
+        end_ids: Tokens that end an answer, that of the tokenizer and what the template writes after a turn among them.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
         prefix: Words that the model wants before a prompt.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
+        defaults: Options of the model.
     """
 
     tokenizer: Tokenizer
@@ -91,7 +92,7 @@ class InputProcessor:
         """
         self.template = template
         self._use = use
-        self._defaults = defaults or GenerationOptions()
+        self.defaults = defaults or GenerationOptions()
         self._tokens = dict(template.tokens if template else tokens or {})
         self._start_token = self._tokens.get("bos_token")
 
@@ -104,7 +105,7 @@ class InputProcessor:
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> InputProcessor:
-        """Return the input processor of a tokenizer or processor of Transformers. Plain prompts are taken as they are."""
+        """Return the input processor of a tokenizer or processor of Transformers; plain prompts stay as they are."""
         named = getattr(tokenizer, "tokenizer", tokenizer)
         tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(named, name, None))}
         source = getattr(tokenizer, "chat_template", None)
@@ -135,7 +136,7 @@ class InputProcessor:
         Raises:
             RequestError: If the request cannot be worked on.
         """
-        options = resolve_options(self._defaults, state.request)
+        options = resolve_options(self.defaults, state.request)
         self._check_options(options)
         prompt = self._write(state, options)
         ids = self._tokenize(state, prompt)
@@ -164,7 +165,7 @@ class InputProcessor:
         variables = options.template_options if options is not None else {}
         if request.messages is not None:
             return self._from_messages(check_messages(request.messages), request.tools, variables)
-        return self._from_text(request.prompt, request.tools, request.chat_template or self._use, variables)
+        return self._from_text(request, variables)
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         if state.request.images:
@@ -176,7 +177,8 @@ class InputProcessor:
         prompt = self.write(state.request, options)
         if not self.prefix or prompt.text.startswith(self.prefix):
             return prompt
-        return Prompt((self.prefix, *prompt.segments), prompt.add_special_tokens)
+        first, *rest = prompt.segments
+        return Prompt((self.prefix + first, *rest), prompt.add_special_tokens)
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         first, *rest = prompt.segments
@@ -190,7 +192,8 @@ class InputProcessor:
         if options.num_beams > 1 and (form is not None or options.max_reasoning_tokens is not None):
             name = "response_format" if form is not None else "max_reasoning_tokens"
             raise RequestError(
-                "invalid_option", f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two."
+                "invalid_option",
+                f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two.",
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if options.num_beams > 1 and getattr(options, name):
@@ -232,22 +235,32 @@ class InputProcessor:
             )
         return self.template
 
-    def _from_text(
-        self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse, variables: Mapping[str, Any]
-    ) -> Prompt:
-        check_text(text)
+    def _from_text(self, request: Request, variables: Mapping[str, Any]) -> Prompt:
+        text = request.prompt or ""
+        if self._takes_template(request):
+            return self._from_messages([{"role": "user", "content": text}], request.tools, variables)
+        starts = bool(self._start_token) and text.startswith(self._start_token or "")
+        # A templated text gets a start token only where the template itself writes one.
+        is_templated = self.template is not None and self.template.is_templated(text)
+        writes_start = self.template is None or not is_templated or self.template.writes_start_token
+        return Prompt((text,), add_special_tokens=not starts and writes_start)
+
+    def _takes_template(self, request: Request) -> bool:
+        """Return whether a plain prompt is put into the chat template.
+
+        Raises:
+            RequestError: If it is no prompt, or the model has no template to put it into.
+        """
+        check_text(request.prompt)
+        use = request.chat_template or self._use
         if self.template is None and use == "always":
             raise RequestError(
                 "invalid_prompt",
                 "The model has no chat template to put the prompt into. Set `chat_template` to 'auto' or 'never'.",
             )
-        is_templated = self.template is not None and self.template.is_templated(text)
-        if self.template is not None and (use == "always" or (use == "auto" and not is_templated)):
-            return self._from_messages([{"role": "user", "content": text}], tools, variables)
-        starts = bool(self._start_token) and text.startswith(self._start_token or "")
-        # A templated text gets a start token only where the template itself writes one.
-        writes_start = self.template is None or not is_templated or self.template.writes_start_token
-        return Prompt((text,), add_special_tokens=not starts and writes_start)
+        if self.template is None or use == "never":
+            return False
+        return use == "always" or not self.template.is_templated(request.prompt or "")
 
 
 def check_text(text: Any) -> None:
@@ -298,7 +311,7 @@ def fit_context(
     token_ids: Sequence[int],
     options: GenerationOptions,
     context_length: int | None,
-    new_tokens: int,
+    new_tokens: int | None = None,
     can_cut: bool = True,
 ) -> list[int] | None:
     """Return the tokens of a prompt that fit the context together with the new tokens, or None to skip the request.
@@ -307,12 +320,13 @@ def fit_context(
         token_ids: Tokens of the whole prompt.
         options: Options that say what to do with a prompt that is too long.
         context_length: Tokens that prompt and answer may have together, or None for no limit.
-        new_tokens: Tokens of the context that the answer needs.
+        new_tokens: Tokens of the context that the answer needs, None for `max_new_tokens`.
         can_cut: Whether the prompt may be cut; one with images may not.
 
     Raises:
         RequestError: If the prompt is too long and must not be cut.
     """
+    new_tokens = options.max_new_tokens if new_tokens is None else new_tokens
     room = len(token_ids) if context_length is None else context_length - new_tokens
     if len(token_ids) <= room:
         return list(token_ids)
@@ -347,7 +361,7 @@ def context_length_of(settings: Mapping[str, Any]) -> int | None:
 
 
 def longrope_border(settings: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens above which a longrope model counts positions in another way, None for other models."""
+    """Return the number of tokens above which a longrope model counts positions differently, None for others."""
     settings = {**settings, **(settings.get("text_config") or {})}
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su"):

@@ -179,13 +179,18 @@ class EngineHandle(Engine):
         """The engine itself."""
         return self._entry.engine
 
+    @property
+    def failure(self) -> str | None:  # type: ignore[override]
+        """Why the engine can be used no more, or None."""
+        return self._entry.engine.failure
+
     def submit(
         self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
     ) -> Future[Completion]:
         """Queue a request with the caller's defaults and return the future of its completion."""
         try:
-            if self._entry.engine.failure is not None:
-                raise RequestError("engine_error", self._entry.engine.failure)
+            if self.failure is not None:
+                raise RequestError("engine_error", self.failure)
             options = resolve_options(self._defaults, request)
         except RequestError as exc:
             state = RequestState(request)
@@ -280,7 +285,9 @@ class Registry:
         """Close the engines that nobody has used for so long, and return how many there were."""
         oldest = time.time() - seconds
         with self._lock:
-            idle = [entry for entry in list(self._entries.values()) if not entry.in_use and entry.state.used_at <= oldest]
+            idle = [
+                entry for entry in list(self._entries.values()) if not entry.in_use and entry.state.used_at <= oldest
+            ]
             for entry in idle:
                 self._entries.pop(entry.key, None)
         _close(idle)

@@ -21,7 +21,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
 from prefect_huggingface.tasks.engines.base import OnText, RequestError
-from prefect_huggingface.tasks.engines.detokenizer import StopStrings, Tokenizer
+from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, StopStrings, Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
 from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
 from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
@@ -98,9 +98,7 @@ class RequestState:
             self._deadline = self.submitted_at + options.deadline_seconds
         marks = () if reasoning is None or tokenizer is None else reasoning.visible_marks
         # Tags that are special tokens have no text of their own.
-        self.tags = {
-            token: mark for mark in marks if tokenizer and (token := tokenizer.special_id(mark)) is not None
-        }
+        self.tags = {token: mark for mark in marks if tokenizer and (token := tokenizer.special_id(mark)) is not None}
         self.sequences = [Sequence(self, index) for index in range(options.n)]
         for sequence in self.sequences:
             sequence.begin()
@@ -176,7 +174,9 @@ class RequestState:
             completion = self._failed()
         except Exception as exc:
             logger.warning("The completion of request %r cannot be made.", self.request.id, exc_info=True)
-            self.fail("engine_error", f"The completion cannot be made: {type(exc).__name__}: {exc}. Change its options.")
+            self.fail(
+                "engine_error", f"The completion cannot be made: {type(exc).__name__}: {exc}. Change its options."
+            )
             completion = self._failed()
         try:
             self.future.set_result(completion)
@@ -363,7 +363,8 @@ class Sequence:
         self._raw: list[str] = []
         self._answer: list[str] = []
         self._reasoning: list[str] = []
-        self._settled = 0
+        # Tokens that went into the detokenizer, those whose text came out, and those before the answer began.
+        self._fed = self._decoded = self._settled = 0
         self._text_out.restart()
         self._reasoning_out.restart()
         # Where nobody looks at the text before its end, it is cheaper to decode all of it at once.
@@ -374,9 +375,11 @@ class Sequence:
 
     def _read(self, token: int) -> None:
         assert self._detokenizer is not None
+        self._fed += 1
         text = self._detokenizer.step(token)
         text = self._tags.get(token, text)
         if text:
+            self._decoded = self._fed
             began = self._read_text(text)
             if self._stops.found:
                 self.finish("stop")
@@ -407,10 +410,7 @@ class Sequence:
     def _read_rest(self, reason: FinishReason) -> None:
         """Take in the end of the text, which was held back."""
         if not self._stops.found:
-            known = "".join(self._raw)
-            whole = known if self.state.tokenizer is None or self._tags else self.state.tokenizer.decode(self.tokens)
-            if len(whole) > len(known) and whole.startswith(known):
-                self._read_text(whole[len(known) :])
+            self._decode_rest()
             if self._splitter is not None:
                 self._add(*self._splitter.finish())
             if not self._stops.found:
@@ -418,6 +418,21 @@ class Sequence:
         if reason in ("deadline", "cancelled") and self._text_out.is_behind:
             # An attempt that was ended early has not come as far as the one before it.
             self._answer = [self._text_out.delivered[len(self.state.echo) :]]
+
+    def _decode_rest(self) -> None:
+        """Take in the text of the tokens that have none yet."""
+        tokenizer = self.state.tokenizer
+        if tokenizer is None or self._decoded == len(self.tokens):
+            return
+        whole = tokenizer.decode(self.tokens)
+        if not self._is_watched and REPLACEMENT in whole:
+            # The text of invalid bytes must not depend on whether somebody looks at it.
+            for token in self.tokens:
+                self._read(token)
+        known = "".join(self._raw)
+        rest = whole[len(known) :] if whole.startswith(known) else tokenizer.decode(self.tokens[self._decoded :])
+        if rest and not self._stops.found:
+            self._read_text(rest)
 
     def _follow_reasoning(self, has_text: bool, answer_began: bool) -> None:
         options = self.state.options
@@ -433,7 +448,8 @@ class Sequence:
     def _end_reasoning(self, count: int) -> None:
         """Begin the phase of the answer after so many tokens; the reasoning is closed where it is still open."""
         form, tokenizer = self.state.reasoning, self.state.tokenizer
-        assert form is not None and tokenizer is not None
+        assert form is not None
+        assert tokenizer is not None
         kept = self.tokens[:count]
         text = "".join(self._raw) if count == len(self.tokens) else "".join(self._raw[:-1])
         is_open = form.starts_open or form.start in text

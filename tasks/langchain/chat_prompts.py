@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
 from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Message
 
