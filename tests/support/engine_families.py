@@ -20,7 +20,6 @@ from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, Loc
 from prefect_huggingface.tasks import load_engine
 from prefect_huggingface.tasks.engines.registry import list_engines
 from prefect_huggingface.tasks.records import Completion, Request
-from support.tiny_models import SAMPLE_TEXTS
 
 __all__ = ["FAMILY_NAMES", "LOCAL_FAMILY_NAMES", "Family", "list_engines", "texts_of", "wait_until"]
 
@@ -32,7 +31,6 @@ PROMPTS = [
     "Madrid and Paris", "It always says the same", "in French?", "nothing that makes sense, but", "Quarante-deux",
     "four, five.", "Spain", "says",
 ]  # fmt: skip
-LONG_PROMPT = " ".join(SAMPLE_TEXTS)
 
 LOCAL_FAMILY_NAMES = [
     "openvino-text", "torch-text", "openvino-seq2seq", "torch-seq2seq", "torch-images",

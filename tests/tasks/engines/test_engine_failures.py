@@ -21,7 +21,6 @@ from prefect_huggingface.tasks import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, ErrorCode
 from support.engine_families import (
-    LONG_PROMPT,
     PROMPTS,
     Family,
     engine_threads,
@@ -83,10 +82,10 @@ def test_what_is_under_way_when_engines_are_unloaded_is_an_error(family, tgi):
 def test_a_stream_whose_engine_is_unloaded_ends_with_an_error(family, tgi):
     from prefect_huggingface.tasks.errors import GenerationError
 
-    if not family.is_local:
-        tgi.fault("stall", seconds=20)
-    stream = load_engine(family.model).stream(family.request(LONG_PROMPT, **long_options(family)))
-    threading.Timer(0.2, unload_engines).start()
+    tgi.protocol.step_seconds = 0.05
+    stream = load_engine(family.model).stream(family.request(PROMPTS[0], **long_options(family)))
+    assert next(stream)
+    unload_engines()
     with pytest.raises(GenerationError) as found:
         list(stream)
     assert found.value.error_code == "cancelled"
