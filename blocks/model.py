@@ -75,7 +75,10 @@ class LocalModel(ConfigurationBlock):
 
     model_id: str = Field(
         title="Model",
-        description="Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, or a folder with a model or an OpenVINO IR.",
+        description=(
+            "Hub id, 'HuggingFaceTB/SmolLM2-135M-Instruct' say, a folder with a model or an OpenVINO IR, or a GGUF "
+            "file."
+        ),
     )
     revision: str | None = Field(
         default=None,
@@ -158,12 +161,12 @@ class LocalModel(ConfigurationBlock):
     @field_validator("model_id")
     @classmethod
     def _check_model_id(cls, model_id: str) -> str:
-        if _is_folder_name(model_id):
+        if _is_path(model_id):
             return os.path.abspath(os.path.expanduser(model_id))
         if not REPO_ID.match(model_id) or ".." in model_id or "--" in model_id:
             raise ValueError(
-                f"`model_id` must be a Hub id such as 'organisation/name' or an existing folder, got {model_id!r}. "
-                "Correct it."
+                f"`model_id` must be a Hub id such as 'organisation/name' or an existing folder or GGUF file, "
+                f"got {model_id!r}. Correct it."
             )
         return model_id
 
@@ -244,8 +247,13 @@ class LocalModel(ConfigurationBlock):
 
     @property
     def is_local(self) -> bool:
-        """Whether the model is a folder on this machine and not a repository of the Hub."""
+        """Whether the model is a folder or a GGUF file on this machine and not a repository of the Hub."""
         return os.path.isabs(self.model_id)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model is a GGUF file on this machine."""
+        return self.model_id.lower().endswith(".gguf") and not os.path.isdir(self.model_id)
 
     @property
     def store_path(self) -> Path:
@@ -264,9 +272,11 @@ class LocalModel(ConfigurationBlock):
         return self.credentials or HuggingFaceCredentials(endpoint=os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
 
 
-def _is_folder_name(model_id: str) -> bool:
-    """Tell folders from Hub ids: a Hub id is never absolute, relative to a dot, or an existing folder."""
-    return model_id.startswith(("/", "./", "../", "~")) or (bool(model_id) and Path(model_id).is_dir())
+def _is_path(model_id: str) -> bool:
+    """Tell places on this machine from Hub ids: those are not absolute, relative to a dot, a folder or a GGUF file."""
+    if model_id.startswith(("/", "./", "../", "~")) or model_id.lower().endswith(".gguf"):
+        return True
+    return bool(model_id) and Path(model_id).is_dir()
 
 
 TASKS: tuple[str, ...] = get_args(Task)

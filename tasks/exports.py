@@ -25,6 +25,7 @@ from prefect_huggingface.tasks.storage.exports.remote_sources import read_remote
 from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights, estimate_weights, measure_weights
 from prefect_huggingface.tasks.storage.exports.versions import export_versions
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
+from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
 from prefect_huggingface.tasks.storage.hub import plan_snapshot
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
@@ -117,6 +118,9 @@ def _describe_source(model: LocalModel) -> tuple[str, list[str], Mapping[str, An
         if not planned.complete:
             size = sum(file.size or 0 for file in planned.files)
             return planned.commit, names, read_remote_config(model, planned.commit), estimate_weights(size)
+    if model.is_gguf:
+        source = describe_gguf(model)
+        return gguf_commit(model), [], source.config, source.weights
     snapshot = get_snapshot(model)
     names = [file.path for file in snapshot.files]
     if is_openvino_folder(names):

@@ -48,7 +48,7 @@ def snapshot_folder(model: LocalModel) -> Snapshot:
         raise ModelSourceError(f"Model folder {model.model_id!r} does not exist. Correct `model_id` of the block.")
     names = list_files(folder)
     _check_model_files(model, names)
-    hashes = _hash_files(folder, names, hash_cache_path(model.store_path, folder))
+    hashes = hash_files(folder, names, hash_cache_path(model.store_path, folder))
     files = tuple(SnapshotFile(name, state[0], sha256=digest) for name, (state, digest) in hashes.items())
     content = json.dumps([[file.path, file.size, file.sha256] for file in files])
     commit = f"local-{hashlib.sha256(content.encode()).hexdigest()}"
@@ -62,6 +62,9 @@ def _check_model_files(model: LocalModel, names: list[str]) -> None:
         if model.backend == "torch":
             raise ModelSourceError(f"{where} holds an OpenVINO model. Set `backend='openvino'` to run it.")
         return
+    files = sorted(path.name for path in Path(model.model_id).glob("*.gguf"))
+    if files and not any(is_safe_weight(name) for name in names):
+        raise ModelSourceError(f"{where} holds GGUF files. Set `model_id` to one of them: {', '.join(files[:5])}.")
     if "config.json" not in names:
         raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")
     if any(is_safe_weight(name) for name in names):
@@ -75,10 +78,16 @@ def _check_model_files(model: LocalModel, names: list[str]) -> None:
         )
 
 
-def _hash_files(folder: Path, names: list[str], cache_path: Path) -> dict[str, tuple[FileState, str]]:
-    """Return state and sha256 of each file; read only the files that are not remembered as they are now."""
+def hash_files(folder: Path, names: list[str], cache_path: Path) -> dict[str, tuple[FileState, str]]:
+    """Return state and sha256 of each file; read only the files that are not remembered as they are now.
+
+    Args:
+        folder: Folder of the files.
+        names: Their names.
+        cache_path: File in the store that remembers the hashes of these files.
+    """
     with _LOCK:
-        known = _HASHES.get(folder)
+        known = _HASHES.get(cache_path)
     if known is None:
         known = _read_cache(cache_path)
     hashes = {}
@@ -93,7 +102,7 @@ def _hash_files(folder: Path, names: list[str], cache_path: Path) -> dict[str, t
     settled = {name: entry for name, entry in hashes.items() if max(entry[0][1:3]) < newest_safe}
     if settled != known:
         with _LOCK:
-            _HASHES[folder] = settled
+            _HASHES[cache_path] = settled
         _write_cache(cache_path, settled)
     return hashes
 

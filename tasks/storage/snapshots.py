@@ -13,6 +13,10 @@ def get_snapshot(model: LocalModel) -> Snapshot:
         ModelSourceError: If the model is a folder that is missing or holds no model.
         DownloadError: If the model is on the Hub and cannot be had.
     """
+    if model.is_gguf:
+        from prefect_huggingface.tasks.storage.gguf_files import snapshot_gguf
+
+        return snapshot_gguf(model)
     if model.is_local:
         from prefect_huggingface.tasks.storage.local_snapshots import snapshot_folder
 

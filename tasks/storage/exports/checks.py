@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.storage.exports.package_conflicts import find_con
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS, Recipe
 from prefect_huggingface.tasks.storage.exports.support_table import support_table
 from prefect_huggingface.tasks.storage.exports.versions import installed_version
+from prefect_huggingface.tasks.storage.gguf_files import describe_gguf
 
 NATIVE_TYPES = "transformers/models/auto/configuration_auto.py"
 CALIBRATION_EXTRA = "Install it with `pip install 'prefect-huggingface[calibration]'`"
@@ -58,6 +59,8 @@ def find_problems(case: ExportCase) -> tuple[str, ...]:
         check_remote_code, check_architecture, check_task, check_head, check_transformers, check_source_format,
         check_packages, check_dataset,
     )  # fmt: skip
+    if case.model.is_gguf and (unusable := describe_gguf(case.model).problem):
+        return (unusable,)
     if not case.config:
         checks = (check_packages, check_dataset)
     problems = [problem for check in checks if (problem := check(case)) is not None]

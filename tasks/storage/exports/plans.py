@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,21 @@ def make_plan(
         notes = tuple(recipe_notes(recipe, config))
     except PlanError as error:
         problems.append(error.message)
+    room = plan_room(model, recipe, commit, key, weights)
+    return replace(room, notes=notes, problems=(*problems, *room.problems))
+
+
+def plan_room(model: LocalModel, recipe: Recipe, commit: str, key: str, weights: SourceWeights) -> ExportPlan:
+    """Return the part of a plan that disk and memory decide.
+
+    Args:
+        model: Model to export.
+        recipe: Every setting.
+        commit: Commit of the source.
+        key: Key that the export will have.
+        weights: Number and size of the weights of the source.
+    """
+    problems, warnings = [], []
     disk, free = estimate_disk(weights, recipe.weight_format), free_disk(model.store_path)
     if disk > free:
         problems.append(
@@ -82,7 +97,6 @@ def make_plan(
             f"{str(model.store_path)!r}. Free some space, or set another `path` of the store."
         )
     memory, available = estimate_memory(weights, recipe.weight_format), free_memory()
-    warnings = []
     if available is not None and least_memory(weights) > available:
         problems.append(
             f"The export needs at least {gigabytes(least_memory(weights))} of memory and {gigabytes(available)} are "
@@ -93,7 +107,7 @@ def make_plan(
             f"The export may need {gigabytes(memory)} of memory and {gigabytes(available)} are free. It may be killed."
         )
     return ExportPlan(
-        source=model.model_id, commit=commit, key=key, path=None, recipe=recipe.as_dict(), notes=notes,
+        source=model.model_id, commit=commit, key=key, path=None, recipe=recipe.as_dict(),
         parameters=weights.parameters, disk_bytes=disk, free_disk_bytes=free, memory_bytes=memory,
         free_memory_bytes=available, problems=tuple(problems), warnings=tuple(warnings),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,13 @@ from prefect_huggingface.tasks.storage.exports.staging import (
 )
 from prefect_huggingface.tasks.storage.exports.versions import export_versions
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
+from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
 from prefect_huggingface.tasks.storage.leases import hold_export, note_use
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
+
+Run = Callable[[Snapshot, Recipe, Path, int], Mapping[str, Any]]
+"""Makes an export of a snapshot by a recipe in a work folder; the last argument is the lock that a child inherits."""
 
 
 def get_export(model: LocalModel, verify: bool = False) -> Export:
@@ -72,25 +76,44 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
             if found is not None:
                 return found
         check_source(model, recipe, planned)
+    elif model.is_gguf:
+        # What was made from the file is enough; its checkpoint may have been evicted since.
+        commit = gguf_commit(model)
+        found = find_export(store, export_key(commit, recipe, versions, SCHEMA), verify=verify)
+        if found is not None:
+            return found
+        source = describe_gguf(model)
+        check_plan(make_plan(model, recipe, commit, "", source.config, source.weights))
     snapshot = get_snapshot(model)
     if is_openvino_folder(file.path for file in snapshot.files):
         return use_openvino_folder(model, snapshot)
     key = export_key(snapshot.commit, recipe, versions, SCHEMA)
-    return find_export(store, key, verify=verify) or make_once(model, snapshot, recipe, key)
+    found = find_export(store, key, verify=verify)
+    if found is not None:
+        return found
+    plan = make_plan(
+        model, recipe, snapshot.commit, key, read_json(snapshot.path / "config.json"),
+        measure_weights(snapshot.path, [file.path for file in snapshot.files]),
+    )  # fmt: skip
+    return make_once(model, snapshot, recipe, plan, run_export)
 
 
-def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -> Export:
+def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan, run: Run) -> Export:
     """Make an export, or wait for the process that is making it.
+
+    Args:
+        model: Model with its store.
+        snapshot: Source of the export.
+        recipe: Every setting.
+        plan: Plan of the export, with its key.
+        run: Makes the export in a work folder.
 
     Raises:
         PlanError: If the export cannot succeed; nothing was started.
         ExportError: If the export failed, or another process takes too long.
     """
-    store, path = model.store_path, lock_path(model.store_path, key)
-    plan = make_plan(
-        model, recipe, snapshot.commit, key, read_json(snapshot.path / "config.json"),
-        measure_weights(snapshot.path, [file.path for file in snapshot.files]),
-    )  # fmt: skip
+    store, key = model.store_path, plan.key
+    path = lock_path(store, key)
     check_plan(plan)
     longest = model.get_store().lock_timeout_seconds
     try:
@@ -100,7 +123,7 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, key: str) -
             found = find_export(store, key)
             if found is not None:
                 return found
-            made = make_export(store, snapshot, recipe, plan)
+            made = make_export(store, snapshot, recipe, plan, run)
             keep_within_budget(model, made)
             return made
     except Timeout:
@@ -161,7 +184,7 @@ def find_export(store: Path, key: str, verify: bool = False) -> Export | None:
     return as_export(folder, manifest, reused=True)
 
 
-def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan) -> Export:
+def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan, run: Run) -> Export:
     """Make an export and publish it. The caller holds the lock of its key.
 
     Raises:
@@ -170,13 +193,14 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
     log = run_log()
     started = time.monotonic()
     sweep_staging(store)
-    source = snapshot.repo_id or str(snapshot.path)
+    source = plan.source
     # One line, with the notes in it: an export has one line for each step, and these two.
-    log.info("%s", " ".join((f"Exporting {source} to OpenVINO in {recipe.weight_format}.", *plan.notes)))
+    into = "a checkpoint" if recipe.task == "checkpoint" else f"OpenVINO in {recipe.weight_format}"
+    log.info("%s", " ".join((f"Exporting {source} to {into}.", *plan.notes)))
     for warning in plan.warnings:
         log.warning("%s", warning)
     with open_staging(store) as staging:
-        report = run_export(snapshot, recipe, staging.path, staging.descriptor)
+        report = run(snapshot, recipe, staging.path, staging.descriptor)
         output = staging.path / "output"
         manifest = Manifest(
             key=plan.key,

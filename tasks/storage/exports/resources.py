@@ -14,7 +14,7 @@ from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeigh
 BASE_MEMORY_BYTES = 650 << 20
 # Graph, tokenizer and temporary files.
 BASE_DISK_BYTES = 64 << 20
-BITS = {"fp32": 32.0, "fp16": 16.0, "int8": 8.1, "int4": 4.5, "nf4": 4.3, "mxfp4": 4.3, "cb4": 4.1}
+BITS = {"checkpoint": 16.0, "fp32": 32.0, "fp16": 16.0, "int8": 8.1, "int4": 4.5, "nf4": 4.3, "mxfp4": 4.3, "cb4": 4.1}
 CGROUP = Path("/sys/fs/cgroup")
 
 

