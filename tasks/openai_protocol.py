@@ -112,7 +112,9 @@ def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
     if chat:
         requests = [Request(messages=_read_messages(body.get("messages")), options=options, tools=tools)]
     else:
-        requests = [Request(prompt=prompt, options=options) for prompt in _read_prompts(body.get("prompt"))]
+        # This route is for text that is put before the model as it is.
+        prompts = _read_prompts(body.get("prompt"))
+        requests = [Request(prompt=prompt, options=options, chat_template="never") for prompt in prompts]
     return OpenAICall(
         chat, model, tuple(requests), tuple(tools), stream, stream and bool(stream_options.get("include_usage"))
     )

@@ -30,7 +30,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("prefect-huggingface-server", description=__doc__.split("\n")[0])
     what = parser.add_argument_group("models")
     what.add_argument("--block", action="append", default=[], metavar="NAME", help=f"saved block {SLUG}/NAME, or all")
-    what.add_argument("--model", metavar="ID_OR_FOLDER", help="Hub id or folder, without a Prefect server")
+    what.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="ID_OR_FOLDER",
+        help="Hub id or folder; needs no Prefect server",
+    )
     what.add_argument("--weight-format", help="weights of the OpenVINO export of --model, such as int8")
     what.add_argument("--backend", choices=["openvino", "torch"], help="what runs --model")
     what.add_argument("--task", help="task of --model, such as image-text-to-text")
@@ -124,12 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     models = load_blocks(given.block) if given.block else []
-    if given.model:
-        settings = {name: getattr(given, name) for name in ("weight_format", "backend", "task", "device")}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        if settings.get("backend") == "torch":
-            settings.setdefault("weight_format", None)
-        models.append(ServedModel(name_of(given.model), LocalModel(model_id=given.model, **settings)))
+    settings = {name: getattr(given, name) for name in ("weight_format", "backend", "task", "device")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings.get("backend") == "torch":
+        settings.setdefault("weight_format", None)
+    models += [ServedModel(name_of(each), LocalModel(model_id=each, **settings)) for each in given.model]
     serve(ServedModels(models), given, keys)
 
 

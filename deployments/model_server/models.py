@@ -83,7 +83,7 @@ class ServedModel:
             ApiError: If the model cannot be loaded, or not in time.
         """
         if self._load is None:
-            self._load = asyncio.ensure_future(asyncio.to_thread(load_engine, self.block))
+            self._load = asyncio.ensure_future(asyncio.to_thread(self._load_engine))
             self._load.add_done_callback(self._keep)
         self.loading += 1
         try:
@@ -97,6 +97,12 @@ class ServedModel:
             raise ApiError(status, "model_unavailable", message, retry_after=wait) from None
         finally:
             self.loading -= 1
+
+    def _load_engine(self) -> Engine:
+        began = time.perf_counter()
+        engine = load_engine(self.block)
+        logger.info("The model %r is ready after %.1f s.", self.name, time.perf_counter() - began)
+        return engine
 
     def _keep(self, load: asyncio.Future[Engine]) -> None:
         self._load = None
