@@ -282,14 +282,20 @@ def image_url(part: Mapping[str, Any]) -> str:
     return url
 
 
-def image_urls(requests: Sequence[Request]) -> Iterator[str]:
-    """Yield the URLs of the images in the messages of requests."""
-    for request in requests:
-        for message in request.messages or ():
-            content = message.get("content")
-            for part in content if isinstance(content, list) else ():
-                if part["type"] == "image_url":
-                    yield image_url(part)
+def check_images(call: OpenAICall, most: int, allow_remote: bool) -> None:
+    """Refuse images that are too many, or that would have to be fetched.
+
+    Raises:
+        BodyError: With the remedy.
+    """
+    contents = [message.get("content") for request in call.requests for message in request.messages or ()]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    urls = [image_url(part) for part in parts if part["type"] == "image_url"]
+    if len(urls) > most:
+        raise BodyError("invalid_prompt", f"A request may have {most} images, got {len(urls)}. Send fewer.", "messages")
+    if not allow_remote and not all(url[:5].lower() == "data:" for url in urls):
+        text = "This server fetches no images. Send a data URL, or start it with --allow-remote-images."
+        raise BodyError("invalid_prompt", text, "messages")
 
 
 def _read_prompts(prompt: Any) -> list[str]:
@@ -411,6 +417,46 @@ class AnswerWriter:
             "content": [{"token": "", "logprob": value, "bytes": None, "top_logprobs": []} for value in values],
             "refusal": None,
         }
+
+
+class AnswerStream:
+    """The chunks of the answers to one call, in the order of a stream.
+
+    Only the first answer to a prompt comes piece by piece, and with tools none, since its text may be a call.
+
+    Attributes:
+        completions: Completions that have come, by the number of their request.
+    """
+
+    def __init__(self, call: OpenAICall, writer: AnswerWriter) -> None:
+        self._call, self._writer = call, writer
+        self._begun: set[int] = set()
+        self.completions: dict[int, Completion] = {}
+
+    def go_on(self, number: int, text: str) -> list[dict[str, Any]]:
+        """Return the chunks of a piece of text of the first answer to a request."""
+        index = self._index(number)
+        return [*self._begin(index), *([] if self._writer.holds_text else [self._writer.write_text(index, text)])]
+
+    def end(self, number: int, completion: Completion) -> list[dict[str, Any]]:
+        """Return the chunks that end the answers to a request."""
+        self.completions[number] = completion
+        chunks: list[dict[str, Any]] = []
+        for place, text in enumerate(_texts(completion)):
+            index = self._index(number) + place
+            rest = text if place or self._writer.holds_text else ""
+            chunks += [*self._begin(index), *self._writer.write_end(index, rest, completion, place)]
+        return chunks
+
+    def _index(self, number: int) -> int:
+        options = self._call.requests[number].options
+        return number * (options.n if options is not None else 1)
+
+    def _begin(self, index: int) -> list[dict[str, Any]]:
+        if index in self._begun or not self._call.chat:
+            return []
+        self._begun.add(index)
+        return [self._writer.write_role(index)]
 
 
 def usage(completions: Sequence[Completion]) -> dict[str, int]:

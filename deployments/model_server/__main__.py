@@ -16,12 +16,14 @@ import resource
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels, name_of
 
+MAX_PIXELS = 50_000_000
 SLUG = LocalModel.get_block_type_slug()
 
 
@@ -146,6 +148,11 @@ def serve(models: ServedModels, given: argparse.Namespace, keys: tuple[str, ...]
     from prefect_huggingface.tasks.engines.cache import set_memory_budget
 
     set_memory_budget(given.memory_gb)
+    with suppress(ImportError):
+        from PIL import Image
+
+        # A small file may be a picture that fills the memory. Pillow refuses those of twice this.
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     # Every connection is a file.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

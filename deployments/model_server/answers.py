@@ -19,7 +19,7 @@ from starlette.responses import Response
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel
 from prefect_huggingface.tasks.engines.protocol import Engine
-from prefect_huggingface.tasks.openai_protocol import AnswerWriter, OpenAICall, error_body, error_status
+from prefect_huggingface.tasks.openai_protocol import AnswerStream, AnswerWriter, OpenAICall, error_body, error_status
 from prefect_huggingface.tasks.records import Completion
 
 Send = Callable[[Mapping[str, Any]], Any]
@@ -143,34 +143,34 @@ class GenerationResponse(Response):
     async def _send_events(self, engine: Engine, futures: list[Future[Completion]], send: Send) -> None:
         inbox, events = Inbox(), EventSender(send)
         futures += [self._submit(engine, request, each, inbox) for each, request in enumerate(self._call.requests)]
-        texts = StreamedTexts(self._call, self._writer)
+        stream = AnswerStream(self._call, self._writer)
         try:
-            while len(texts.completions) < len(futures):
+            while len(stream.completions) < len(futures):
                 try:
                     items = await asyncio.wait_for(inbox.take(), PING_SECONDS)
                 except TimeoutError:
                     await events.ping()
                     continue
-                await events.send(self._chunks_of(items, texts, events.begun))
+                await events.send(self._chunks_of(items, stream, events.begun))
         except ApiError as exc:
             if not events.begun:
                 raise
             await events.send([error_body(exc.code, str(exc), status=exc.status)])
         else:
             if self._call.include_usage:
-                await events.send([self._writer.write_usage(list(texts.completions.values()))])
+                await events.send([self._writer.write_usage(list(stream.completions.values()))])
         await events.end()
 
-    def _chunks_of(self, items: Sequence[Any], texts: StreamedTexts, begun: bool) -> list[dict[str, Any]]:
+    def _chunks_of(self, items: Sequence[Any], stream: AnswerStream, begun: bool) -> list[dict[str, Any]]:
         if not begun and isinstance(items[0][1], str):
             self._metrics.count_first_token(self._model.name, time.perf_counter() - self._began)
         chunks: list[dict[str, Any]] = []
         for number, item in items:
             if isinstance(item, str):
-                chunks += texts.go_on(number, item)
+                chunks += stream.go_on(number, item)
             else:
                 self._finish([item])
-                chunks += texts.end(number, item)
+                chunks += stream.end(number, item)
         return chunks
 
     def _submit(self, engine: Engine, request: Any, number: int, inbox: Inbox) -> Future[Completion]:
@@ -181,42 +181,6 @@ class GenerationResponse(Response):
         future = engine.submit(request, lambda text: self._mailbox.post(inbox, (number, text)))
         future.add_done_callback(tell)
         return future
-
-
-class StreamedTexts:
-    """The chunks of the answers to one call. Only the first answer to a prompt comes piece by piece."""
-
-    def __init__(self, call: OpenAICall, writer: AnswerWriter) -> None:
-        self._call, self._writer = call, writer
-        self._begun: set[int] = set()
-        self.completions: dict[int, Completion] = {}
-
-    def go_on(self, number: int, text: str) -> list[dict[str, Any]]:
-        """Return the chunks of a piece of text of the first answer to a prompt."""
-        index = number * self._answers(number)
-        chunks = self._begin(index)
-        return chunks if self._writer.holds_text else [*chunks, self._writer.write_text(index, text)]
-
-    def end(self, number: int, completion: Completion) -> list[dict[str, Any]]:
-        """Return the chunks that end the answers to a prompt."""
-        self.completions[number] = completion
-        chunks = []
-        for place, text in enumerate((completion.text, *completion.alternatives)):
-            index = number * self._answers(number) + place
-            sent = place == 0 and not self._writer.holds_text
-            chunks += self._begin(index)
-            chunks += self._writer.write_end(index, "" if sent else text, completion, place)
-        return chunks
-
-    def _answers(self, number: int) -> int:
-        options = self._call.requests[number].options
-        return options.n if options is not None else 1
-
-    def _begin(self, index: int) -> list[dict[str, Any]]:
-        if index in self._begun or not self._call.chat:
-            return []
-        self._begun.add(index)
-        return [self._writer.write_role(index)]
 
 
 class EventSender:

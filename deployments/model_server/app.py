@@ -17,16 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from prefect_huggingface.deployments.model_server.answers import GenerationResponse, Mailbox
-from prefect_huggingface.deployments.model_server.images import check_images
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel, ServedModels, evict_idle
 from prefect_huggingface.tasks.engines.protocol import Engine
-from prefect_huggingface.tasks.openai_protocol import BodyError, OpenAICall, error_body, read_call
+from prefect_huggingface.tasks.openai_protocol import BodyError, OpenAICall, check_images, error_body, read_call
 
 BODY_SECONDS = 60.0
 # More characters than this for each token of the context are too many in any language.
 CHARACTERS_PER_TOKEN = 64
 DEFAULT_CONTEXT = 32_768
+MAX_IMAGES = 16
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -116,7 +116,7 @@ class ModelServer:
     async def _generate(self, request: Request, chat: bool) -> Response:
         self._check_load()
         call = read_call(await self._read_body(request), chat)
-        await check_images(call, self.settings.allow_remote_images)
+        check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
         model = self.models.find(call.model)
         self._check_load()
         assert self._mailbox is not None

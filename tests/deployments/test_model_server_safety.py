@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -203,17 +204,42 @@ def test_nothing_is_fetched(guarded_server: ModelServerProcess, hub: LocalHub) -
     assert_answers(guarded_server)
 
 
-def test_images_are_bounded(guarded_server: ModelServerProcess) -> None:
-    image_module = pytest.importorskip("PIL.Image", reason="the extra `vision` is not installed")
+@pytest.fixture(scope="module")
+def image_server(session_folder: Path) -> Iterator[ModelServerProcess]:
+    pytest.importorskip("PIL", reason="the extra `vision` is not installed")
+    from support.tiny_vision_model import make_tiny_llava
+
+    folder = make_tiny_llava(session_folder / "served-llava")
+    more = ("--backend", "torch", "--device", "cpu", "--task", "image-text-to-text")
+    with model_server(session_folder, "--model", str(folder), *more) as server:
+        yield server
+
+
+def data_url(width: int, height: int) -> str:
+    from PIL import Image
+
     content = io.BytesIO()
-    image_module.new("1", (20_000, 20_000)).save(content, "png")
-    url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    for bad in (url, "data:image/png;base64,###", "data:image/png,plain", "data:image/png;base64,AAAA"):
-        answer = guarded_server.chat(messages=image_message({"url": bad}))
-        assert answer.status_code == 400, bad[:40]
-    small = io.BytesIO()
-    image_module.new("1", (4, 4)).save(small, "png")
-    one = {"type": "image_url", "image_url": f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"}
-    many = guarded_server.chat(messages=[{"role": "user", "content": [one] * 17}])
+    Image.new("1", (width, height)).save(content, "png")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def test_images_come_as_data_and_are_bounded(image_server: ModelServerProcess, hub: LocalHub) -> None:
+    good = data_url(20, 30)
+    answer = image_server.chat(messages=image_message({"url": good}), max_tokens=3)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 3
+    for bad in (
+        data_url(20_000, 20_000),
+        "data:image/png;base64,###",
+        "data:image/png,x",
+        "data:image/png;base64,AAAA",
+    ):
+        answer = image_server.chat(messages=image_message({"url": bad}), max_tokens=3)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_prompt"), bad[:40]
+    parts = [{"type": "image_url", "image_url": {"url": good}}] * 17
+    many = image_server.chat(messages=[{"role": "user", "content": parts}], max_tokens=3)
     assert many.status_code == 400
     assert "16 images" in many.json()["error"]["message"]
+    remote = image_server.chat(messages=image_message(f"{hub.endpoint}/picture.png"), max_tokens=3)
+    assert remote.status_code == 400
+    assert hub.journal.requests == []
