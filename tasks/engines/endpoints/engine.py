@@ -19,6 +19,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
 from prefect_huggingface.tasks.engines.answer_forms import check_form
 from prefect_huggingface.tasks.engines.answers import Submission
+from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.engines.endpoints.answers import EndpointAnswer
 from prefect_huggingface.tasks.engines.endpoints.calls import make_call
 from prefect_huggingface.tasks.engines.endpoints.failures import EndpointFailure
@@ -26,7 +27,6 @@ from prefect_huggingface.tasks.engines.endpoints.patience import Circuit, wait_a
 from prefect_huggingface.tasks.engines.endpoints.service import EndpointService
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.prompts import resolve_options
-from prefect_huggingface.tasks.engines.protocol import Engine, OnText
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
@@ -57,7 +57,9 @@ class EndpointEngine(Engine):
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_text: OnText | None = None) -> Future[Completion]:
+    def submit(
+        self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
+    ) -> Future[Completion]:
         """Send a request as soon as there is a place for it, and return the future of its completion."""
         submission = Submission(request, Future(), on_text)
         # With the context of the caller, what is logged about the request belongs to the caller's run.
