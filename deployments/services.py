@@ -102,11 +102,8 @@ class LocalServices:
         missing = [name for name in self.commands if name not in self.services]
         # The port of a server that was killed is free a moment after its process is gone.
         for name, port in (("server", self.port), ("model-server", self.port + 1)):
-            if name in missing and not wait_for(lambda port=port: not _is_taken(port), PORT_SECONDS):
-                raise SystemExit(
-                    f"Port {port} is in use by another program. End that, or choose another port: "
-                    f"`make deployments PORT={self.port + 100}`."
-                )
+            if name in missing:
+                self._check_port(port)
         if not missing and self.deployed.exists() and self.is_healthy():
             return []
         self.deployed.unlink(missing_ok=True)
@@ -138,6 +135,13 @@ class LocalServices:
     def post(self, path: str, **body: Any) -> Any:
         """Post to the server's API and return the answer."""
         return httpx.post(f"{self.address}/api/{path}", json=body, timeout=30).raise_for_status().json()
+
+    def _check_port(self, port: int) -> None:
+        if not wait_for(lambda: not _is_taken(port), PORT_SECONDS):
+            raise SystemExit(
+                f"Port {port} is in use by another program. End that, or choose another port: "
+                f"`make deployments PORT={self.port + 100}`."
+            )
 
     def _read_port(self) -> int | None:
         try:

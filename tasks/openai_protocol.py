@@ -36,7 +36,9 @@ CALL_FIELDS = {
 OPTION_NAMES = {
     "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "stop": "stop", "seed": "seed",
     "n": "n", "top_k": "top_k", "repetition_penalty": "repetition_penalty", "ignore_eos": "ignore_eos",
-    "min_tokens": "min_new_tokens", "echo": "echo",
+    "min_tokens": "min_new_tokens", "echo": "echo", "min_p": "min_p", "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty", "stop_token_ids": "stop_token_ids",
+    "chat_template_kwargs": "template_options",
 }  # fmt: skip
 # What does not change the answer.
 NO_EFFECT = {
@@ -44,9 +46,8 @@ NO_EFFECT = {
 }  # fmt: skip
 # Not supported; these values ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "best_of": (1,), "logit_bias": ({},), "top_logprobs": (0,),
+    "best_of": (1,), "logit_bias": ({},), "top_logprobs": (0,),
     "suffix": ("",), "functions": ([],), "function_call": ("auto", "none"), "modalities": (["text"],),
-    "chat_template_kwargs": ({},),
 }  # fmt: skip
 
 # Status and code of the errors of completions and of rows. The others are faults of the request: 400.
@@ -138,7 +139,7 @@ def read_options(body: Mapping[str, Any], chat: bool) -> GenerationOptions:
     except (ValidationError, TypeError) as exc:
         first = exc.errors(include_url=False)[0] if isinstance(exc, ValidationError) else {"msg": str(exc), "loc": ()}
         place = next((name for name, option in OPTION_NAMES.items() if option in first["loc"] and name in body), None)
-        message = f"{first['msg'].removeprefix('Value error, ').rstrip('.')}. Correct the body."
+        message = f"{str(first['msg']).removeprefix('Value error, ').rstrip('.')}. Correct the body."
         raise BodyError("invalid_option", f"`{place}`: {message}" if place else message, place) from None
 
 
@@ -147,7 +148,7 @@ def _read_option(name: str, value: Any, chat: bool) -> dict[str, Any]:
         return _read_response_format(value)
     if name == "logprobs":
         return {"logprobs": _read_logprobs(value, chat)}
-    if name in OPTION_NAMES and not (name == "echo" and chat):
+    if name in OPTION_NAMES and name != ("echo" if chat else "chat_template_kwargs"):
         return {OPTION_NAMES[name]: value}
     if name not in NEUTRAL_VALUES:
         raise BodyError("invalid_option", f"`{name}` is not known. Leave it out.", name)
@@ -346,6 +347,10 @@ class AnswerWriter:
         """Return the chunk of a piece of text."""
         return self._chunk(index, {"delta": {"content": text}} if self._call.chat else {"text": text})
 
+    def write_reasoning(self, index: int, text: str) -> dict[str, Any]:
+        """Return the chunk of a piece of reasoning, under the name that vLLM and DeepSeek give it."""
+        return self._chunk(index, {"delta": {"reasoning_content": text}})
+
     def write_end(self, index: int, text: str, completion: Completion, place: int) -> Iterator[dict[str, Any]]:
         """Yield the chunks that end an answer: what was held back of its text, its tool calls, its finish reason.
 
@@ -380,6 +385,8 @@ class AnswerWriter:
         content: dict[str, Any] = {"text": text}
         if self._call.chat:
             message = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+            if place == 0 and completion.reasoning is not None:
+                message["reasoning_content"] = completion.reasoning
             content = {"message": {**message, "tool_calls": calls} if calls else message}
         reason = _finish_reason(completion, calls)
         return {"index": index, **content, "logprobs": self._logprobs(completion, place), "finish_reason": reason}
@@ -437,6 +444,11 @@ class AnswerStream:
         """Return the chunks of a piece of text of the first answer to a request."""
         index = self._index(number)
         return [*self._begin(index), *([] if self._writer.holds_text else [self._writer.write_text(index, text)])]
+
+    def think(self, number: int, text: str) -> list[dict[str, Any]]:
+        """Return the chunks of a piece of reasoning of the first answer to a request."""
+        index = self._index(number)
+        return [*self._begin(index), self._writer.write_reasoning(index, text)] if self._call.chat else []
 
     def end(self, number: int, completion: Completion) -> list[dict[str, Any]]:
         """Return the chunks that end the answers to a request."""

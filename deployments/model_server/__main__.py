@@ -145,7 +145,7 @@ def serve(models: ServedModels, given: argparse.Namespace, keys: tuple[str, ...]
     import uvicorn
 
     from prefect_huggingface.deployments.model_server.app import ServerSettings, create_app
-    from prefect_huggingface.tasks.engines.cache import set_memory_budget
+    from prefect_huggingface.tasks.engines.registry import set_memory_budget
 
     set_memory_budget(given.memory_gb)
     with suppress(ImportError):

@@ -15,19 +15,22 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.openai_protocol import AnswerStream, AnswerWriter, OpenAICall, error_body, error_status
 from prefect_huggingface.tasks.records import Completion
-
-Send = Callable[[Mapping[str, Any]], Any]
 
 # A stream that has nothing to say for so long says that it is there, and a client that reads nothing is given up.
 PING_SECONDS = 15.0
 SEND_SECONDS = 60.0
 JSON_TYPE, EVENT_TYPE = b"application/json", b"text/event-stream; charset=utf-8"
+
+
+class Reasoning(str):
+    """A piece of what the model thinks before its answer."""
 
 
 class Mailbox:
@@ -102,7 +105,7 @@ class GenerationResponse(Response):
         self._began = time.perf_counter()
         self.background = None
 
-    async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, or cancel everything when the client goes away."""
         work = asyncio.ensure_future(self._answer(send))
         watch = asyncio.ensure_future(_disconnected(receive))
@@ -147,7 +150,9 @@ class GenerationResponse(Response):
         try:
             while len(stream.completions) < len(futures):
                 try:
-                    items = await asyncio.wait_for(inbox.take(), PING_SECONDS)
+                    # `asyncio.wait_for` of Python 3.11 loses a cancellation that comes together with an item.
+                    async with asyncio.timeout(PING_SECONDS):
+                        items = await inbox.take()
                 except TimeoutError:
                     await events.ping()
                     continue
@@ -166,7 +171,9 @@ class GenerationResponse(Response):
             self._metrics.count_first_token(self._model.name, time.perf_counter() - self._began)
         chunks: list[dict[str, Any]] = []
         for number, item in items:
-            if isinstance(item, str):
+            if isinstance(item, Reasoning):
+                chunks += stream.think(number, item)
+            elif isinstance(item, str):
                 chunks += stream.go_on(number, item)
             else:
                 self._finish([item])
@@ -178,7 +185,10 @@ class GenerationResponse(Response):
             if not future.cancelled():
                 self._mailbox.post(inbox, (number, future.result()))
 
-        future = engine.submit(request, lambda text: self._mailbox.post(inbox, (number, text)))
+        def think(text: str) -> None:
+            self._mailbox.post(inbox, (number, Reasoning(text)))
+
+        future = engine.submit(request, lambda text: self._mailbox.post(inbox, (number, text)), think)
         future.add_done_callback(tell)
         return future
 
@@ -226,6 +236,6 @@ async def _send_all(send: Send, body: Mapping[str, Any]) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-async def _disconnected(receive: Any) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue

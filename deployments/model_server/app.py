@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from prefect_huggingface.deployments.model_server.answers import GenerationResponse, Mailbox
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel, ServedModels, evict_idle
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.openai_protocol import BodyError, OpenAICall, check_images, error_body, read_call
 
 BODY_SECONDS = 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,26 +17,28 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         labels = ["model_name"]
-        shared = {"labelnames": labels, "registry": self._registry}
-        running = Gauge("vllm:num_requests_running", "Requests in the engine.", **shared)
-        waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their model.", **shared)
-        self._prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", **shared)
-        self._generated_tokens = Counter("vllm:generation_tokens", "Generated tokens.", **shared)
+        running = Gauge("vllm:num_requests_running", "Requests in the engine.", labels, registry=registry)
+        waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their model.", labels, registry=registry)
+        self._prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", labels, registry=registry)
+        self._generated_tokens = Counter("vllm:generation_tokens", "Generated tokens.", labels, registry=registry)
         self._first_token = Histogram(
-            "vllm:time_to_first_token_seconds", "Time to the first text of a stream.", buckets=SECONDS, **shared
+            "vllm:time_to_first_token_seconds",
+            "Time to a stream's first text.",
+            labels,
+            registry=registry,
+            buckets=SECONDS,
         )
         self._latency = Histogram(
-            "vllm:e2e_request_latency_seconds", "Time to the end of an answer.", buckets=SECONDS, **shared
+            "vllm:e2e_request_latency_seconds", "Time to an answer's end.", labels, registry=registry, buckets=SECONDS
         )
         self._ends = Counter(
-            "vllm:request_success", "Answers by their finish reason.", [*labels, "finished_reason"],
-            registry=self._registry,
-        )  # fmt: skip
+            "vllm:request_success", "Answers by their finish reason.", [*labels, "finished_reason"], registry=registry
+        )
         for model in models:
-            running.labels(model.name).set_function(lambda model=model: model.requests - model.loading)
-            waiting.labels(model.name).set_function(lambda model=model: model.loading)
+            running.labels(model.name).set_function(partial(_running, model))
+            waiting.labels(model.name).set_function(partial(_waiting, model))
             self._prompt_tokens.labels(model.name)
             self._generated_tokens.labels(model.name)
 
@@ -57,3 +60,11 @@ class Metrics:
     def write(self) -> bytes:
         """Return everything as text."""
         return generate_latest(self._registry)
+
+
+def _running(model: ServedModel) -> float:
+    return model.requests - model.loading
+
+
+def _waiting(model: ServedModel) -> float:
+    return model.loading

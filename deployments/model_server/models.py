@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine, unload_idle_engines
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.registry import load_engine, unload_idle_engines
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
 
 logger = get_logger(__name__)
@@ -87,7 +87,8 @@ class ServedModel:
             self._load.add_done_callback(self._keep)
         self.loading += 1
         try:
-            return await asyncio.wait_for(asyncio.shield(self._load), LOAD_WAIT_SECONDS)
+            async with asyncio.timeout(LOAD_WAIT_SECONDS):
+                return await asyncio.shield(self._load)
         except TimeoutError:
             raise ApiError(503, "model_loading", f"{self.name!r} is being loaded. Try again.", retry_after=5) from None
         except HuggingFaceTaskError as exc:
@@ -120,7 +121,7 @@ class ServedModels:
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._models = list(models)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
 
     @property

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import httpx
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.records import Request
 from support.model_servers import ModelServerProcess, model_server
 from support.smollm_models import make_smollm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.generation import complete_prompts, stream_completion
 from prefect_huggingface.tasks.records import Request
-from support.model_servers import USER, ModelServerProcess
+from support.model_servers import USER, ModelServerProcess, model_server
+from support.scripted_models import make_scripted_model
 
 WEATHER = {
     "type": "function",
@@ -206,3 +208,48 @@ def test_tokens_health_and_metrics(guarded_server: ModelServerProcess, long_mode
     assert guarded_server.read_metric("vllm:generation_tokens_total") == before + 14
     assert guarded_server.read_metric("vllm:time_to_first_token_seconds_count") > 0
     assert guarded_server.read_metric("vllm:num_requests_running") == 0
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A server of a model that thinks before it answers, and calls a tool where it is asked for the weather."""
+    folder = tmp_path_factory.mktemp("thinker")
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    model = make_scripted_model(
+        folder / "thinker", "<think>\nHm.\n</think>\n\nLima", after={"weather": f"<think>\nA tool.\n</think>\n\n{call}"}
+    )
+    with model_server(folder, "--model", str(model), "--backend", "torch", "--device", "cpu") as server:
+        yield openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+
+
+def test_reasoning_is_kept_apart(thinker: openai.OpenAI) -> None:
+    asked = {"model": "thinker", "messages": USER, "max_tokens": 60}
+    message = thinker.chat.completions.create(**asked).choices[0].message
+    assert (message.content, message.reasoning_content.strip()) == ("Lima", "Hm.")
+    deltas = [chunk.choices[0].delta for chunk in thinker.chat.completions.create(**asked, stream=True)]
+    assert "".join(delta.content or "" for delta in deltas) == "Lima"
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas).strip() == "Hm."
+
+
+def test_a_tool_that_may_be_called_is_found_behind_the_thoughts(thinker: openai.OpenAI) -> None:
+    question = [{"role": "user", "content": "What is the weather?"}]
+    asked = {"model": "thinker", "messages": question, "tools": [WEATHER], "max_tokens": 200}
+    choice = thinker.chat.completions.create(**asked).choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    assert choice.message.tool_calls[0].function.arguments == '{"city": "Oslo"}'
+    assert choice.message.reasoning_content.strip() == "A tool."
+    deltas = [chunk.choices[0].delta for chunk in thinker.chat.completions.create(**asked, stream=True)]
+    [call] = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Oslo"}')
+    assert not any(delta.content for delta in deltas)
+
+
+def test_options_beyond_openai_s(thinker: openai.OpenAI) -> None:
+    def ask(**more: Any) -> Any:
+        return thinker.chat.completions.create(model="thinker", messages=USER, max_tokens=4, extra_body=more)
+
+    plain = ask().usage.prompt_tokens
+    assert ask(chat_template_kwargs={"enable_thinking": False}).usage.prompt_tokens > plain
+    assert ask(presence_penalty=0.5, frequency_penalty=0.5, min_tokens=2).usage.completion_tokens == 4
+    with pytest.raises(openai.BadRequestError, match="`unknown` is not known"):
+        ask(unknown=3)

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.records import Request
 from support.model_servers import USER, ModelServerProcess, RawClient, model_server
 from support.prefect_services import wait_until

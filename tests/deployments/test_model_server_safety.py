@@ -17,6 +17,7 @@ from prefect_huggingface.deployments.model_server.__main__ import parse_argument
 from prefect_huggingface.tasks.openai_protocol import BodyError, read_call
 from support.hub_server import LocalHub
 from support.model_servers import USER, ModelServerProcess, RawClient, model_server
+from support.prefect_services import wait_until
 
 ENDLESS = {"max_tokens": 8000, "ignore_eos": True, "stream": True}
 
@@ -29,6 +30,13 @@ def assert_answers(server: ModelServerProcess) -> None:
     began = time.monotonic()
     assert server.chat(max_tokens=2).status_code == 200
     assert time.monotonic() - began < 10
+
+
+def close_all(server: ModelServerProcess, clients: list[RawClient]) -> None:
+    """Close connections in the middle of their streams: every one of their requests ends."""
+    for client in clients:
+        client.close()
+    wait_until(lambda: server.read_metric("vllm:num_requests_running") == 0, 15, "the end of the requests")
 
 
 @pytest.mark.parametrize("key", [None, "wrong", "key-of-the-tests-5f1", "key-of-the-tests-5f1d,another-key"])
@@ -159,8 +167,7 @@ def test_clients_that_do_not_read_disturb_nobody(guarded_server: ModelServerProc
         client.send_chat(guarded_server.headers, **ENDLESS)
     time.sleep(1)
     assert_answers(guarded_server)
-    for client in clients:
-        client.close()
+    close_all(guarded_server, clients)
 
 
 def test_a_full_queue_says_when_to_come_back(guarded_server: ModelServerProcess) -> None:
@@ -174,8 +181,7 @@ def test_a_full_queue_says_when_to_come_back(guarded_server: ModelServerProcess)
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert httpx.get(f"{guarded_server.origin}/health").status_code == 200
-    for client in clients:
-        client.close()
+    close_all(guarded_server, clients)
 
 
 @pytest.mark.parametrize(

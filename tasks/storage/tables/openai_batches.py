@@ -73,5 +73,6 @@ class OpenAIBatchWriter:
             answer["generated_tokens"],
             alternatives=tuple(details.get("alternatives", ())),
             logprobs=None if logprobs is None else tuple(logprobs),
+            reasoning=details.get("reasoning"),
         )
         return AnswerWriter(call, name, self._created, call.model).write([completion])
