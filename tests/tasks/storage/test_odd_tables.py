@@ -48,7 +48,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_an_answer_and_a_cell_with_any_line_end_stay_one_record(tmp_path: Path, cell: str, suffix: str) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"q": cell}, {"q": "next"}])
-    answer_table(source, tmp_path / f"out.{suffix}", "{q}", answer=cell)
+    answer_table(source, tmp_path / f"out.{suffix}", "Say {q}", answer=cell)
     with open(tmp_path / f"out.{suffix}", newline="", encoding="utf-8") as file:
         records = list(csv.DictReader(file, delimiter="\t" if suffix == "tsv" else ","))
 
@@ -214,7 +214,7 @@ def test_lone_surrogates_in_keys_and_cells_go_through(tmp_path: Path, suffix: st
     written = read_all(tmp_path / f"out.{suffix}")
 
     assert publication.statuses == {"ok": 3, "malformed": 1}
-    assert "line 2" in written[1]["error"]
+    assert "Line 2 of 'in.jsonl'" in written[1]["error"]
     assert r"\udfff" in written[1]["error"]
     assert [row["q"] for row in written][:2] == ["fine", "fine"]
     assert written[0]["other"] == ("\ud800 half" if suffix == "jsonl" else "\ufffd half")
@@ -280,7 +280,7 @@ def test_a_json_array_is_read_in_pieces_with_its_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [('[{"q": 1},\n{"q": }]', 2), ('[{"q": 1}\n\n{"q": 2}]', 3), ('[{"q": 1}', 1), ('[{"q": 1}]\nx', 2)],
+    [('[{"q": 1},\n{"q": }]', 2), ('[{"q": 1}\n\n{"q": 2}]', 3), ('[{"q": 1}', 1), ('[{"q": 1},\n{"q": 2}]\nx', 3)],
 )
 def test_a_broken_json_array_is_refused_with_its_line(tmp_path: Path, text: str, line: int) -> None:
     with pytest.raises(TableError, match=rf"in\.json.*line {line}\b"):
