@@ -14,7 +14,7 @@ import lzma
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from typing import IO, Any, NoReturn
@@ -406,22 +406,20 @@ def _parse_lines(lines: list[bytes]) -> tuple[list[Any], dict[int, str]]:
     import orjson
 
     block = b"".join(lines)
-    rows: list[Any] = []
-    problems: dict[int, str] = {}
+    is_deep = block.count(b"[") + block.count(b"{") > len(lines) + MAX_DEPTH
     if not _LARGE_INTEGER.search(block):
-        try:
-            rows = list(map(orjson.loads, lines))
-        except ValueError:
-            rows = []
-    for place, line in enumerate(lines if not rows else ()):
+        with suppress(ValueError):
+            rows: list[Any] = list(map(orjson.loads, lines))
+            return rows, _check_objects(rows, is_deep, odd_names=False)  # `orjson` refuses names that are not Unicode
+    rows, problems = [], {}
+    for place, line in enumerate(lines):
         try:
             rows.append(parse_json(line))
         except (ValueError, RecursionError) as exc:
             deep = isinstance(exc, RecursionError)
             problems[place] = "is nested too deeply. Flatten it." if deep else f"is no JSON: {_reason(exc)}."
             rows.append({})
-    is_deep = block.count(b"[") + block.count(b"{") > len(lines) + MAX_DEPTH
-    return rows, {**problems, **_check_objects(rows, is_deep, not block.isascii() or b"\\u" in block)}
+    return rows, {**problems, **_check_objects(rows, is_deep)}
 
 
 def _reason(error: Exception) -> str:
@@ -430,10 +428,10 @@ def _reason(error: Exception) -> str:
     return f"{error}. Correct the line"
 
 
-def _check_objects(rows: list[Any], is_deep: bool = True, has_odd_names: bool = True) -> dict[int, str]:
+def _check_objects(rows: list[Any], is_deep: bool = True, odd_names: bool = True) -> dict[int, str]:
     """Make rows that are no objects empty, drop keys that are not Unicode, and return the problems."""
     problems: dict[int, str] = {}
-    if set(map(type, rows)) == {dict} and not is_deep and not has_odd_names:
+    if set(map(type, rows)) == {dict} and not is_deep and not odd_names:
         return problems
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -442,7 +440,7 @@ def _check_objects(rows: list[Any], is_deep: bool = True, has_odd_names: bool = 
         elif is_deep and _is_deep(row):
             problems[place] = f"is nested more than {MAX_DEPTH} levels deep. Flatten it."
             rows[place] = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
-        elif has_odd_names and (odd := [name for name in row if not _is_unicode(name)]):
+        elif odd_names and (odd := [name for name in row if not _is_unicode(name)]):
             problems[place] = f"has the key {odd[0]!r}, which is not valid Unicode. Rename it."
             rows[place] = {name: value for name, value in row.items() if name not in odd}
     return problems
@@ -679,8 +677,12 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
 
 def to_rows(batch: Any) -> list[dict[str, Any]]:
     """Return a batch as dictionaries. What Python cannot hold becomes text, and so do bytes that are UTF-8."""
-    names, columns = batch.schema.names, [_to_values(column) for column in batch.columns]
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)] or [{}] * batch.num_rows
+    if not any("binary" in str(field.type) for field in batch.schema):
+        with suppress(ValueError, OverflowError, TypeError, NotImplementedError):
+            rows: list[dict[str, Any]] = batch.to_pylist()
+            return rows
+    columns = {name: _to_values(batch.column(name)) for name in batch.schema.names}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _to_values(column: Any) -> list[Any]:

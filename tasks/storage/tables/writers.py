@@ -11,7 +11,7 @@ import io
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -50,9 +50,6 @@ class TableWriter(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _added_rows(self, further: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-        return zip(*(further[name].to_pylist() for name in self.added), strict=True)
-
 
 class JsonLinesWriter(TableWriter):
     """One JSON object per line. NaN and infinities become null, since JSON has none of them."""
@@ -63,12 +60,12 @@ class JsonLinesWriter(TableWriter):
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
-        lines = []
-        for row, values in zip(chunk.rows, self._added_rows(further), strict=True):
-            kept = row if self.kept is None else {name: row[name] for name in self.kept if name in row}
-            lines.append(to_json({**kept, **dict(zip(self.added, values, strict=True))}))
-        lines.append(b"")
-        self._file.write(b"\n".join(lines))
+        rows = chunk.rows
+        if self.kept is not None:
+            rows = [{name: row[name] for name in self.kept if name in row} for row in rows]
+        added = zip(*(further[name].to_pylist() for name in self.added), strict=True)
+        lines = [to_json(row | dict(zip(self.added, values))) for row, values in zip(rows, added, strict=True)]  # noqa: B905
+        self._file.write(b"\n".join([*lines, b""]))
 
     @override
     def close(self) -> None:
