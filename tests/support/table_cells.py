@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import datetime
 import json
@@ -45,24 +46,30 @@ def convert(table: Table, target: Path) -> list[dict[str, Any]]:
 def is_same(value: Any, found: Any) -> bool:
     """Return whether a cell of an output says the same as that of the input."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return found in (None, "", "null", "nan") or (isinstance(found, float) and math.isnan(found))
+        return found in (None, "", "nan") or (isinstance(found, float) and math.isnan(found))
     if isinstance(value, str):
-        return found in (value, _unicode(value)) or isinstance(found, float) and str(found) == value
+        return found in (value, _unicode(value))
     if type(value) is type(found) and value == found:
         return True
-    if isinstance(value, (dict, list, tuple)):
+    if isinstance(value, dict):
+        return _is_same_object(value, _loaded(found))
+    if isinstance(value, (list, tuple)):
         found = _loaded(found)
-        if isinstance(value, dict):
-            return (
-                isinstance(found, dict)
-                and all(is_same(item, found.get(_key(found, key))) for key, item in value.items())
-                and all(
-                    item is None
-                    for key, item in found.items()
-                    if key not in map(_unicode, map(str, value)) and key not in value
-                )
-            )
         return isinstance(found, (list, tuple)) and len(found) == len(value) and all(map(is_same, value, found))
+    return _is_same_scalar(value, found)
+
+
+def _is_same_object(value: dict[Any, Any], found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    names = {key if key in found else _unicode(str(key)): key for key in value}
+    # A typed column gives every object the names of all.
+    return all(is_same(value[key], found.get(name)) for name, key in names.items()) and all(
+        found[name] is None for name in found.keys() - names.keys()
+    )
+
+
+def _is_same_scalar(value: Any, found: Any) -> bool:
     if isinstance(value, float) and math.isinf(value):
         return found is None or str(found) in (str(value), "null")
     if isinstance(value, bool):
@@ -83,13 +90,7 @@ def _loaded(found: Any) -> Any:
         return found
 
 
-def _key(found: dict[str, Any], key: Any) -> Any:
-    return key if key in found else _unicode(str(key))
-
-
 def _text(value: bytes) -> str:
-    import base64
-
     try:
         return value.decode()
     except UnicodeDecodeError:

@@ -43,7 +43,7 @@ MAX_TYPE_DEPTH = 30  # of nested columns in Parquet and Arrow; Arrow reads schem
 
 MAGIC = {
     b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow file",
-    b"PK\x03\x04": "a ZIP archive or an Excel workbook", b"%PDF": "a PDF file", b"SQLite format 3": "an SQLite database",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook", b"%PDF": "a PDF file", b"SQLite": "an SQLite database",
     b"<!DOCTYPE": "an HTML page", b"<html": "an HTML page", b"version https://git-lfs": "a pointer of Git LFS",
 }  # fmt: skip
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -85,24 +85,31 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
             head = stream.read(SAMPLE_BYTES)
     except Exception as exc:  # each kind of compression has its own errors
         raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
-    content = _describe(head)
     if format in ("parquet", "arrow"):
-        if packed or content not in (None, f"a{'n' * (format == 'arrow')} {format.title()} file"):
-            raise TableError(f"{place.url!r} is {content or packed}, not {format}. Correct its name, or the file.")
+        what = _describe(head) or packed
+        if what and what.split()[1] != format.title():
+            raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, or the file.")
         return {}
-    encoding = options.encoding or next((e for mark, e in BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
-    if content and not options.encoding and encoding == "utf-8":
-        raise TableError(f"{place.url!r} is {content}, not {format}. Correct its name, convert it, or get it again.")
-    if codecs.lookup(encoding).name != "utf-8":
-        layout["encoding"] = encoding
+    if encoding := options.encoding or next((e for mark, e in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None):
+        layout |= {"encoding": encoding} if encoding != "utf-8" else {}
+    elif what := _describe(head):
+        raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, convert it, or get it again.")
     whole = len(head) < SAMPLE_BYTES
-    text = codecs.getincrementaldecoder(encoding)("replace").decode(head, final=whole).removeprefix("\ufeff")
-    if format in ("csv", "tsv"):
-        layout |= _find_dialect(place, text, whole, options.delimiter or ("\t" if format == "tsv" else None))
-    elif format == "json" and not guess or format != "openai" and guess and not _is_lines(text, whole):
-        layout["values"] = True
+    decoder = codecs.getincrementaldecoder(encoding or "utf-8")("replace")
+    text = decoder.decode(head, final=whole).removeprefix("\ufeff")
+    layout |= _find_form(place, format, text, whole, options, guess)
     _log_guesses(place, layout, options)
     return layout
+
+
+def _find_form(
+    place: Place, format: TableFormat, text: str, whole: bool, options: SourceOptions, guess: bool
+) -> dict[str, Any]:
+    if format in ("csv", "tsv"):
+        return _find_dialect(place, text, whole, options.delimiter or ("\t" if format == "tsv" else None))
+    if (format == "json" and not guess) or (format != "openai" and guess and not _is_lines(text, whole)):
+        return {"values": True}
+    return {}
 
 
 def _log_guesses(place: Place, layout: Mapping[str, Any], options: SourceOptions) -> None:
@@ -172,7 +179,8 @@ def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None) -> I
 
             raw = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), BLOCK_BYTES)
         elif kind:
-            raw = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[kind](raw, "rb")
+            opens: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+            raw = opens[kind](raw, "rb")
         if "encoding" in layout:
             raw = io.BufferedReader(_Transcoded(raw, layout["encoding"]), BLOCK_BYTES)
         yield raw
@@ -491,45 +499,51 @@ class CsvReader(TextReader):
 
     @override
     def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        rows: list[list[str]] = []
+        lines: list[int] = []
+        broken: dict[int, str] = {}
+        size = 0
+        for number, cells, problem in self._records(text):
+            if problem:
+                broken[len(rows)] = problem
+            rows.append(cells)
+            lines.append(number)
+            size += sum(map(len, cells))
+            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield self._chunk(row, rows, lines, broken)
+                row, rows, lines, broken, size = row + len(rows), [], [], {}, 0
+        if rows:
+            yield self._chunk(row, rows, lines, broken)
+
+    def _records(self, text: IO[str]) -> Iterator[tuple[int, list[str], str | None]]:
+        """Yield the first line, the cells and the problem of each record behind the header."""
         # The limit is one number per process; the module's default would refuse cells above 128 KB.
         csv.field_size_limit(MAX_CELL)
-        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        delimiter, last = self.layout.get("delimiter", ","), ""
         skipped = 1 if self.layout.get("skip") and text.readline() else 0
-        last = ""
 
         def remember() -> Iterator[str]:
             nonlocal last
             for last in text:  # noqa: UP028
                 yield last
 
-        records = csv.reader(remember(), delimiter=self.layout.get("delimiter", ","), strict=True)
+        records = csv.reader(remember(), delimiter=delimiter, strict=True)
         self._read_header(records, skipped)
-        rows: list[list[str]] = []
-        lines: list[int] = []
-        broken: dict[int, str] = {}
-        size, before = 0, records.line_num
         while True:
+            line = skipped + records.line_num + 1
             try:
-                for cells in records:
-                    if cells:
-                        rows.append(cells)
-                        lines.append(skipped + before + 1)
-                        size += len(last)
-                        if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                            yield self._chunk(row, rows, lines, broken)
-                            row, rows, lines, broken, size = row + len(rows), [], [], {}, 0
-                    before = records.line_num
-                break
+                cells = next(records, None)
             except csv.Error as exc:
                 # Nobody knows how many rows lie within the quotes.
-                if "end of data" in str(exc) or records.line_num > before + 1:
-                    raise self._unclosed(skipped + before + 1, skipped + records.line_num) from None
-                broken[len(rows)] = f"is no CSV: {exc}. Correct its quotes."
-                rows.append(next(csv.reader([last], delimiter=self.layout.get("delimiter", ","))))
-                lines.append(skipped + before + 1)
-                before = records.line_num
-        if rows:
-            yield self._chunk(row, rows, lines, broken)
+                if "end of data" in str(exc) or skipped + records.line_num > line:
+                    raise self._unclosed(line, skipped + records.line_num) from None
+                yield line, next(csv.reader([last], delimiter=delimiter)), f"is no CSV: {exc}. Correct its quotes."
+                continue
+            if cells is None:
+                return
+            if cells:
+                yield line, cells, None
 
     def _unclosed(self, first: int, last: int) -> TableError:
         return TableError(

@@ -1,4 +1,4 @@
-"""Test files of other projects: as many records as the usual reader finds, and the same cells in every output format."""
+"""Test files of other projects: as many records as the usual reader finds, and the same cells in every format."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ COLUMNS: dict[Any, st.SearchStrategy[Any]] = {
     pa.decimal128(20, 3): st.decimals(-1000, 1000, places=3), pa.date32(): st.dates(), pa.null(): st.none(),
     pa.time64("us"): st.times(), pa.duration("us"): st.timedeltas(datetime.timedelta(-999), datetime.timedelta(999)),
     pa.timestamp("us"): st.datetimes(), pa.timestamp("ms", "UTC"): st.datetimes().map(
-        lambda time: time.replace(microsecond=0, tzinfo=datetime.timezone.utc)
+        lambda time: time.replace(microsecond=0, tzinfo=datetime.UTC)
     ),
     pa.list_(pa.list_(pa.string())): st.lists(st.lists(texts(UNICODE), max_size=2), max_size=2),
     pa.struct([("a", pa.int64()), ("b", pa.list_(pa.float64()))]): st.fixed_dictionaries(
