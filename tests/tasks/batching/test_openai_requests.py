@@ -71,7 +71,7 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
 
     found = {each["custom_id"]: each for each in errors}
     assert found[None]["error"]["code"] == "malformed"
-    assert "Row 3" in found[None]["error"]["message"]
+    assert "Line 3" in found[None]["error"]["message"]
     codes = {
         name: each["response"]["body"]["error"]["code"] for name, each in found.items() if each["response"] is not None
     }
