@@ -1,1 +1,1 @@
-"""Deployments: what runs where and when. The files that put flows onto a Prefect server."""
+"""Deployments: what runs where and when. The files that put flows onto a Prefect server, and the model server."""

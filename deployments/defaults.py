@@ -15,15 +15,19 @@ QUICKSTART = Path(__file__).parent / "quickstart"
 MODEL = QUICKSTART / "model"
 QUESTIONS = QUICKSTART / "questions.jsonl"
 ANSWERS = "answers-{date}-{time}.jsonl"
+MODEL_SERVER = "http://127.0.0.1:8000/v1"
 
 
-def save_defaults(model: str, questions: str, answers: str, overwrite: bool = False) -> dict[str, bool]:
+def save_defaults(
+    model: str, questions: str, answers: str, server: str = MODEL_SERVER, overwrite: bool = False
+) -> dict[str, bool]:
     """Save the default blocks and variables.
 
     Args:
         model: Folder or Hub id of the default model.
         questions: File for the nightly batch.
         answers: Output file of the nightly batch.
+        server: Address of the model server.
         overwrite: Replace what is there.
 
     Returns:
@@ -41,7 +45,7 @@ def save_defaults(model: str, questions: str, answers: str, overwrite: bool = Fa
         )
     from prefect_huggingface.flows.setup import save_default_blocks
 
-    return save_default_blocks(model, questions, answers, overwrite, example_model=find_smollm2() or str(MODEL))
+    return save_default_blocks(model, questions, answers, server, overwrite, example_model=find_smollm2() or str(MODEL))
 
 
 def find_smollm2() -> str | None:
@@ -66,9 +70,10 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id of the default model")
     parser.add_argument("--questions", default=str(QUESTIONS), help="file for the nightly batch")
     parser.add_argument("--answers", default=None, help=f"output file of the nightly batch, such as {ANSWERS}")
+    parser.add_argument("--model-server", default=MODEL_SERVER, help="address of the model server")
     given = parser.parse_args()
     answers = str(Path(given.answers or default_answers()).expanduser().absolute())
-    saved = save_defaults(given.model, given.questions, answers, given.overwrite)
+    saved = save_defaults(given.model, given.questions, answers, given.model_server, given.overwrite)
     for name, done in saved.items():
         print(f"{name}: {'saved' if done else 'was there already, kept'}")
 

@@ -1,4 +1,4 @@
-"""A local Prefect server with workers and all deployments, started by one command and ended by another.
+"""A local Prefect server, worker and model server with all deployments, started by one command and ended by another.
 
     python -m prefect_huggingface.deployments.services start [--port 4200] [--home .deployments]
     python -m prefect_huggingface.deployments.services stop
@@ -40,7 +40,7 @@ FOREIGN = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "PRE
 
 
 class LocalServices:
-    """The server and the workers of one home."""
+    """The server, the worker and the model server of one home. The port of the latter is the next one."""
 
     def __init__(self, home: Path, port: int | None = None) -> None:
         """Take the port of the home's server where none is given."""
@@ -49,15 +49,17 @@ class LocalServices:
         self.deployed = self.home / "deployed"
         self.port = port or self._read_port() or 4200
         self.address = f"http://{HOST}:{self.port}"
+        self.model_server = f"http://{HOST}:{self.port + 1}"
         self.services = {name: each for name, each in self.record.read().items() if each.is_alive()}
 
     @property
     def commands(self) -> dict[str, list[str]]:
         """What is started, by its name, in order."""
-        prefect = [sys.executable, "-m", "prefect"]
+        prefect, models = [sys.executable, "-m", "prefect"], [sys.executable, "-m", f"{__package__}.model_server"]
         return {
             "server": [*prefect, "server", "start", "--host", HOST, "--port", str(self.port)],
             "worker": [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "processes"],
+            "model-server": [*models, "--block", "all", "--host", HOST, "--port", str(self.port + 1)],
         }
 
     @property
@@ -84,6 +86,13 @@ class LocalServices:
         except httpx.HTTPError:
             return False
 
+    def serves_models(self) -> bool:
+        """Return whether the model server answers."""
+        try:
+            return httpx.get(f"{self.model_server}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def start(self) -> list[str]:
         """Start what does not run, deploy everything, and return the names of what was started.
 
@@ -92,11 +101,9 @@ class LocalServices:
         """
         missing = [name for name in self.commands if name not in self.services]
         # The port of a server that was killed is free a moment after its process is gone.
-        if "server" in missing and not wait_for(lambda: not _is_taken(self.port), PORT_SECONDS):
-            raise SystemExit(
-                f"Port {self.port} is in use by another program. End that, or choose another port: "
-                f"`make deployments PORT={self.port + 100}`."
-            )
+        for name, port in (("server", self.port), ("model-server", self.port + 1)):
+            if name in missing:
+                self._check_port(port)
         if not missing and self.deployed.exists() and self.is_healthy():
             return []
         self.deployed.unlink(missing_ok=True)
@@ -105,11 +112,13 @@ class LocalServices:
             self._start("server", "Starting the Prefect server")
             (self.home / "port").write_text(str(self.port), encoding="utf-8")
         self._await("server", self.is_healthy)
+        defaults = ("--answers", self._answers(), "--model-server", f"{self.model_server}/v1")
+        self._run("Saving the default blocks", "-m", f"{__package__}.defaults", *defaults)
         for name in missing:
             if name != "server":
                 self._start(name, f"Starting the {name}")
-        self._run("Saving the default blocks", "-m", f"{__package__}.defaults", "--answers", self._answers())
         self._await("worker", self._has_worker)
+        self._await("model-server", self.serves_models)
         deploy = ("-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all")
         self._run("Deploying the flows", *deploy)
         self._run("Creating the automations", "-m", f"{__package__}.automations")
@@ -126,6 +135,13 @@ class LocalServices:
     def post(self, path: str, **body: Any) -> Any:
         """Post to the server's API and return the answer."""
         return httpx.post(f"{self.address}/api/{path}", json=body, timeout=30).raise_for_status().json()
+
+    def _check_port(self, port: int) -> None:
+        if not wait_for(lambda: not _is_taken(port), PORT_SECONDS):
+            raise SystemExit(
+                f"Port {port} is in use by another program. End that, or choose another port: "
+                f"`make deployments PORT={self.port + 100}`."
+            )
 
     def _read_port(self) -> int | None:
         try:
@@ -172,9 +188,9 @@ def describe(local: LocalServices) -> str:
     lines = [f"  {name:<12} process {each.pid}, log {each.log}" for name, each in local.services.items()]
     return "\n".join(
         [
-            f"The Prefect UI is at {local.address}",
+            f"The Prefect UI is at {local.address}, the model server at {local.model_server}/v1",
             *lines,
-            "Try it: Deployments > prompt-chain > Run > Quick run > Run. The answers are under Artifacts.",
+            "Try it: Deployments > prompt-chain-warm > Run > Quick run > Run. The answers are under Artifacts.",
             "        Deployments > batch-inference > Run > Custom run shows the form of the nightly batch.",
             "`make stop` ends all of this; what the server knows stays in " + str(local.home) + ".",
         ]
@@ -218,10 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--port",
         type=int,
-        choices=range(1, 65536),
+        choices=range(1, 65535),
         metavar="PORT",
         default=None,
-        help="port of the server (default: 4200)",
+        help="port of the server (default: 4200); the model server takes the next one",
     )
     given = parser.parse_args(arguments)
     run_command(given.command, given.home, given.port)

@@ -29,7 +29,7 @@ from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
-from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
+from prefect_huggingface.tasks.storage.tables.inputs import SourceOptions, TableFormat
 from prefect_huggingface.tasks.waiting import WaitNotice
 
 # A shard that has not begun by then waits for something.
@@ -46,6 +46,7 @@ def batch_inference(
     prompt: Annotated[str | None, titled("Prompt template")] = None,
     options: Annotated[GenerationOptions | None, titled("Generation")] = None,
     source_format: Annotated[TableFormat | None, titled("Format of the input")] = None,
+    source_options: Annotated[SourceOptions | None, titled("Delimiter and encoding of the input")] = None,
     messages_column: Annotated[str | None, titled("Column with chat messages")] = None,
     system: Annotated[str | None, titled("System message")] = None,
     option_columns: Annotated[list[str] | None, titled("Columns with options")] = None,
@@ -75,11 +76,12 @@ def batch_inference(
 
     Args:
         model: Model or endpoint to use.
-        source: Input: a JSONL, CSV, Parquet or Arrow file, a folder or a pattern of such files, or an fsspec URL.
+        source: Input: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or pattern of such files, or an fsspec URL.
         destination: Output file or URL, such as "answers-{date}.jsonl". Its ending tells the format. It must not exist.
         prompt: Template over the columns, such as "What is the capital of {country}?". Other braces are doubled.
         options: Generation options, put over those of the model.
         source_format: Format of the input where the file names do not tell it.
+        source_options: Delimiter and encoding of text files, where they are not found out.
         messages_column: Column with a list of chat messages, in place of the prompt.
         system: Template of a system message.
         option_columns: Columns that hold the generation option of the same name for each row.
@@ -113,9 +115,9 @@ def batch_inference(
     replace = may_replace(journal, destination, retry_failed)
     check_free(destination, replace)
     plan = plan_batch(
-        model, source, destination, prompt, options, source_format=source_format, messages_column=messages_column,
-        system=system, option_columns=option_columns or (), columns=columns, output_prefix=output_prefix,
-        timings=timings, id_column=id_column,
+        model, source, destination, prompt, options, source_format=source_format, source_options=source_options,
+        messages_column=messages_column, system=system, option_columns=option_columns or (), columns=columns,
+        output_prefix=output_prefix, timings=timings, id_column=id_column,
     )  # fmt: skip
     with hold_journal(journal, when_running):
         check_places(plan.job, plan.output, journal, replace)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
 from prefect.variables import Variable
 from pydantic import SecretStr
 
-from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.blocks import (
+    GenerationOptions,
+    HuggingFaceCredentials,
+    InferenceEndpoint,
+    LocalModel,
+    ModelStore,
+)
 from prefect_huggingface.flows.forms import form_flow, titled
 
 B = TypeVar("B", bound=Block)
@@ -31,6 +38,7 @@ def save_default_blocks(
     model: Annotated[str, titled("Model")],
     questions: Annotated[str, titled("Sample questions")],
     answers: Annotated[str, titled("Output file")],
+    server: Annotated[str, titled("Address of the model server")] = "http://127.0.0.1:8000/v1",
     overwrite: Annotated[bool, titled("Overwrite what is there")] = False,
     example_model: Annotated[str | None, titled("Model of the examples")] = None,
 ) -> dict[str, bool]:
@@ -43,6 +51,7 @@ def save_default_blocks(
         model: Folder or Hub id of the model of the block 'default'.
         questions: File with a column 'question' for the nightly batch.
         answers: Output file of the nightly batch, with a date in its name such as 'answers-{date}.jsonl'.
+        server: Address of the model server, for the endpoint 'default'.
         overwrite: Replace blocks and variables that are there, with the changes that somebody made to them. A saved
             token is replaced by another one only.
         example_model: Model of the blocks 'example-torch', 'example-int8' and 'example-int4', for a first comparison.
@@ -66,6 +75,8 @@ def save_default_blocks(
     for name, settings in EXAMPLES.items() if example_model else ():
         example = LocalModel(model_id=str(example_model), options=block.options, store=block.store, **settings)
         saved[f"model {name}"] = _save(example, overwrite, name)
+    endpoint = InferenceEndpoint(url=server, model_id=NAME, options=block.options)
+    saved["endpoint"] = _save(endpoint, overwrite or _has_moved(endpoint))
     saved[QUESTIONS] = _set(QUESTIONS, questions, overwrite)
     saved[ANSWERS] = _set(ANSWERS, answers, overwrite)
     _warn_of_missing_places()
@@ -81,6 +92,16 @@ def _save(block: Block, overwrite: bool, name: str = NAME) -> bool:
         return False
     get_run_logger().info("Saved the %s block %r.", kind, name)
     return True
+
+
+def _has_moved(endpoint: InferenceEndpoint) -> bool:
+    """Return whether the saved endpoint is a model server of this machine that now has another port."""
+    try:
+        saved = urlsplit(_load(InferenceEndpoint).base_url)
+    except ValueError:
+        return False
+    now = urlsplit(endpoint.base_url)
+    return saved.hostname == now.hostname == "127.0.0.1" and saved.port != now.port
 
 
 def _load(kind: type[B]) -> B:

@@ -20,7 +20,7 @@ from prefect_huggingface.tasks.batching.statuses import get_status
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
+from prefect_huggingface.tasks.storage.tables.inputs import SourceOptions, TableFormat
 
 ENGINE_TAG = "hugging-face-engine"
 """Tag of the tasks that load a model. A concurrency limit on it keeps a machine from loading two by accident."""
@@ -43,6 +43,7 @@ def check_batch(
     options: GenerationOptions | None = None,
     *,
     source_format: TableFormat | None = None,
+    source_options: SourceOptions | None = None,
     messages_column: str | None = None,
     system: str | None = None,
     option_columns: Sequence[str] = (),
@@ -61,7 +62,7 @@ def check_batch(
         ModelSourceError: If there is no model.
     """
     output = plan_output(source, destination, output_prefix, timings)
-    job = plan_job(source, source_format, prompt, messages_column, system, option_columns, options)
+    job = plan_job(source, source_format, prompt, messages_column, system, option_columns, options, source_options)
     if id_column:
         check_ids(job.table, id_column)
     fields = get_fields([model.options.model_dump(mode="json"), job.options])

@@ -134,9 +134,10 @@ def _problem(row: int, problem: RowProblem) -> tuple[Any, ...]:
 
 
 def _details(completion: Completion) -> str | None:
-    if completion.parsed is None and not completion.alternatives and completion.logprobs is None:
-        return None
     details = {
         "parsed": completion.parsed, "alternatives": completion.alternatives, "logprobs": completion.logprobs,
+        "reasoning": completion.reasoning,
     }  # fmt: skip
+    if completion.parsed is None and not any(details.values()):
+        return None
     return json.dumps({name: value for name, value in details.items() if value}, ensure_ascii=False, default=str)

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.tables.inputs import Table, TableFile
+from prefect_huggingface.tasks.storage.tables.inputs import Table
 
 JOURNAL_VERSION = 1
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}
@@ -55,7 +55,9 @@ class BatchJob:
         """Return what must be the same for a journal to be continued. Where the files lie does not matter."""
         return {
             "journal version": JOURNAL_VERSION,
-            "input": [{"rows": file.rows, "sha256": file.digest} for file in self.table.files],
+            "input": [
+                {"rows": file.rows, "sha256": file.digest, "layout": dict(file.layout)} for file in self.table.files
+            ],
             "input format": self.table.format,
             "prompt": self.prompt,
             "messages column": self.messages_column,
@@ -74,14 +76,10 @@ class BatchJob:
     def from_dict(cls, record: Mapping[str, Any]) -> BatchJob:
         """Return the job of a record that `as_dict` made."""
         fields = {name: record[name] for name in cls.__slots__}
-        table = fields.pop("table")
-        files = tuple(
-            TableFile(file["url"], file["rows"], file["digest"], tuple(tuple(mark) for mark in file["marks"]))
-            for file in table["files"]
-        )
+        table = Table.from_dict(fields.pop("table"))
         for name in ("option_columns", "served_names", "duplicate_rows"):
             fields[name] = tuple(fields[name])
-        return cls(table=Table(table["source"], table["format"], files, tuple(table["columns"])), **fields)
+        return cls(table=table, **fields)
 
 
 def check_same_job(job: BatchJob, record: Mapping[str, Any], journal: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
+from string import Formatter
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,12 +55,14 @@ class Template:
         from langchain_core.prompts.string import get_template_variables
 
         try:
-            self.columns = tuple(get_template_variables(text, "f-string"))
+            plain, self._odd = _replace_odd_names(text)
+            names = get_template_variables(plain, "f-string")
         except ValueError as exc:
             raise BatchError(f"`prompt` must be a template, got {text!r}: {exc}. Correct it.") from None
-        if "" in self.columns:
+        if "" in names:
             raise BatchError(f"`prompt` must be a template that names the columns, got {text!r}. Write {{column}}.")
-        self._render = text.format_map
+        self.columns = tuple(self._odd.get(name, name) for name in names)
+        self._render = plain.format_map
 
     def render(self, row: Mapping[str, Any]) -> str | RowProblem:
         """Return the text for a row, or what the row lacks."""
@@ -67,9 +72,25 @@ class Template:
                 what = "null" if value is None and name in row else "not there" if value is None else "NaN"
                 return RowProblem("missing_value", f"Column {name!r} is {what}. Fill it in, or leave the row out.")
         try:
-            return self._render(row)
+            return self._render(
+                {**row, **{name: row[column] for name, column in self._odd.items()}} if self._odd else row
+            )
         except (ValueError, TypeError) as exc:
             return RowProblem("missing_value", f"The prompt cannot be made of the row: {exc}. Correct its value.")
+
+
+def _replace_odd_names(text: str) -> tuple[str, dict[str, str]]:
+    """Return a template with other names for columns such as "a.b", "0" and "a[0]", and the column of each.
+
+    In an f-string they would ask for an attribute, a place or an item, which `langchain_core` refuses.
+    """
+    fields = list(Formatter().parse(text))
+    odd = list(dict.fromkeys(name for _, name, _, _ in fields if name and (set(name) & set(".[]") or name.isdigit())))
+    taken = {name for _, name, _, _ in fields}
+    new = dict(zip((f"column{number}" for number in count() if f"column{number}" not in taken), odd, strict=False))
+    for alias, column in new.items():
+        text = re.sub(rf"(?<!{{)((?:{{{{)*){{{re.escape(column)}(?=[!:}}])", rf"\g<1>{{{alias}", text)
+    return text, new
 
 
 RequestMaker = Callable[[int, Mapping[str, Any]], RowRequest | RowProblem]

@@ -12,14 +12,19 @@ from typing import Any
 
 from prefect_huggingface.tasks.batching.garbage import rare_collections
 from prefect_huggingface.tasks.batching.jobs import BatchJob
+from prefect_huggingface.tasks.batching.openai_responses import OpenAIBatchWriter, errors_place
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.rows import JournalRows
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.tables.inputs import Chunk, TableFormat, check_unchanged, read_chunks
-from prefect_huggingface.tasks.storage.tables.openai_batches import OpenAIBatchWriter, errors_place
+from prefect_huggingface.tasks.storage.tables.inputs import (
+    Chunk,
+    TableFormat,
+    check_unchanged,
+    get_schema,
+    read_chunks,
+)
 from prefect_huggingface.tasks.storage.tables.readers import hash_place
-from prefect_huggingface.tasks.storage.tables.schemas import get_schema
 from prefect_huggingface.tasks.storage.tables.writers import open_writer
 
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")

@@ -6,6 +6,7 @@ fsspec's own configuration, never from the URL's user.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from typing import IO, Any
 
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.storage.scratch import scratch_file
+
+AHEAD_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +84,20 @@ class Place:
         system, path = _file_system(self.url)
         return dict(system.info(path))
 
-    def open(self, compression: str | None = None) -> IO[bytes]:
+    def open(self, ahead: bool = False) -> IO[bytes]:
         """Open the file for reading bytes.
 
         Args:
-            compression: Name of an fsspec compression, or None for the bytes as they are.
+            ahead: Whether it is read from one end to the other: then the next part of a remote file is fetched while
+                the current one is looked at.
         """
-        if self.is_local and compression is None:
-            return open(self.url, "rb")
-        import fsspec
-
-        opened: IO[bytes] = fsspec.open(self.url, "rb", compression=compression).open()
-        return opened
+        if self.is_local:
+            return open(self.url, "rb", buffering=AHEAD_BYTES if ahead else -1)
+        system, path = _file_system(self.url)
+        options = {"block_size": 8 * AHEAD_BYTES, "cache_type": "background"} if ahead else {}
+        opened: IO[bytes] = system.open(path, "rb", **options)
+        # Without a buffer, each line would be a request to the file system's own cache.
+        return io.BufferedReader(opened, AHEAD_BYTES) if ahead else opened  # type: ignore[type-var]
 
     def read(self) -> bytes:
         """Return the whole content."""
@@ -195,18 +200,29 @@ def link_file(source: Path, target: Path) -> None:
 def find_places(source: str) -> list[Place]:
     """Return the files that a path, folder, glob pattern or URL of one stands for, sorted by name.
 
-    Files whose name starts with a dot or an underscore are left out of folders and patterns.
+    Files whose name starts with a dot or an underscore are left out of folders and patterns. Of the folders within a
+    folder, only those of a partitioned table are looked into, whose names are `column=value`.
     """
     place = Place.of(source)
-    if not any(character in place.url for character in "*?[") or place.exists():
-        return _files_in(place) if place.is_folder() else [place]
+    if not is_pattern(source):
+        return list(_files_in(place)) if place.is_folder() else [place]
     system, path = _file_system(place.url)
     found = sorted(str(name) for name in system.glob(path))
     return [each for each in (_like(place, name) for name in found) if _is_data(each) and not each.is_folder()]
 
 
-def _files_in(folder: Place) -> list[Place]:
-    return [place for place in map(folder.child, folder.names()) if _is_data(place) and not place.is_folder()]
+def is_pattern(source: str) -> bool:
+    """Return whether a path or URL is a glob pattern, and not a file that is named like one."""
+    place = Place.of(source)
+    return any(character in place.url for character in "*?[") and not place.exists()
+
+
+def _files_in(folder: Place) -> Iterator[Place]:
+    for place in filter(_is_data, map(folder.child, folder.names())):
+        if not place.is_folder():
+            yield place
+        elif "=" in place.name:
+            yield from _files_in(place)
 
 
 def _is_data(place: Place) -> bool:

@@ -17,7 +17,7 @@ from support.prefect_services import PrefectServices
 
 # A better word does not exist for these.
 PLAIN = {"model", "steps", "store"}
-USES = {"batch-inference", "prompt-chain", "prepare-model", "prune-models"}
+USES = {"batch-inference", "prompt-chain", "prompt-chain-warm", "prepare-model", "prune-models"}
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 

@@ -113,7 +113,7 @@ def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, caps
         main(["start", "--home", home, "--port", str(port)])
         assert f"The Prefect UI is at http://127.0.0.1:{port}" in capsys.readouterr().out
         first = LocalServices(Path(home)).services
-        assert set(first) == {"server", "worker"}
+        assert set(first) == {"server", "worker", "model-server"}
 
         main(["start", "--home", home])
         assert "Everything runs already." in capsys.readouterr().out
@@ -123,6 +123,7 @@ def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, caps
         second = LocalServices(Path(home)).services
         assert second["server"].pid != first["server"].pid
         assert second["worker"] == first["worker"]
+        assert second["model-server"] == first["model-server"]
     finally:
         main(["stop", "--home", home])
     assert not any(each.is_alive() for each in [*first.values(), *second.values()])

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 from prefect.variables import Variable
 
-from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.blocks import HuggingFaceCredentials, InferenceEndpoint, LocalModel, ModelStore
 from prefect_huggingface.flows import save_default_blocks
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def save(model: object, overwrite: bool = False, answers: str = "answers-{date}.jsonl") -> dict[str, bool]:
-    return save_default_blocks(str(model), "questions.jsonl", answers, overwrite)
+    return save_default_blocks(str(model), "questions.jsonl", answers, overwrite=overwrite)
 
 
 def test_default_blocks_are_saved_once_and_changes_stay(bundled_model, tiny_llama, monkeypatch, caplog):
@@ -43,3 +43,15 @@ def test_a_folder_that_is_gone_is_named(bundled_model, tmp_path, caplog):
     save(tmp_path / "gone", overwrite=True)
     assert f"{tmp_path / 'gone'} is not there, but the model block names it" in caplog.text
     assert "make blocks OVERWRITE=1" in caplog.text
+
+
+def test_the_endpoint_follows_a_model_server_to_another_port_and_nowhere_else(bundled_model):
+    def save_server(url: str) -> str | None:
+        save_default_blocks(str(bundled_model), "questions.jsonl", "answers.jsonl", url)
+        return InferenceEndpoint.load("default").url
+
+    save(bundled_model, overwrite=True)
+    assert InferenceEndpoint.load("default").url == "http://127.0.0.1:8000/v1"
+    assert save_server("http://127.0.0.1:4301/v1") == "http://127.0.0.1:4301/v1"
+    InferenceEndpoint(url="https://models.example/v1").save("default", overwrite=True)
+    assert save_server("http://127.0.0.1:4301/v1") == "https://models.example/v1"

@@ -37,7 +37,7 @@ def run_path(home: Path) -> dict[str, float]:
         main(["start", "--home", str(home), "--port", str(port)])
         seconds["started"] = time.monotonic() - began
         with open_browser(address) as browser:
-            for name, key in [("prompt-chain", "prompt-chain"), ("batch-inference", "batch-summary")]:
+            for name, key in [("prompt-chain-warm", "prompt-chain"), ("batch-inference", "batch-summary")]:
                 found = httpx.post(
                     f"{address}/api/deployments/filter", json={"deployments": {"name": {"any_": [name]}}}
                 ).json()

@@ -1,109 +1,478 @@
-"""How each table format is counted, hashed and read in chunks."""
+"""How each table format is read: first whole, to count, hash and check it, then in chunks."""
 
 from __future__ import annotations
 
+import base64
+import bz2
+import codecs
+import csv
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import chain
+from typing import IO, Any, NoReturn
 
 from typing_extensions import override
 
 from prefect_huggingface.tasks.errors import TableError
+from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import (
     CHUNK_BYTES,
     CHUNK_ROWS,
     Chunk,
+    SourceOptions,
     TableFile,
     TableFormat,
-    get_format,
 )
 
-MARK_ROWS = 50_000  # JSONL rows between two remembered byte offsets
-SAMPLE_ROWS = 1000  # JSONL rows whose columns are looked at
+BLOCK_BYTES = 2**20
+SAMPLE_BYTES = 2**16  # what is looked at to find out what a file is
+SAMPLE_RECORDS = 20
+MARK_ROWS = 50_000  # least number of JSONL rows between two remembered byte offsets
+MAX_CELL = 2**31 - 1
+MAX_DEPTH = 200  # of nested JSON; `orjson` writes up to 254 levels
+MAX_TYPE_DEPTH = 30  # of nested columns in Parquet and Arrow; Arrow reads schemas of up to 64 levels
+
+MAGIC = {
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow file",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook", b"%PDF": "a PDF file", b"SQLite": "an SQLite database",
+    b"<!DOCTYPE": "an HTML page", b"<html": "an HTML page", b"version https://git-lfs": "a pointer of Git LFS",
+}  # fmt: skip
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+
+PACKINGS = {"compression", "encoding"}
 
 _decode = json.JSONDecoder().decode
+_decode_first = json.JSONDecoder().raw_decode
+_SPACE = re.compile(r"\s*")
 _LARGE_INTEGER = re.compile(rb"\d{19}")
+_SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?[\r\n]+')
+
+
+def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess: bool = True) -> dict[str, Any]:
+    """Return how a file is read where that is not the usual way, from its first bytes; guesses are logged.
+
+    Args:
+        place: The file.
+        format: Format that was given, or that the name tells.
+        options: What was given.
+        guess: Whether a JSON file may turn out to be an array or indented objects.
+
+    Raises:
+        TableError: If the file is something else.
+    """
+    if options.delimiter and format not in ("csv", "tsv"):
+        raise TableError(f"`delimiter` {options.delimiter!r} is for CSV files, but {place.url!r} is {format}. Drop it.")
+    with place.open() as file:
+        head = file.read(16)
+    layout: dict[str, Any] = {}
+    if packed := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
+        layout["compression"] = packed
+    try:
+        with open_bytes(place, layout) as stream:
+            head = stream.read(SAMPLE_BYTES)
+    except Exception as exc:  # each kind of compression has its own errors
+        raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
+    if format in ("parquet", "arrow"):
+        what = _describe(head) or packed
+        if what and what.split()[1] != format.title():
+            raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, or the file.")
+        return {}
+    if encoding := options.encoding or next((e for mark, e in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None):
+        layout |= {"encoding": encoding} if encoding != "utf-8" else {}
+    elif what := _describe(head):
+        raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, convert it, or get it again.")
+    whole = len(head) < SAMPLE_BYTES
+    decoder = codecs.getincrementaldecoder(encoding or "utf-8")("replace")
+    text = decoder.decode(head, final=whole).removeprefix("\ufeff")
+    layout |= _find_form(place, format, text, whole, options, guess)
+    _log_guesses(place, layout, options)
+    return layout
+
+
+def _find_form(
+    place: Place, format: TableFormat, text: str, whole: bool, options: SourceOptions, guess: bool
+) -> dict[str, Any]:
+    if format in ("csv", "tsv"):
+        return _find_dialect(place, text, whole, options.delimiter or ("\t" if format == "tsv" else None))
+    if (format == "json" and not guess) or (format != "openai" and guess and not _is_lines(text, whole)):
+        return {"values": True}
+    return {}
+
+
+def _log_guesses(place: Place, layout: Mapping[str, Any], options: SourceOptions) -> None:
+    guessed = []
+    if "encoding" in layout and not options.encoding:
+        guessed.append(layout["encoding"])
+    if "delimiter" in layout and not options.delimiter and not place.name.lower().partition(".")[2].startswith("tsv"):
+        guessed.append(f"with the delimiter {layout['delimiter']!r}")
+    if "values" in layout:
+        guessed.append("as JSON values over several lines")
+    if guessed:
+        run_log().info("%r is read %s.", place.name, ", ".join(guessed))
+
+
+def _describe(head: bytes) -> str | None:
+    """Return what a file is that is no text in UTF-8, as far as its first bytes tell."""
+    if found := next((what for magic, what in MAGIC.items() if head.lstrip().startswith(magic)), None):
+        return found
+    if head.count(0) > 0.3 * len(head):
+        return "UTF-16 or binary data (set `source_options` to {'encoding': 'utf-16-le'} if it is text)"
+    return None
+
+
+def _is_lines(text: str, whole: bool) -> bool:
+    """Return whether JSON stands one value per line, as far as the first lines tell."""
+    first, _, rest = text.lstrip().partition("\n")
+    if first.strip() == "{":
+        return False
+    try:
+        return not isinstance(json.loads(first), list) or not whole or bool(rest.strip())
+    except ValueError:  # an array that goes on in the next line, unless the line is torn
+        return not re.match(r"\[\s*(\{|\[|$)", first)
+
+
+def _find_dialect(place: Place, text: str, whole: bool, delimiter: str | None) -> dict[str, Any]:
+    """Return the delimiter of a CSV file, if it is not the comma, and whether a line that names it stands before."""
+    layout: dict[str, Any] = {}
+    if text.lstrip().startswith(('{"', "[{")):
+        raise TableError(f"{place.url!r} holds JSON, not CSV. Set `source_format='jsonl'`, or correct its name.")
+    if named := _SEPARATOR_LINE.match(text):
+        layout["skip"] = True
+        text, delimiter = text[named.end() :], delimiter or named[1]
+    if delimiter is None:
+        fitting = [each for each in ",;\t|" if _fits(text, whole, each)]
+        delimiter = fitting[0] if fitting and (fitting[0] == "," or len(fitting) == 1) else ","
+    return {**layout, "delimiter": delimiter} if delimiter != "," else layout
+
+
+def _fits(text: str, whole: bool, delimiter: str) -> bool:
+    """Return whether all of the first records have the same number of cells, and more than one."""
+    try:
+        records = [cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if "".join(cells)]
+    except csv.Error:
+        return False
+    widths = set(map(len, (records if whole else records[:-1])[:SAMPLE_RECORDS]))
+    return len(widths) == 1 and widths != {1} and len(records) > 1
+
+
+@contextmanager
+def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None) -> Iterator[IO[bytes]]:
+    """Open a text file: unpacked, and as UTF-8 whatever its encoding. All bytes that are read go into the digest."""
+    with place.open(ahead=True) as file:
+        raw: Any = file if digest is None else io.BufferedReader(_Hashed(file, digest), BLOCK_BYTES)
+        kind = layout.get("compression")
+        if kind == "zstd":
+            import pyarrow as pa
+
+            raw = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), BLOCK_BYTES)
+        elif kind:
+            opens: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+            raw = opens[kind](raw, "rb")
+        if "encoding" in layout:
+            raw = io.BufferedReader(_Transcoded(raw, layout["encoding"]), BLOCK_BYTES)
+        yield raw
+
+
+class _Hashed(io.RawIOBase):
+    """A file whose bytes are hashed while they are read."""
+
+    def __init__(self, file: Any, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+
+class _Transcoded(io.RawIOBase):
+    """A text file of any encoding, as UTF-8. Bytes that the encoding lacks become bytes that are not UTF-8."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._text.read(len(buffer) // 4).encode("utf-8", "surrogateescape")
+        buffer[: len(content)] = content
+        return len(content)
 
 
 class Reader(ABC):
     """Reads one file of one format."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, place: Place, layout: Mapping[str, Any]) -> None:
+        self.place, self.layout = place, layout
+        self.partition: Mapping[str, str | None] = layout.get("partition", {})
 
     @abstractmethod
-    def inspect(self) -> tuple[TableFile, tuple[str, ...], Any]:
-        """Return the file with its rows and hash, the columns, and what must be the same in all files or None."""
+    def inspect(self, types: ColumnTypes) -> tuple[TableFile, tuple[str, ...], Any]:
+        """Read the whole file. Return its rows and hash, its columns, and what must be the same in all files."""
 
     @abstractmethod
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
         """Yield the rows `start` to `stop` of the file, numbered from the file's first row."""
 
-    def compression(self) -> str | None:
-        """Return the compression that the name of the file tells."""
-        try:
-            return get_format(self.place.name)[1]
-        except TableError:
-            return None
+    def _file(self, rows: int, digest: str, marks: list[tuple[int, int, int]] | None = None) -> TableFile:
+        return TableFile(self.place.url, rows, digest, dict(self.layout), tuple(marks or ()))
 
 
-class JsonLinesReader(Reader):
-    """One JSON object per line. Empty lines are no rows; a malformed line is a row with a problem."""
+class TextReader(Reader):
+    """Rows that are text: a problem of a row is that row's alone, unless no row can be read."""
+
+    columns: tuple[str, ...] = ()
+    kinds: Any = None
+    hint = ""
+
+    @abstractmethod
+    def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
+        """Yield all rows of a stream that begins with a row and a line."""
+
+    def note(self, chunk: Chunk, types: ColumnTypes) -> None:
+        """Take note of the columns of a chunk."""
 
     @override
-    def inspect(self) -> tuple[TableFile, tuple[str, ...], Any]:
-        digest, rows, offset = hashlib.sha256(), 0, 0
-        marks: list[tuple[int, int]] = []
-        columns: dict[str, None] = {}
-        with self.place.open(self.compression()) as lines:
-            for line in lines:
-                digest.update(line)
-                if not line.isspace():
-                    if rows % MARK_ROWS == 0:
-                        marks.append((rows, offset))
-                    if rows < SAMPLE_ROWS:
-                        columns.update(dict.fromkeys(_parse_line(line)[0]))
-                    rows += 1
-                offset += len(line)
-        if self.compression():
-            return TableFile(self.place.url, rows, hash_place(self.place)), tuple(columns), None
-        return TableFile(self.place.url, rows, digest.hexdigest(), tuple(marks)), tuple(columns), None
+    def inspect(self, types: ColumnTypes) -> tuple[TableFile, tuple[str, ...], Any]:
+        digest, rows, bad, first = hashlib.sha256(), 0, 0, ""
+        marks: list[tuple[int, int, int]] = []
+        with open_bytes(self.place, self.layout, digest) as stream:
+            for chunk in self.chunks(stream, 0, 1):
+                if chunk.origin is not None and (not marks or chunk.first - marks[-1][0] >= MARK_ROWS):
+                    marks.append((chunk.first, *chunk.origin))
+                rows += len(chunk)
+                bad += len(chunk.problems)
+                first = first or next(iter(chunk.problems.values()), "")
+                self.note(chunk, types)
+        if bad and bad == rows:
+            raise TableError(f"No row of {self.place.url!r} can be read. {first}{self.hint}")
+        if bad:
+            run_log().warning("%d of %d rows of %r cannot be read. %s", bad, rows, self.place.name, first)
+        return self._file(rows, digest.hexdigest(), marks), self.columns, self.kinds
+
+    def _named(self, problems: Mapping[int, str], lines: Sequence[int]) -> dict[int, str]:
+        name = self.place.name
+        return {place: f"Line {lines[place]} of {name!r} {problem}" for place, problem in sorted(problems.items())}
 
     @override
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
-        first, offset = max((mark for mark in file.marks if mark[0] <= start), default=(0, 0))
-        with self.place.open(self.compression()) as lines:
-            lines.seek(offset)
-            chunk, size = Chunk(start, []), 0
-            for number, line in enumerate((line for line in lines if not line.isspace()), first):
-                if number < start:
-                    continue
-                if number >= stop:
-                    break
-                row, problem = _parse_line(line)
-                if problem:
-                    chunk.problems[len(chunk.rows)] = f"Row {number + 1} of {self.place.name!r} {problem}"
-                chunk.rows.append(row)
-                size += len(line)
-                if len(chunk.rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+        row, line, offset = max((mark for mark in file.marks if mark[0] <= start), default=(0, 1, 0))
+        with open_bytes(self.place, self.layout) as stream:
+            if offset:
+                stream.seek(offset)
+            with closing(self.chunks(stream, row, line)) as chunks:
+                for chunk in chunks:
+                    if chunk.first + len(chunk) > start:
+                        yield chunk.part(start, stop)
+                    if chunk.first + len(chunk) >= stop:
+                        return
+
+
+class JsonReader(TextReader):
+    """JSON objects, one per line. Empty lines are no rows; a malformed line is a row with a problem."""
+
+    hint = " If the file is CSV, set `source_format='csv'`; if it is a JSON array, set `source_format='json'`."
+
+    @override
+    def note(self, chunk: Chunk, types: ColumnTypes) -> None:
+        types.add(chunk.rows)
+
+    @override
+    def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
+        offset = 0
+        while block := stream.readlines(BLOCK_BYTES):
+            for low in range(0, len(block), CHUNK_ROWS):
+                part = block[low : low + CHUNK_ROWS]
+                lines: Any = range(line, line + len(part))
+                if any(map(bytes.isspace, part)):
+                    lines = [number for number, text in zip(lines, part, strict=True) if not text.isspace()]
+                    part = [text for text in part if not text.isspace()]
+                if part:
+                    chunk = self._chunk(row, *_parse_lines(part), lines)
+                    chunk.origin = (line, offset) if low == 0 and not self.layout.keys() & PACKINGS else None
                     yield chunk
-                    chunk, size = Chunk(number + 1, []), 0
-            if chunk.rows:
-                yield chunk
+                row, line = row + len(part), line + len(block[low : low + CHUNK_ROWS])
+            offset += sum(map(len, block))
+
+    def _chunk(self, row: int, rows: list[Any], problems: dict[int, str], lines: Any) -> Chunk:
+        for name, value in self.partition.items():
+            for each in rows:
+                each.setdefault(name, value)
+        return Chunk(row, len(rows), lambda: rows, lines=lines, problems=self._named(problems, lines))
 
 
-def _parse_line(line: bytes) -> tuple[dict[str, Any], str | None]:
+class JsonValuesReader(JsonReader):
+    """A JSON array of objects, or objects that go over several lines."""
+
+    @override
+    def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
+        text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        window = _JsonWindow(text, self.place.url)
+        rows: list[Any] = []
+        lines: list[int] = []
+        size = 0
+        for number, length, value in window.values():
+            rows.append(value)
+            lines.append(number)
+            size += length
+            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield self._chunk(row, rows, _check_objects(rows), lines)
+                row, rows, lines, size = row + len(rows), [], [], 0
+        if rows:
+            yield self._chunk(row, rows, _check_objects(rows), lines)
+
+
+class _JsonWindow:
+    """The part of a JSON file that is looked at: one value after the other, with its line."""
+
+    def __init__(self, source: IO[str], url: str) -> None:
+        self._source, self._url, self._text, self._place, self._line = source, url, "", 0, 1
+
+    def values(self) -> Iterator[tuple[int, int, Any]]:
+        """Yield the line, the length and the value of each element."""
+        in_array = self._take("[")
+        if in_array and self._take("]"):
+            return
+        while self._peek():
+            yield self._value()
+            if in_array and self._take("]"):
+                break
+            if in_array and not self._take(","):
+                self._fail("a comma or the end of the array is missing")
+        if self._peek():
+            self._fail("there is more behind the end of the array")
+
+    def _more(self, size: int = BLOCK_BYTES) -> bool:
+        more = self._source.read(size)
+        self._text, self._place = self._text[self._place :] + more, 0
+        return bool(more)
+
+    def _peek(self) -> str:
+        """Return the next character that is no space, empty at the end of the file."""
+        while True:
+            self._advance(_SPACE.match(self._text, self._place).end())  # type: ignore[union-attr]
+            if self._place < len(self._text) or not self._more():
+                return self._text[self._place : self._place + 1]
+
+    def _take(self, mark: str) -> bool:
+        found = self._peek() == mark
+        self._place += found
+        return found
+
+    def _value(self) -> tuple[int, int, Any]:
+        self._peek()
+        line, size = self._line, BLOCK_BYTES
+        while True:
+            try:
+                value, end = _decode_first(self._text, self._place)
+            except RecursionError:
+                self._fail("it is nested too deeply")
+            except ValueError as exc:
+                place = getattr(exc, "pos", 0)
+                # What was read so far may end within the value.
+                may_go_on = place > len(self._text) - 16 or "Unterminated string" in str(exc)
+                if not may_go_on or not self._more(size):
+                    self._advance(max(place, self._place) if may_go_on is False else len(self._text))
+                    self._fail(str(exc).partition(": line")[0])
+            else:
+                if end < len(self._text) or not self._more(size):
+                    break
+            size *= 2
+        length = end - self._place
+        self._advance(end)
+        return line, length, value
+
+    def _advance(self, place: int) -> None:
+        self._line += self._text.count("\n", self._place, place)
+        self._place = place
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise TableError(f"{self._url!r} is no JSON in line {self._line}: {problem}. Correct the file.") from None
+
+
+def _parse_lines(lines: list[bytes]) -> tuple[list[Any], dict[int, str]]:
+    """Return the objects of some lines, and what is wrong with the others, which become empty."""
+    import orjson
+
+    block = b"".join(lines)
+    is_deep = block.count(b"[") + block.count(b"{") > len(lines) + MAX_DEPTH
+    if not _LARGE_INTEGER.search(block):
+        with suppress(ValueError):
+            rows: list[Any] = list(map(orjson.loads, lines))
+            return rows, _check_objects(rows, is_deep, odd_names=False)  # `orjson` refuses names that are not Unicode
+    rows, problems = [], {}
+    for place, line in enumerate(lines):
+        try:
+            rows.append(parse_json(line))
+        except (ValueError, RecursionError) as exc:
+            deep = isinstance(exc, RecursionError)
+            problems[place] = "is nested too deeply. Flatten it." if deep else f"is no JSON: {_reason(exc)}."
+            rows.append({})
+    return rows, {**problems, **_check_objects(rows, is_deep)}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}. Correct the line"
+    return f"{error}. Correct the line"
+
+
+def _check_objects(rows: list[Any], is_deep: bool = True, odd_names: bool = True) -> dict[int, str]:
+    """Make rows that are no objects empty, drop keys that are not Unicode, and return the problems."""
+    problems: dict[int, str] = {}
+    if set(map(type, rows)) == {dict} and not is_deep and not odd_names:
+        return problems
+    for place, row in enumerate(rows):
+        if not isinstance(row, dict):
+            problems[place] = f"is no JSON object but {type(row).__name__}. Write the row as {{...}}."
+            rows[place] = {}
+        elif is_deep and _is_deep(row):
+            problems[place] = f"is nested more than {MAX_DEPTH} levels deep. Flatten it."
+            rows[place] = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
+        elif odd_names and (odd := [name for name in row if not _is_unicode(name)]):
+            problems[place] = f"has the key {odd[0]!r}, which is not valid Unicode. Rename it."
+            rows[place] = {name: value for name, value in row.items() if name not in odd}
+    return problems
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _is_unicode(text: str) -> bool:
     try:
-        row = parse_json(line)
-    except (ValueError, RecursionError) as exc:
-        return {}, f"is no JSON: {exc}. Correct the line."
-    if not isinstance(row, dict):
-        return {}, f"is no JSON object but {type(row).__name__}. Write the row as {{...}}."
-    return row, None
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def parse_json(line: bytes) -> Any:
@@ -123,51 +492,179 @@ def parse_json(line: bytes) -> Any:
     return _decode(line.removeprefix(b"\xef\xbb\xbf").decode())
 
 
+class CsvReader(TextReader):
+    """Cells with a header. Every cell is text, exactly as it is written."""
+
+    kinds = "text"
+
+    @override
+    def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        rows: list[list[str]] = []
+        lines: list[int] = []
+        broken: dict[int, str] = {}
+        size = 0
+        for number, cells, problem in self._records(text):
+            if problem:
+                broken[len(rows)] = problem
+            rows.append(cells)
+            lines.append(number)
+            size += sum(map(len, cells))
+            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                yield self._chunk(row, rows, lines, broken)
+                row, rows, lines, broken, size = row + len(rows), [], [], {}, 0
+        if rows:
+            yield self._chunk(row, rows, lines, broken)
+
+    def _records(self, text: IO[str]) -> Iterator[tuple[int, list[str], str | None]]:
+        """Yield the first line, the cells and the problem of each record behind the header."""
+        # The limit is one number per process; the module's default would refuse cells above 128 KB.
+        csv.field_size_limit(MAX_CELL)
+        delimiter, last = self.layout.get("delimiter", ","), ""
+        skipped = 1 if self.layout.get("skip") and text.readline() else 0
+
+        def remember() -> Iterator[str]:
+            nonlocal last
+            for last in text:  # noqa: UP028
+                yield last
+
+        records = csv.reader(remember(), delimiter=delimiter, strict=True)
+        self._read_header(records, skipped)
+        while True:
+            line = skipped + records.line_num + 1
+            try:
+                cells = next(records, None)
+            except csv.Error as exc:
+                # Nobody knows how many rows lie within the quotes.
+                if "end of data" in str(exc) or skipped + records.line_num > line:
+                    raise self._unclosed(line, skipped + records.line_num) from None
+                yield line, next(csv.reader([last], delimiter=delimiter)), f"is no CSV: {exc}. Correct its quotes."
+                continue
+            if cells is None:
+                return
+            if cells:
+                yield line, cells, None
+
+    def _unclosed(self, first: int, last: int) -> TableError:
+        return TableError(
+            f"{self.place.url!r} has a quote in the record of line {first} that is not closed properly; it goes on up "
+            f"to line {last}. Close it, or write quotes within a quoted cell twice."
+        )
+
+    def _read_header(self, records: Any, skipped: int) -> None:
+        try:
+            header = next((tuple(cells) for cells in records if len(cells) > 1 or "".join(cells).strip()), None)
+        except csv.Error:
+            raise self._unclosed(skipped + 1, skipped + records.line_num) from None
+        if header is None:
+            raise TableError(f"{self.place.url!r} is empty. Give a file with a header and at least one row.")
+        if len(set(header)) < len(header):
+            raise TableError(f"{self.place.url!r} names a column twice: {list(header)!r}. Rename one of them.")
+        if not all(map(_is_unicode, header)):
+            raise TableError(
+                f"The header of {self.place.url!r}, line {skipped + records.line_num}, is not {self._encoding}. "
+                "Set `source_options`, {'encoding': 'cp1252'} for instance, or convert the file."
+            )
+        self._header = header
+        self.columns = (*header, *(name for name in self.partition if name not in header))
+
+    @property
+    def _encoding(self) -> str:
+        return str(self.layout.get("encoding", "UTF-8"))
+
+    def _chunk(self, row: int, rows: list[list[str]], lines: list[int], broken: dict[int, str]) -> Chunk:
+        width, added = len(self._header), {n: self.partition[n] for n in self.columns[len(self._header) :]}
+        if set(map(len, rows)) != {width}:
+            for place, cells in enumerate(rows):
+                if len(cells) != width and place not in broken:
+                    broken[place] = f"has {len(cells)} cells where the header has {width}. Correct the row."
+        if not _is_unicode("".join(map("".join, rows))):
+            for place, cells in enumerate(rows):
+                if not _is_unicode("".join(cells)):
+                    broken.setdefault(place, f"is not {self._encoding}. Convert the file, or set its encoding.")
+                    # None stands for a cell that could not be read.
+                    rows[place] = [cell if _is_unicode(cell) else None for cell in cells]  # type: ignore[misc]
+
+        def make() -> list[dict[str, Any]]:
+            return [{**dict(zip(self._header, cells, strict=False)), **added} for cells in rows]
+
+        return Chunk(row, len(rows), make, lines=lines, problems=self._named(broken, lines))
+
+
 class ColumnarReader(Reader):
     """Parquet or Arrow: typed record batches."""
 
-    def __init__(self, place: Place, format: TableFormat) -> None:
-        super().__init__(place)
+    def __init__(self, place: Place, layout: Mapping[str, Any], format: TableFormat) -> None:
+        super().__init__(place, layout)
         self.format = format
 
-    @override
-    def inspect(self) -> tuple[TableFile, tuple[str, ...], Any]:
+    def schema(self) -> Any:
+        """Return the types of the columns; dictionaries are those of their values."""
         with self.place.open() as file:
-            if self.format == "parquet":
-                from pyarrow import parquet
+            schema = self._open(file)[0]
+        return self._plain_schema(schema)
 
-                opened = parquet.ParquetFile(file)
-                schema, rows = opened.schema_arrow, opened.metadata.num_rows
-            else:
-                source = _open_arrow(file)
-                schema, rows = source.schema, sum(batch.num_rows for batch in _arrow_batches(source))
-        if len(set(schema.names)) < len(schema.names):
-            raise TableError(f"{self.place.url!r} names a column twice: {schema.names!r}. Rename one of them.")
-        types = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
-        return TableFile(self.place.url, rows, hash_place(self.place)), tuple(schema.names), types
+    @override
+    def inspect(self, types: ColumnTypes) -> tuple[TableFile, tuple[str, ...], Any]:
+        with self.place.open() as file:
+            schema, batches = self._open(file)
+            if len(set(schema.names)) < len(schema.names):
+                raise TableError(f"{self.place.url!r} names a column twice: {schema.names!r}. Rename one of them.")
+            rows = sum(batch.num_rows for _, batch in batches(0))
+        schema = self._plain_schema(schema)
+        kinds = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+        return self._file(rows, hash_place(self.place)), tuple(schema.names), kinds
 
     @override
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
         with self.place.open() as opened:
-            for offset, batch in self._batches(opened, start):
+            for offset, batch in self._open(opened)[1](start):
                 low, high = max(start - offset, 0), min(stop - offset, batch.num_rows)
                 for first in range(low, high, CHUNK_ROWS):
-                    yield Chunk(offset + first, batch=batch.slice(first, min(CHUNK_ROWS, high - first)))
+                    part = self._plain(batch.slice(first, min(CHUNK_ROWS, high - first)))
+                    yield Chunk(offset + first, part.num_rows, partial(to_rows, part), batch=part)
                 if offset + batch.num_rows >= stop:
                     return
 
-    def _batches(self, opened: IO[bytes], start: int) -> Iterator[tuple[int, Any]]:
-        """Yield the batches that reach `start` or lie behind it, with the number of their first row."""
+    def _open(self, file: IO[bytes]) -> tuple[Any, Callable[[int], Iterator[tuple[int, Any]]]]:
+        """Return the schema, and what yields the batches from a row on, with the number of their first row."""
         if self.format == "arrow":
-            return _counted(_arrow_batches(_open_arrow(opened)), 0)
+            source = _open_arrow(file)
+            return source.schema, lambda start: _counted(_arrow_batches(source), 0)
         from pyarrow import parquet
 
-        file = parquet.ParquetFile(opened)
-        offset, first = 0, 0
-        while offset + (size := file.metadata.row_group(first).num_rows) <= start:
-            offset, first = offset + size, first + 1
-        groups = range(first, file.metadata.num_row_groups)
-        return _counted(file.iter_batches(batch_size=CHUNK_ROWS, row_groups=list(groups)), offset)
+        # The nanoseconds of old files end in 2262; what Spark writes into them need not.
+        opened = parquet.ParquetFile(file, coerce_int96_timestamp_unit="us")
+
+        def batches(start: int) -> Iterator[tuple[int, Any]]:
+            offset, first, groups = 0, 0, opened.metadata.num_row_groups
+            while first < groups and offset + (size := opened.metadata.row_group(first).num_rows) <= start:
+                offset, first = offset + size, first + 1
+            return _counted(opened.iter_batches(batch_size=CHUNK_ROWS, row_groups=list(range(first, groups))), offset)
+
+        return opened.schema_arrow, batches
+
+    def _plain_schema(self, schema: Any) -> Any:
+        """Return the types without dictionaries, and with the columns that the folders tell."""
+        import pyarrow as pa
+
+        fields = [
+            field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field for field in schema
+        ]
+        fields += [pa.field(name, pa.string()) for name in self.partition if name not in schema.names]
+        return pa.schema(fields)
+
+    def _plain(self, batch: Any) -> Any:
+        import pyarrow as pa
+
+        schema = self._plain_schema(batch.schema)
+        if schema.equals(batch.schema):
+            return batch
+        columns = [
+            column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+        ]
+        columns += [pa.array([self.partition[name]] * len(batch), pa.string()) for name in schema.names[len(columns) :]]
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _counted(batches: Iterator[Any], offset: int) -> Iterator[tuple[int, Any]]:
@@ -192,21 +689,128 @@ def _arrow_batches(source: Any) -> Iterator[Any]:
     return iter(source)
 
 
+def to_rows(batch: Any) -> list[dict[str, Any]]:
+    """Return a batch as dictionaries. What Python cannot hold becomes text, and so do bytes that are UTF-8."""
+    if not any("binary" in str(field.type) for field in batch.schema):
+        with suppress(ValueError, OverflowError, TypeError, NotImplementedError):
+            rows: list[dict[str, Any]] = batch.to_pylist()
+            return rows
+    columns = {name: _to_values(batch.column(name)) for name in batch.schema.names}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _to_values(column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, TypeError, NotImplementedError):
+        values = [_to_value(scalar) for scalar in column]
+    return [_to_text(value) for value in values] if bytes in set(map(type, values)) else values
+
+
+def _to_value(scalar: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError, TypeError, NotImplementedError):
+        pass
+    if pa.types.is_struct(scalar.type):
+        return {field.name: _to_value(scalar[field.name]) for field in scalar.type}
+    if pa.types.is_map(scalar.type):
+        return [(_to_value(pair["key"]), _to_value(pair["value"])) for pair in scalar.values]
+    if pa.types.is_nested(scalar.type):
+        return [_to_value(each) for each in scalar.values]
+    try:
+        return str(scalar.cast(pa.string()))
+    except (ValueError, NotImplementedError):
+        return f"{getattr(scalar, 'value', scalar)} {getattr(scalar.type, 'unit', '')}".strip()
+
+
+def _to_text(value: Any) -> Any:
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode()
+
+
+class ColumnTypes:
+    """The narrowest `pyarrow` type of each column that holds every value; text (JSON) where there is none.
+
+    Args:
+        nested: Whether lists and objects get types of their own.
+    """
+
+    def __init__(self, nested: bool = True) -> None:
+        self._nested = nested
+        self.columns: dict[str, set[type]] = {}
+        self._integers: dict[str, int] = {}
+        self._types: dict[str, Any] = {}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Take some rows into account."""
+        for name in dict.fromkeys(chain.from_iterable(rows)):
+            values = [row[name] for row in rows if name in row]
+            kinds = set(map(type, values))
+            self.columns.setdefault(name, set()).update(kinds)
+            if int in kinds:
+                integers = values if len(kinds) == 1 else [value for value in values if type(value) is int]
+                size = max(max(integers), -min(integers) - 1)
+                self._integers[name] = max(size, self._integers.get(name, 0))
+            if self._nested and kinds & {dict, list}:
+                self._types[name] = _join_types(self._types.get(name, None), values)
+
+    def schema(self) -> Any:
+        """Return the types of all columns."""
+        import pyarrow as pa
+
+        return pa.schema([(name, self._type(name, kinds - {type(None)})) for name, kinds in self.columns.items()])
+
+    def _type(self, name: str, kinds: set[type]) -> Any:
+        import pyarrow as pa
+
+        size = self._integers.get(name, 0)
+        if kinds == {bool}:
+            return pa.bool_()
+        if kinds == {int} and size < 2**63:
+            return pa.int64()
+        if kinds in ({float}, {float, int}) and size < 2**53:
+            return pa.float64()
+        return self._types.get(name, pa.string()) if kinds and kinds <= {dict, list} else pa.string()
+
+
+def _join_types(known: Any, values: list[Any]) -> Any:
+    """Return a nested type that holds some values and those of a known type; text if there is none."""
+    import pyarrow as pa
+
+    try:
+        kinds = [kind for kind in (known, pa.array(values).type) if kind is not None]
+        pair = [pa.schema([("column", kind)]) for kind in kinds]
+        joined = pa.unify_schemas(pair, promote_options="permissive").field(0).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        return pa.string()
+    # Parquet has no empty objects.
+    return pa.string() if "struct<>" in str(joined) or _type_depth(joined) > MAX_TYPE_DEPTH else joined
+
+
+def _type_depth(kind: Any) -> int:
+    return 1 + max((_type_depth(kind.field(index).type) for index in range(kind.num_fields)), default=0)
+
+
 def hash_place(place: Place) -> str:
     """Return the sha256 of a file's content as it lies there."""
-    with place.open() as file:
+    with place.open(ahead=True) as file:
         digest = hashlib.sha256()
-        while block := file.read(2**20):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+        return digest.hexdigest()
 
 
-def open_reader(place: Place, format: TableFormat) -> Reader:
+def open_reader(place: Place, format: TableFormat, layout: Mapping[str, Any]) -> Any:
     """Return the reader of a file."""
     if format in ("parquet", "arrow"):
-        return ColumnarReader(place, format)
+        return ColumnarReader(place, layout, format)
     if format in ("csv", "tsv"):
-        from prefect_huggingface.tasks.storage.tables.csv_readers import CsvReader
-
-        return CsvReader(place, "\t" if format == "tsv" else ",")
-    return JsonLinesReader(place)
+        return CsvReader(place, layout)
+    return (JsonValuesReader if layout.get("values") else JsonReader)(place, layout)

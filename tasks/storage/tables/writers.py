@@ -1,12 +1,17 @@
-"""How the output table is written: the rows of the input with further columns, in the format of the destination."""
+"""How the output table is written: the rows of the input with further columns, in the format of the destination.
+
+A writer takes every row that a reader gives: what is wrong with a row or a type is found before.
+"""
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -16,6 +21,7 @@ from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk, TableFormat
 
 ROW_GROUP_ROWS = 65_536
+ROW_GROUP_BYTES = 64 * 2**20
 
 
 class TableWriter(ABC):
@@ -44,9 +50,6 @@ class TableWriter(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _added_rows(self, further: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-        return zip(*(further[name].to_pylist() for name in self.added), strict=True)
-
 
 class JsonLinesWriter(TableWriter):
     """One JSON object per line. NaN and infinities become null, since JSON has none of them."""
@@ -57,12 +60,12 @@ class JsonLinesWriter(TableWriter):
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
-        lines = []
-        for row, values in zip(chunk.rows, self._added_rows(further), strict=True):
-            kept = row if self.kept is None else {name: row[name] for name in self.kept if name in row}
-            lines.append(to_json({**kept, **dict(zip(self.added, values, strict=True))}))
-        lines.append(b"")
-        self._file.write(b"\n".join(lines))
+        rows = chunk.rows
+        if self.kept is not None:
+            rows = [{name: row[name] for name in self.kept if name in row} for row in rows]
+        added = zip(*(further[name].to_pylist() for name in self.added), strict=True)
+        lines = [to_json(row | dict(zip(self.added, values))) for row, values in zip(rows, added, strict=True)]  # noqa: B905
+        self._file.write(b"\n".join([*lines, b""]))
 
     @override
     def close(self) -> None:
@@ -70,13 +73,17 @@ class JsonLinesWriter(TableWriter):
 
 
 def to_json(value: Any) -> bytes:
-    """Return a value as compact UTF-8 JSON; dates become ISO texts and unknown types their text."""
+    """Return a value as compact UTF-8 JSON: dates become ISO texts, bytes Base64, unknown types their text."""
     import orjson
 
     try:
-        return orjson.dumps(value, default=str)
+        return orjson.dumps(value, default=_to_plain)
     except TypeError:  # integers above 64 bits, lone surrogates, keys that are no text
-        return json.dumps(_finite(value), ensure_ascii=True, separators=(",", ":"), default=str).encode()
+        return json.dumps(_finite(value), ensure_ascii=True, separators=(",", ":"), default=_to_plain).encode()
+
+
+def _to_plain(value: Any) -> Any:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _finite(value: Any) -> Any:
@@ -94,24 +101,52 @@ class CsvWriter(TableWriter):
         super().__init__(path, kept, added)
         self._columns = tuple(kept)
         self._file = open(path, "w", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file, delimiter=delimiter, lineterminator="\n")
-        self._writer.writerow((*kept, *added))
+        # With this line end, a cell with a lone carriage return is quoted too. `_Records` shortens it.
+        self._writer = csv.writer(_Records(self._file), delimiter=delimiter, lineterminator="\r\n")
+        self._writer.writerow(_to_cells([*kept, *added]))
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
-        for row, values in zip(chunk.rows, self._added_rows(further), strict=True):
-            self._writer.writerow([*map(_cell, map(row.get, self._columns)), *map(_cell, values)])
+        rows = chunk.rows
+        columns = [_to_cells([row.get(name) for row in rows]) for name in self._columns]
+        columns += [_to_cells(further[name].to_pylist()) for name in self.added]
+        self._writer.writerows(zip(*columns, strict=True))
 
     @override
     def close(self) -> None:
         self._file.close()
 
 
-def _cell(value: Any) -> Any:
+class _Records:
+    def __init__(self, file: IO[str]) -> None:
+        self._write = file.write
+
+    def write(self, record: str) -> None:
+        self._write(record[:-2] + "\n")
+
+
+def _to_cells(values: list[Any]) -> list[Any]:
+    kinds = set(map(type, values))
+    if kinds <= {int, float, bool, type(None)}:
+        return values
+    if kinds <= {str, type(None)} and "".join(filter(None, values)).isascii():
+        return values
+    return [_to_cell(value) for value in values]
+
+
+def _to_cell(value: Any) -> Any:
     if isinstance(value, str):
-        # A surrogate stands for a byte that is not UTF-8; it cannot be written.
-        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+        return to_unicode(value)
     return to_json(value).decode() if isinstance(value, (dict, list, tuple)) else value
+
+
+def to_unicode(text: str) -> str:
+    """Return a text that UTF-8 can hold, with a replacement character for each lone surrogate."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
 
 
 class ColumnarWriter(TableWriter):
@@ -130,31 +165,27 @@ class ColumnarWriter(TableWriter):
         self, path: Path, kept: Sequence[str], added: Sequence[str], schema: Any, further: Any, format: TableFormat
     ) -> None:
         import pyarrow as pa
-        from pyarrow import parquet
 
         super().__init__(path, kept, added)
         self._input = pa.schema([schema.field(name) for name in kept])
         self._schema = pa.schema([*self._input, *(further.field(name) for name in added)])
         self._pending: list[Any] = []
         self._pending_rows = self._pending_bytes = 0
-        if format == "parquet":
-            self._writer = parquet.ParquetWriter(path, self._schema)
-        else:
-            self._writer = pa.ipc.new_file(str(path), self._schema)
+        self._writer = _open_columnar(str(path), self._schema, format)
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
         import pyarrow as pa
 
-        batch = chunk.batch
-        if batch is None:
-            batch = pa.RecordBatch.from_pylist([self._typed(row) for row in chunk.rows], schema=self._input)
-        columns = [*(batch.column(name) for name in self._input.names), *(further[name] for name in self.added)]
-        table = pa.table(columns, schema=self._schema)
+        if chunk.batch is not None:
+            columns = [chunk.batch.column(name) for name in self._input.names]
+        else:
+            columns = [_to_array([row.get(field.name) for row in chunk.rows], field.type) for field in self._input]
+        table = pa.table([*columns, *(further[name] for name in self.added)], schema=self._schema)
         self._pending.append(table)
         self._pending_rows += table.num_rows
         self._pending_bytes += table.nbytes
-        if self._pending_rows >= ROW_GROUP_ROWS or self._pending_bytes >= 64 * 2**20:
+        if self._pending_rows >= ROW_GROUP_ROWS or self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
     @override
@@ -169,16 +200,44 @@ class ColumnarWriter(TableWriter):
             self._writer.write_table(pa.concat_tables(self._pending))
         self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
 
-    def _typed(self, row: dict[str, Any]) -> dict[str, Any]:
-        import pyarrow as pa
 
-        typed = {}
-        for field in self._input:
-            value = row.get(field.name)
-            if value is not None and pa.types.is_string(field.type) and not isinstance(value, str):
-                value = to_json(value).decode()
-            typed[field.name] = value
-        return typed
+def _open_columnar(target: Any, schema: Any, format: TableFormat) -> Any:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    return parquet.ParquetWriter(target, schema) if format == "parquet" else pa.ipc.new_file(target, schema)
+
+
+def _to_array(values: list[Any], kind: Any) -> Any:
+    """Return values of JSON or CSV as an array of the type that was found for their column."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) and not set(map(type, values)) <= {str, type(None)}:
+        values = [value if value is None or isinstance(value, str) else to_json(value).decode() for value in values]
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array([value and to_unicode(value) for value in values], kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        # An integer within a list that a floating-point number does not hold exactly.
+        return pa.array([json.loads(to_json(value), parse_int=float) for value in values], kind)
+
+
+def check_types(schema: Any, format: TableFormat) -> list[str]:
+    """Return the columns whose types a format cannot hold."""
+    import pyarrow as pa
+
+    def fits(field: Any) -> bool:
+        if "dictionary<" in str(field.type):  # within lists; each batch has its own, which a file cannot hold
+            return False
+        try:
+            with _open_columnar(io.BytesIO(), pa.schema([field]), format) as writer:
+                writer.write_table(pa.table([pa.nulls(1, field.type)], schema=pa.schema([field])))
+        except (pa.ArrowException, OSError):
+            return False
+        return True
+
+    return [field.name for field in schema if not fits(field)] if format in ("parquet", "arrow") else []
 
 
 def open_writer(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.openai_requests import BodyError, read_options
 from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
 from prefect_huggingface.tasks.batching.publications import publish_output
 from prefect_huggingface.tasks.batching.runs import open_run
 from prefect_huggingface.tasks.batching.shards import process_shard
 from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.openai_protocol import BodyError, read_options
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.instant_engines import InstantEngine
 
@@ -39,6 +39,7 @@ LINES = [
     line("path", "/v1/embeddings", input="x"),
     line("read", messages=USER, method="GET"),
     line(7, messages=USER),
+    line("stream", messages=USER, stream=True),
 ]
 
 
@@ -70,7 +71,7 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
 
     found = {each["custom_id"]: each for each in errors}
     assert found[None]["error"]["code"] == "malformed"
-    assert "Row 3" in found[None]["error"]["message"]
+    assert "Line 3" in found[None]["error"]["message"]
     codes = {
         name: each["response"]["body"]["error"]["code"] for name, each in found.items() if each["response"] is not None
     }
@@ -80,6 +81,7 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
         "tools": "invalid_option",
         "unknown": "invalid_option",
         "nothing": "invalid_prompt",
+        "stream": "invalid_option",
     }
     assert found["other"]["response"]["status_code"] == 404
     assert {name for name, each in found.items() if each["response"] is None} == {None, "path", "read", 7}
@@ -103,7 +105,8 @@ def test_bodies_become_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"stream": True}, {"echo": True}, {"max_tokens": 0}, {"response_format": {"type": "xml"}}, {"n": 3}]
+    "body",
+    [{"logit_bias": {"5": 1}}, {"echo": True}, {"max_tokens": 0}, {"response_format": {"type": "xml"}}, {"n": 3}],
 )
 def test_what_cannot_be_done_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(BodyError):

@@ -103,7 +103,7 @@ def test_bad_rows_are_rows(tmp_path: Path) -> None:
 
     statuses = ["ok", "malformed", "missing_value", "missing_value", "missing_value", "empty_prompt", "ok"]
     assert [row["status"] for row in rows] == statuses
-    assert "Row 2 of 'in.jsonl'" in rows[1]["error"]
+    assert "Line 2 of 'in.jsonl'" in rows[1]["error"]
     assert rows[1]["completion"] is None
     assert rows[4]["country"] is None  # JSON has no NaN
 

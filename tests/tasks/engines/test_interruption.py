@@ -76,7 +76,7 @@ def test_ctrl_c_ends_a_process_that_generates(model: LocalModel, way: str) -> No
         finally:
             process.kill()
     assert b"KeyboardInterrupt" in errors
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode != 0
 
 
 @pytest.mark.usefixtures("prefect_server")

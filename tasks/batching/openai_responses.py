@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from prefect_huggingface.tasks.openai_protocol import CHAT_URL, AnswerWriter, error_body, error_status, read_call
+from prefect_huggingface.tasks.records import Completion
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk
 from prefect_huggingface.tasks.storage.tables.writers import to_json
-
-HTTP_STATUS = {"unknown_model": 404, "deadline": 408, "engine_error": 500, "out_of_cache": 503}
-CODES = {"unknown_model": "model_not_found", "too_long": "context_length_exceeded"}
 
 
 def errors_place(destination: Place) -> Place:
@@ -58,41 +57,22 @@ class OpenAIBatchWriter:
         if answer["status"] == "malformed":
             return {**record, "response": None, "error": {"code": "malformed", "message": answer["error"]}}
         if answer["error"] is not None:
-            code = HTTP_STATUS.get(answer["status"], 400)
-            body = {"error": _error_body(answer, code)}
+            code, body = error_status(answer["status"]), error_body(answer["status"], answer["error"])
         else:
             code, body = 200, self._body(line, answer, name)
         return {**record, "response": {"status_code": code, "request_id": f"req_{name}", "body": body}, "error": None}
 
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-        chat = line["url"].endswith("/chat/completions")
+        call = read_call(line["body"], chat=line["url"] == CHAT_URL)
         details = json.loads(answer["details"]) if answer["details"] else {}
-        reason = "length" if answer["status"] == "length" else "stop"
-        texts = [answer["completion"], *details.get("alternatives", ())]
-        return {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": self._created,
-            "model": line["body"].get("model"),
-            "choices": [_choice(index, text, reason, chat) for index, text in enumerate(texts)],
-            "usage": {
-                "prompt_tokens": answer["prompt_tokens"],
-                "completion_tokens": answer["generated_tokens"],
-                "total_tokens": answer["prompt_tokens"] + answer["generated_tokens"],
-            },
-        }
-
-
-def _choice(index: int, text: str, reason: str, chat: bool) -> dict[str, Any]:
-    content = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
-
-
-def _error_body(answer: Mapping[str, Any], code: int) -> dict[str, Any]:
-    kind = "server_error" if code >= 500 else "invalid_request_error"
-    return {
-        "message": answer["error"],
-        "type": kind,
-        "param": None,
-        "code": CODES.get(answer["status"], answer["status"]),
-    }
+        logprobs = details.get("logprobs")
+        completion = Completion(
+            answer["completion"],
+            answer["finish_reason"],
+            answer["prompt_tokens"],
+            answer["generated_tokens"],
+            alternatives=tuple(details.get("alternatives", ())),
+            logprobs=None if logprobs is None else tuple(logprobs),
+            reasoning=details.get("reasoning"),
+        )
+        return AnswerWriter(call, name, self._created, call.model).write([completion])

@@ -1,0 +1,158 @@
+"""The models that a server offers: loaded once at their first request, and lent for the time of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.registry import load_engine, unload_idle_engines
+from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
+
+logger = get_logger(__name__)
+
+# A client that waits for longer is told to come back; the loading goes on.
+LOAD_WAIT_SECONDS = 60.0
+EVICTION_SECONDS = 15.0
+
+
+class ApiError(Exception):
+    """An answer that is an error, in the form of OpenAI.
+
+    Attributes:
+        status: HTTP status.
+        code: Kind of the error.
+        param: Field of the body that is at fault, or None.
+        retry_after: Seconds after which the same request may work, or None.
+    """
+
+    def __init__(
+        self, status: int, code: str | None, message: str, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+
+class ServedModel:
+    """One model under its name.
+
+    Attributes:
+        name: Name that requests use.
+        block: What is loaded.
+        requests: Number of requests that wait for the model or use it.
+        loading: Number of them that wait for it.
+    """
+
+    def __init__(self, name: str, block: LocalModel) -> None:
+        self.name, self.block = name, block
+        self.requests = self.loading = 0
+        self.created = int(time.time())
+        self._engine: Engine | None = None
+        self._load: asyncio.Future[Engine] | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """All names that requests may use."""
+        return {self.name, f"{LocalModel.get_block_type_slug()}/{self.name}", self.block.model_id}
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Engine]:
+        """Lend the engine; load it first where needed. It may be closed for another model once nobody uses it.
+
+        Raises:
+            ApiError: If the model cannot be loaded, or not in time.
+        """
+        self.requests += 1
+        try:
+            yield self._engine or await self.load()
+        finally:
+            self.requests -= 1
+            if not self.requests:
+                self._engine = None
+
+    async def load(self) -> Engine:
+        """Return the engine. All who ask while it is loaded wait for the same loading.
+
+        Raises:
+            ApiError: If the model cannot be loaded, or not in time.
+        """
+        if self._load is None:
+            self._load = asyncio.ensure_future(asyncio.to_thread(self._load_engine))
+            self._load.add_done_callback(self._keep)
+        self.loading += 1
+        try:
+            async with asyncio.timeout(LOAD_WAIT_SECONDS):
+                return await asyncio.shield(self._load)
+        except TimeoutError:
+            raise ApiError(503, "model_loading", f"{self.name!r} is being loaded. Try again.", retry_after=5) from None
+        except HuggingFaceTaskError as exc:
+            passing = isinstance(exc, EngineError) or getattr(exc, "transient", False)
+            status, wait = (503, 10) if passing else (500, None)
+            message = f"{self.name!r} cannot be loaded: {exc}"
+            raise ApiError(status, "model_unavailable", message, retry_after=wait) from None
+        finally:
+            self.loading -= 1
+
+    def _load_engine(self) -> Engine:
+        began = time.perf_counter()
+        engine = load_engine(self.block)
+        logger.info("The model %r is ready after %.1f s.", self.name, time.perf_counter() - began)
+        return engine
+
+    def _keep(self, load: asyncio.Future[Engine]) -> None:
+        self._load = None
+        if load.cancelled():
+            return
+        if (error := load.exception()) is not None:
+            logger.error("The model %r cannot be loaded: %s", self.name, error)
+        elif self.requests:
+            self._engine = load.result()
+
+
+class ServedModels:
+    """All models of a server by their names."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._models = list(models)
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models)
+
+    @property
+    def requests(self) -> int:
+        """Number of requests that are not done."""
+        return sum(model.requests for model in self._models)
+
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of a request. Where there is only one, it needs no name.
+
+        Raises:
+            ApiError: If there is no such model.
+        """
+        if name is None and len(self._models) == 1:
+            return self._models[0]
+        for model in self._models:
+            if name in model.names:
+                return model
+        known = ", ".join(repr(model.name) for model in self._models)
+        raise ApiError(404, "model_not_found", f"The model {name!r} is not served here. Use one of {known}.", "model")
+
+
+def name_of(model_id: str) -> str:
+    """Return the name under which a model is served that is no block: its Hub id, or the name of its folder."""
+    path = Path(model_id).expanduser()
+    return path.resolve().name if path.exists() else model_id
+
+
+async def evict_idle(seconds: float) -> None:
+    """Close engines that nobody has used for so long, for ever."""
+    while True:
+        await asyncio.sleep(min(seconds, EVICTION_SECONDS))
+        if closed := await asyncio.to_thread(unload_idle_engines, seconds):
+            logger.info("Closed %d idle model(s).", closed)

@@ -1,0 +1,34 @@
+"""A batch without a model: from an input to its output through the plan, a journal and the publication."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect_huggingface.tasks.batching.plans import choose_columns, plan_job, plan_output
+from prefect_huggingface.tasks.batching.publications import Publication, publish_output
+from prefect_huggingface.tasks.batching.runs import open_run
+from prefect_huggingface.tasks.batching.shards import process_shard
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from support.instant_engines import InstantEngine
+
+
+def answer_table(
+    source: str | Path,
+    destination: str | Path,
+    prompt: str,
+    answer: str | None = "yes",
+    columns: Sequence[str] | None = None,
+    prefix: str = "",
+    **reading: Any,
+) -> Publication:
+    """Put a table through an engine that gives the same answer to everything, and publish its output."""
+    output = plan_output(str(source), str(destination), prefix)
+    job = plan_job(str(source), None, prompt, **reading)
+    output = choose_columns(job.table, output, columns, {})
+    journal = Journal.beside(str(destination))
+    run = open_run(journal, job)
+    for shard in run.shards:
+        process_shard(InstantEngine(answer), journal, shard)
+    return publish_output(job, journal, output)
