@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
-import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -140,6 +139,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     serve(ServedModels(models), given, keys)
 
 
+def allow_open_files() -> None:
+    """Let this process open as many files as it may: every connection is one."""
+    try:
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, ValueError, OSError):  # Windows has no such limit, macOS calls its limit infinite
+        return
+
+
 def serve(models: ServedModels, given: argparse.Namespace, keys: tuple[str, ...]) -> None:
     """Run the server."""
     import uvicorn
@@ -153,9 +163,7 @@ def serve(models: ServedModels, given: argparse.Namespace, keys: tuple[str, ...]
 
         # A small file may be a picture that fills the memory. Pillow refuses those of twice this.
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-    # Every connection is a file.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_open_files()
     settings = ServerSettings(
         api_keys=keys,
         idle_seconds=given.idle_minutes * 60 if given.idle_minutes else None,
