@@ -43,3 +43,12 @@ def test_a_folder_that_is_gone_is_named(bundled_model, tmp_path, caplog):
     save(tmp_path / "gone", overwrite=True)
     assert f"{tmp_path / 'gone'} is not there, but the model block names it" in caplog.text
     assert "make blocks OVERWRITE=1" in caplog.text
+
+
+def test_examples_of_one_model_are_saved(bundled_model, tmp_path):
+    saved = save_default_blocks(str(bundled_model), "questions.jsonl", "a.jsonl", True, example_model=str(tmp_path))
+    assert {"model example-torch", "model example-int8", "model example-int4"} <= saved.keys()
+    examples = {name: LocalModel.load(f"example-{name}") for name in ("torch", "int8", "int4")}
+    assert {example.model_id for example in examples.values()} == {str(tmp_path)}
+    assert [example.weight_format for example in examples.values()] == [None, "int8", "int4"]
+    assert examples["torch"].backend == "torch"
