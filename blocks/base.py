@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.blocks.core import Block
-from pydantic import ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import ConfigDict, GetJsonSchemaHandler, HttpUrl, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+# The picture of Hugging Face's organization on GitHub: square at every size.
+LOGO_URL = HttpUrl("https://avatars.githubusercontent.com/u/25720743?s=200&v=4")
 
 
 class ConfigurationBlock(Block):
     """A block that refuses unknown fields and knows its own reference."""
+
+    _logo_url = LOGO_URL
 
     # Prefect's blocks accept unknown fields silently; a misspelt field must not be lost.
     # Pydantic quotes the input of a failed validation, which would show a token that was mistyped.

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationInfo, field_validator, model_validator
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
-from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
+from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT, HuggingFaceCredentials
 from prefect_huggingface.blocks.options import GenerationOptions
 from prefect_huggingface.blocks.quantization import QuantizationOptions, WeightFormat
 from prefect_huggingface.blocks.store import ModelStore
@@ -265,8 +265,11 @@ class LocalModel(ConfigurationBlock):
         return self.store or ModelStore()
 
     def get_credentials(self) -> HuggingFaceCredentials:
-        """Return the credentials of the block, or those of the default Hub without a token of their own."""
-        return self.credentials or HuggingFaceCredentials()
+        """Return the credentials of the block, or those of the machine's Hub without a token of their own.
+
+        That is the Hub in `HF_ENDPOINT`, a mirror for instance, or else the default one.
+        """
+        return self.credentials or HuggingFaceCredentials(endpoint=os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
 
 
 def _is_path(model_id: str) -> bool:

@@ -108,5 +108,5 @@ def test_the_top_level_is_fixed():
     top = {line.split("/")[0] for line in listed.splitlines() if not line.startswith(".")}
     assert top <= {
         "pyproject.toml", "flows", "tasks", "blocks", "tests", "deployments", "README.md",
-        "Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md",
+        "Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md",
     }  # fmt: skip

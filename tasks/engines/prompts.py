@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_special_tokens
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_special_tokens
 from prefect_huggingface.tasks.engines.failures import RequestError
 from prefect_huggingface.tasks.records import Request
 
@@ -79,7 +79,10 @@ class PromptWriter:
                 "The model has no chat template, so it cannot answer messages. "
                 "Give a plain prompt, or take a model that is tuned for chat.",
             )
-        return Prompt(self.template.render(messages, tools), add_special_tokens=False)
+        try:
+            return Prompt(self.template.render(messages, tools), add_special_tokens=False)
+        except ChatTemplateError as exc:
+            raise RequestError("invalid_prompt", str(exc)) from exc
 
     def _from_text(self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse) -> Prompt:
         check_text(text)
@@ -109,7 +112,7 @@ class PromptWriter:
         assert self.template is not None
         try:
             return self.template.render([{"role": "user", "content": PROBE}])
-        except RequestError:
+        except ChatTemplateError:
             return ""
 
     @cached_property

@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
-from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Message
 
@@ -17,12 +16,12 @@ PROBE = "PROBE-c3a9"
 
 def template_of(engine: Engine) -> ChatTemplate | None:
     """Return the chat template of the engine's model, or None where it has none or a server has it."""
-    return engine.prompts.template if engine.prompts is not None else None
+    return engine.inputs.template if engine.inputs is not None else None
 
 
 def shows_tools(engine: Engine) -> bool:
     """Tell whether the model gets to see the tools. A server is believed to show them."""
-    if engine.prompts is None:
+    if engine.inputs is None:
         return True
     template = template_of(engine)
     return template is not None and re.search(r"\btools\b", template.source) is not None
@@ -41,8 +40,8 @@ def render_messages(engine: Engine, messages: Sequence[Message], tools: Sequence
         )
     try:
         return template.render(messages, tools)
-    except RequestError as exc:
-        raise GenerationError(str(exc), error_code=exc.code) from None
+    except ChatTemplateError as exc:
+        raise GenerationError(str(exc), error_code="invalid_prompt") from None
 
 
 def is_templated(engine: Engine, messages: Sequence[Message]) -> bool:
@@ -52,7 +51,7 @@ def is_templated(engine: Engine, messages: Sequence[Message]) -> bool:
         return False
     try:
         before, _, after = template.render([{"role": "user", "content": PROBE}]).partition(PROBE)
-    except RequestError:
+    except ChatTemplateError:
         return False
     begin, end = (lines[-1].strip() if (lines := part.strip().splitlines()) else "" for part in (before, after))
     text = str(messages[0]["content"]).rstrip()

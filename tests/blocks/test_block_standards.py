@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from io import BytesIO
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
+from PIL import Image
 from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from prefect.utilities.dispatch import get_registry_for_type
 from prefect.utilities.importtools import to_qualified_name
@@ -28,8 +33,25 @@ class TestStandards(BlockStandardTestSuite):
         return block
 
     def test_has_a_valid_image(self, block):
-        # A logo would have to be an address on the internet, which a worker may not reach. There is none.
-        assert block._logo_url is None
+        # They share one picture, which is looked at below where there is internet.
+        assert str(block._logo_url).startswith("https://avatars.githubusercontent.com/u/")
+
+
+def test_the_picture_of_the_blocks_is_square():
+    try:
+        with urlopen(str(LocalModel._logo_url), timeout=10) as answer:
+            picture = Image.open(BytesIO(answer.read()))
+    except URLError:
+        pytest.skip("no internet")
+    assert picture.width == picture.height
+    assert 45 < picture.width < 1000
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_server_knows_the_picture():
+    LocalModel.register_type_and_schema()
+    with get_client(sync_client=True) as client:
+        assert client.read_block_type_by_slug("hugging-face-local-model").logo_url == LocalModel._logo_url
 
 
 def test_every_public_block_is_checked():

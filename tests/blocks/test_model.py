@@ -70,3 +70,10 @@ def test_a_store_has_an_absolute_path(monkeypatch, tmp_path):
     monkeypatch.delenv("PREFECT_HUGGINGFACE_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", "/srv/cache")
     assert ModelStore().path == Path("/srv/cache/prefect-huggingface")
+
+
+def test_a_block_without_credentials_asks_the_hub_of_the_machine(monkeypatch):
+    assert LocalModel(model_id="a/b").get_credentials().endpoint == "https://huggingface.co"
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
+    assert LocalModel(model_id="a/b").get_credentials().endpoint == "https://mirror.example"
+    assert LocalModel(model_id="a/b").get_credentials().use_ambient_token is None

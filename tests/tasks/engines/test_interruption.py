@@ -14,7 +14,7 @@ import pytest
 from prefect import flow
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import list_engines, load_engine
+from prefect_huggingface.tasks.engines.registry import list_engines, load_engine
 from prefect_huggingface.tasks.generation import complete_prompts, generate_text
 from prefect_huggingface.tasks.records import Request
 from support.prefect_services import wait_until
@@ -28,7 +28,7 @@ PROMPTS = [f"{number} and" for number in range(64)]
 PROGRAM = """
 import sys
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.generation import complete_prompts, stream_completion
 
 model = LocalModel(model_id=sys.argv[1], backend=sys.argv[2], chat_template="never")

@@ -14,7 +14,7 @@ import pytest
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, ModelStore
 from prefect_huggingface.tasks.batching.identities import identify_model
 from prefect_huggingface.tasks.downloads import fetch_model
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import ModelSourceError, PlanError
 from prefect_huggingface.tasks.evaluation import compare_formats
 from prefect_huggingface.tasks.exports import export_model, list_stored, plan_model, prune_stored

@@ -1,0 +1,367 @@
+"""From a conversation to a prompt in which nothing is lost and nothing is forged.
+
+Templates differ in what they accept: some have no role for the system, some ignore tools, some drop a message in
+silence. A conversation is written in the first way in which every message and every tool stands in the prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from prefect_huggingface.tasks.engines.chat_templates import USER, ChatTemplate, ChatTemplateError, Message
+from prefect_huggingface.tasks.engines.reasoning import FORMATS
+
+Tool = Mapping[str, Any]
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
+
+PROBE_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe_5d1c",
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {"probe": {"type": "string", "description": "Probe."}}},
+    },
+}
+CALL = {"type": "function", "id": "probe5d1c", "function": {"name": "probe_5d1c", "arguments": {}}}
+TOOLS_INTRODUCTION = (
+    "You can call functions. Their JSON schemas:\n<tools>\n{tools}\n</tools>\n"
+    'To call a function, write its name and arguments as JSON, like this:\n<tool_call>\n{{"name": "function", '
+    '"arguments": {{"argument": "value"}}}}\n</tool_call>'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """The prompt that a conversation comes to.
+
+    Attributes:
+        segments: Texts to be tokenized one by one, with the special tokens in them. The cuts lie within what looks
+            like a special token in the text of a message, so that it is text.
+    """
+
+    segments: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        return "".join(self.segments)
+
+
+def write_conversation(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    *,
+    options: Mapping[str, Any] | None = None,
+    trusted_text: bool = False,
+    answer: bool = True,
+) -> ChatPrompt:
+    """Return the prompt for a conversation.
+
+    Args:
+        template: Chat template of the model.
+        messages: Messages in order.
+        tools: Functions that the model may call, as JSON schemas.
+        options: Variables of the template.
+        trusted_text: Whether special tokens in the text of messages are special.
+        answer: Whether the prompt ends where the model's answer begins.
+
+    Raises:
+        ChatTemplateError: If the template refuses the conversation or leaves something of it out, in all ways of
+            writing it, or if the text of a message has marks of turns that are no tokens.
+    """
+    template.check_options(options or {}, tools)
+    cutter = _Cutter(template, messages, tools, trusted_text)
+    names = [str(tool.get("function", tool).get("name")) for tool in cutter.tools]
+    problem: ChatTemplateError | None = None
+    for written, shown in _ways_to_write(cutter.messages, cutter.tools):
+        try:
+            text = template.render(written, shown, options=options, answer=answer)
+            _check_complete(template, text, written, names, bool(shown))
+        except ChatTemplateError as exc:
+            problem = problem or exc  # the first way is that of the caller
+        else:
+            return ChatPrompt(cutter.cut(text))
+    assert problem is not None
+    raise problem
+
+
+class _Cutter:
+    """Marks what looks like a special token in the texts of a conversation, and cuts the prompt there."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], trusted: bool
+    ) -> None:
+        self.messages: Messages = [dict(message) for message in messages]
+        self.tools: Tools = [dict(tool) for tool in tools]
+        self._mark = ""
+        everything = "\n".join(_texts_of([*messages, *tools]))
+        if trusted:
+            return
+        for mark in template.plain_marks:
+            if mark in everything:
+                raise ChatTemplateError(
+                    f"The text of a message must not contain {mark!r}: it begins or ends a turn of this model, whose "
+                    "tokenizer has no token for it. Remove it, or set `trusted_text`."
+                )
+        pattern = template.special_pattern
+        if pattern.search(everything):
+            self._mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in everything)
+            self.messages = [_map_texts(message, lambda text: self._break(pattern, text)) for message in messages]
+            self.tools = [_map_texts(tool, lambda text: self._break(pattern, text)) for tool in tools]
+
+    def cut(self, text: str) -> tuple[str, ...]:
+        return tuple(text.split(self._mark)) if self._mark else (text,)
+
+    def _break(self, pattern: re.Pattern[str], text: str) -> str:
+        return pattern.sub(lambda found: found[0][0] + self._mark + found[0][1:], text)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value with its texts changed, but for roles and types, which templates compare."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: one if key in ("role", "type") else _map_texts(one, change) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_map_texts(one, change) for one in value]
+    return value
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts_of(one)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        for one in value:
+            yield from _texts_of(one)
+
+
+def _ways_to_write(messages: Messages, tools: Tools) -> Iterator[tuple[Messages, Tools]]:
+    """Yield the conversation as it is, and then in forms that more and more templates accept.
+
+    Yields:
+        Messages, and the tools that are given to the template as such.
+    """
+    plain = _with_short_ids(_with_arguments(_with_known_roles(messages), as_text=False))
+    as_text = _with_arguments(plain, as_text=True)
+    bases = [plain] if plain == messages else [messages, plain]
+    bases += [as_text] if as_text != plain else []
+    for base in bases:
+        yield base, tools
+    calls = any(message.get("tool_calls") or message.get("role") in ("tool", "function") for message in messages)
+    written = _with_written_tools(plain, tools)
+    if tools:
+        yield _with_tools_in_message(plain, tools), []
+        yield _with_tools_in_message(_with_written_tools(plain, []), tools), []
+    if tools or calls:
+        yield written, []
+    for base in bases:
+        if (merged := _with_merged_system(base)) != base:
+            yield merged, tools
+    if (tools or calls) and (merged := _with_merged_system(written)) != written:
+        yield merged, []
+
+
+def _with_known_roles(messages: Messages) -> Messages:
+    roles = {"developer": "system", "function": "tool"}
+    return [{**message, "role": roles.get(message["role"], message["role"])} for message in messages]
+
+
+def _with_arguments(messages: Messages, *, as_text: bool) -> Messages:
+    """Return the messages with the arguments of calls as objects, or as JSON texts."""
+
+    def convert(call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if as_text and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        if not as_text and isinstance(arguments, str):
+            arguments = _parse(arguments)
+        function = {**function, "arguments": arguments}
+        return {**call, "function": function} if "function" in call else function
+
+    return [
+        {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _parse(arguments: str) -> Any:
+    try:
+        value = json.loads(arguments or "{}")
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _with_short_ids(messages: Messages) -> Messages:
+    """Return the messages with ids of nine letters and digits, which every template accepts."""
+
+    def shorten(message: dict[str, Any]) -> dict[str, Any]:
+        changed = dict(message)
+        if message.get("tool_calls"):
+            calls = message["tool_calls"]
+            changed["tool_calls"] = [{**call, "id": short_id(call["id"])} if call.get("id") else call for call in calls]
+        if message.get("tool_call_id"):
+            changed["tool_call_id"] = short_id(str(message["tool_call_id"]))
+        return changed
+
+    return [shorten(message) for message in messages]
+
+
+def short_id(given: str) -> str:
+    """Return an id of nine letters and digits, the same one for the same id."""
+    if re.fullmatch(r"[a-zA-Z0-9]{9}", given):
+        return given
+    return hashlib.sha256(given.encode()).hexdigest()[:9]
+
+
+def _with_tools_in_message(messages: Messages, tools: Tools) -> Messages:
+    """Return the messages with the tools in that of the system, where some templates look for them."""
+    functions = [tool.get("function", tool) for tool in tools]
+    system = {"role": "system", "content": ""}
+    first, rest = (messages[0], messages[1:]) if messages[0]["role"] == "system" else (system, messages)
+    return [{**first, "tools": json.dumps(functions, ensure_ascii=False)}, *rest]
+
+
+def _with_written_tools(messages: Messages, tools: Tools) -> Messages:
+    """Return the messages with tools, calls and their results as plain text."""
+    written: Messages = []
+    for message in map(_with_written_calls, messages):
+        if written and written[-1]["role"] == message["role"] == "user":
+            # The results of several calls are one turn: templates want turns to alternate.
+            written[-1] = {**written[-1], "content": f"{text_of(written[-1])}\n{text_of(message)}"}
+        else:
+            written.append(message)
+    if not tools:
+        return written
+    schemas = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    introduction = TOOLS_INTRODUCTION.format(tools=schemas)
+    if written[0]["role"] == "system":
+        return [{**written[0], "content": f"{text_of(written[0])}\n\n{introduction}"}, *written[1:]]
+    return [{"role": "system", "content": introduction}, *written]
+
+
+def _with_written_calls(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{text_of(message)}\n</tool_response>"}
+    if not message.get("tool_calls"):
+        return message
+    functions = [call.get("function", call) for call in message["tool_calls"]]
+    calls = [{"name": one.get("name"), "arguments": one.get("arguments") or {}} for one in functions]
+    texts = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in calls]
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "content": "\n".join(filter(None, [text_of(message), *texts]))}
+
+
+def _with_merged_system(messages: Messages) -> Messages:
+    """Return the messages with the text of the system before that of the first message of the user."""
+    system = [text_of(message) for message in messages if message["role"] == "system"]
+    rest = [message for message in messages if message["role"] != "system"]
+    first = next((index for index, message in enumerate(rest) if message["role"] == "user"), None)
+    if not any(system):
+        return messages
+    text = "\n\n".join(system)
+    if first is None:
+        return [{"role": "user", "content": text}, *rest]
+    content = rest[first]["content"]
+    merged: Any = f"{text}\n\n{content}"
+    if not isinstance(content, str):
+        merged = [{"type": "text", "text": f"{text}\n\n"}, *content]
+    return [*rest[:first], {**rest[first], "content": merged}, *rest[first + 1 :]]
+
+
+def text_of(message: Message) -> str:
+    """Return the text of a message whose content is a text or a list of parts."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
+
+
+def _check_complete(
+    template: ChatTemplate, prompt: str, messages: Messages, names: Sequence[str], as_variable: bool
+) -> None:
+    """Refuse a prompt that lacks a message, a call or a tool.
+
+    Raises:
+        ChatTemplateError: If something is missing.
+    """
+    for message in messages:
+        if not _stands_in(_essential_text(message), prompt):
+            raise ChatTemplateError(
+                f"The chat template of the model leaves out a message of the role {message['role']!r}. "
+                "Put its text into a message of the user."
+            )
+        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        if calls and not (
+            _writes_calls(template) and all(_stands_in(text, prompt) for call in calls for text in _texts_of(call))
+        ):
+            raise ChatTemplateError(
+                "The chat template of the model leaves out tool calls. Write them as text of the message."
+            )
+    in_message = any("tools" in message for message in messages)
+    # A name may also stand in the text of a message, which says nothing about the tools.
+    hidden = (as_variable and not _writes_tools(template)) or (in_message and not _writes_tools(template, True))
+    missing = list(names) if hidden else [name for name in names if name not in prompt]
+    if missing:
+        raise ChatTemplateError(f"The chat template of the model leaves out the tools {missing!r}. Remove them.")
+
+
+@lru_cache(maxsize=64)
+def _writes_tools(template: ChatTemplate, in_message: bool = False) -> bool:
+    """Return whether a template writes the tools that it gets, in its variable or in the message of the system."""
+    messages: Messages = [{"role": "user", "content": USER}]
+    tools: Tools = [PROBE_TOOL]
+    if in_message:
+        messages, tools = _with_tools_in_message(messages, tools), []
+    try:
+        return PROBE_TOOL["function"]["name"] in template.render(messages, tools)
+    except ChatTemplateError:
+        # A template that wants other messages than this one is believed to write them.
+        return not in_message
+
+
+@lru_cache(maxsize=64)
+def _writes_calls(template: ChatTemplate) -> bool:
+    """Return whether a template writes the calls of the assistant; in doubt, the texts of the calls tell."""
+    messages: Messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    written = []
+    for base in (messages, _with_arguments(messages, as_text=True)):
+        with suppress(ChatTemplateError):
+            written.append(PROBE_TOOL["function"]["name"] in template.render(base, answer=False))
+    return any(written) or not written
+
+
+def _essential_text(message: Message) -> str:
+    text = text_of(message)
+    if message["role"] != "assistant":
+        return text
+    # Templates leave out earlier reasoning on purpose, and some the words beside a call.
+    if message.get("tool_calls"):
+        return ""
+    for known in FORMATS:
+        text = text.rpartition(known.end)[2] if known.start in text or known.end.startswith("</") else text
+    return text
+
+
+def _stands_in(text: str, prompt: str) -> bool:
+    text = text.strip()
+    if text in prompt:
+        return True
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    squeezed = "".join(prompt.split())
+    return any("".join(form.split()) in squeezed for form in forms)

@@ -1,0 +1,232 @@
+"""Loads Transformers models and tokenizers from a snapshot: safe sources only, on the device that was asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
+
+logger = get_logger(__name__)
+
+PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
+    """Load a model in evaluation mode.
+
+    Args:
+        path: Folder of the snapshot.
+        model: Device, data type and the other settings.
+        auto_class: Name of the class of Transformers that loads it, `AutoModelForCausalLM` for instance.
+
+    Raises:
+        ModelSourceError: If the folder holds no weights that may be loaded.
+        EngineError: If the settings do not fit this machine or this model.
+    """
+    check_weights(path, allow_pickle=model.allow_pickle)
+    arguments = _placement(model) | _quantization(model)
+    started = time.perf_counter()
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(path, **_source(model))
+        arguments["dtype"] = _data_type(model, config, arguments)
+        if model.attn_implementation is not None:
+            arguments["attn_implementation"] = model.attn_implementation
+        device = arguments.pop("device", None)
+        loaded = getattr(transformers, auto_class).from_pretrained(
+            path, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
+        )
+        loaded = loaded if device is None else loaded.to(device)
+    except HuggingFaceTaskError:
+        raise
+    except Exception as exc:
+        raise EngineError(_loading_message(path, model, exc)) from exc
+    logger.info(
+        "Loaded %s with torch on %s in %s in %.1f s.",
+        model.model_id, loaded.device, loaded.dtype, time.perf_counter() - started,
+    )  # fmt: skip
+    return loaded.eval()
+
+
+def load_tokenizer(path: Path, model: LocalModel) -> Any:
+    """Load the tokenizer of a snapshot.
+
+    Raises:
+        EngineError: If there is none that can be loaded.
+    """
+    return load_processor(path, model, "AutoTokenizer")
+
+
+def load_processor(path: Path, model: LocalModel, auto_class: str) -> Any:
+    """Load a tokenizer or a processor with a class of Transformers.
+
+    Raises:
+        EngineError: If there is none that can be loaded.
+    """
+    try:
+        import transformers
+
+        return getattr(transformers, auto_class).from_pretrained(path, **_source(model))
+    except Exception as exc:
+        raise EngineError(_loading_message(path, model, exc)) from exc
+
+
+def check_weights(path: Path, *, allow_pickle: bool) -> None:
+    """Check that a folder has weights that may be loaded.
+
+    Raises:
+        ModelSourceError: If it has none, or only such in pickle format and they are not allowed.
+    """
+    if not path.is_dir():
+        raise ModelSourceError(f"The model folder {str(path)!r} does not exist. Correct the path.")
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in PICKLE_PATTERNS for file in path.glob(pattern))
+    if pickles and not allow_pickle:
+        raise ModelSourceError(
+            f"{str(path)!r} holds weights in pickle format only ({pickles[0]!r}), which can run any code. "
+            "Use a revision with safetensors, or set `allow_pickle=True` if you trust the source."
+        )
+    if not pickles:
+        raise ModelSourceError(
+            f"{str(path)!r} holds no weights for torch (*.safetensors). "
+            "Use backend='openvino' for an OpenVINO folder, or another model."
+        )
+
+
+def resolve_device(device: str | None) -> str:
+    """Return the torch device for a device of a block: `-1` is the CPU, `n` the n-th GPU, None the best there is.
+
+    Raises:
+        EngineError: If the device is unknown or not there. The message names those that are.
+    """
+    import torch
+
+    there = available_devices()
+    if device is None:
+        return there[1] if len(there) > 1 else there[0]
+    name = device.strip().lower()
+    if name == "-1":
+        return "cpu"
+    accelerator = getattr(torch.accelerator.current_accelerator(), "type", "cuda")
+    if name.isdecimal():
+        name = f"{accelerator}:{name}"
+    elif name in ("gpu", "cuda", "xpu"):
+        name = f"{accelerator if name == 'gpu' else name}:0"
+    elif name.startswith("gpu."):
+        name = f"{accelerator}:{name[4:]}"
+    if name not in there:
+        raise EngineError(
+            f"`device` must be one of {', '.join(there)} (or -1 for the CPU, n for the n-th GPU), got {device!r}. "
+            "Choose one of them."
+        )
+    return name
+
+
+def available_devices() -> list[str]:
+    """Return the torch devices of this machine, the CPU first."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return ["cpu"]
+    if accelerator.type == "mps":
+        return ["cpu", "mps"]
+    return ["cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))]
+
+
+def input_device(loaded: Any) -> Any:
+    """Return the device that takes the token ids of a model, which may be spread over several or kept on disk."""
+    # Models of Optimum have no embeddings of torch.
+    embeddings = loaded.get_input_embeddings() if hasattr(loaded, "hf_device_map") else None
+    hook = getattr(embeddings, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is not None:
+        import torch
+
+        return torch.device(device)
+    return loaded.device if embeddings is None else embeddings.weight.device
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer, by the generation settings of the model or else by its tokenizer."""
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
+    """Return a token to fill up rows with. The attention never sees it."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if isinstance(pad, int) else min(ends, default=0)
+
+
+def _source(model: LocalModel) -> dict[str, Any]:
+    # The files are here already; nothing may be asked of the Hub.
+    return {"local_files_only": True, "trust_remote_code": model.trust_remote_code}
+
+
+def _weights(model: LocalModel) -> dict[str, Any]:
+    return {} if model.allow_pickle else {"use_safetensors": True}
+
+
+def _placement(model: LocalModel) -> dict[str, Any]:
+    if model.device_map is None:
+        return {"device": resolve_device(model.device)}
+    if importlib.util.find_spec("accelerate") is None:
+        raise EngineError(
+            f"`device_map` ({model.device_map!r}) needs Accelerate, which is not installed. "
+            "Install it with pip install accelerate, or use `device`."
+        )
+    return {"device_map": model.device_map}
+
+
+def _quantization(model: LocalModel) -> dict[str, Any]:
+    if model.load_in is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(
+            f"`load_in` ({model.load_in!r}) needs bitsandbytes, which is not installed. "
+            "Install it with pip install bitsandbytes, or leave `load_in` out."
+        )
+    from transformers import BitsAndBytesConfig
+
+    bits = BitsAndBytesConfig(load_in_4bit=model.load_in == "4bit", load_in_8bit=model.load_in == "8bit")
+    # Quantized weights are placed while they are loaded and cannot be moved afterwards.
+    placement = (
+        {} if model.device_map is not None else {"device_map": {"": resolve_device(model.device)}, "device": None}
+    )
+    return {"quantization_config": bits, **placement}
+
+
+def _data_type(model: LocalModel, config: Any, arguments: dict[str, Any]) -> Any:
+    """Return the data type: the one asked for, or that of the checkpoint."""
+    import torch
+
+    if model.dtype is not None:
+        return model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
+    is_half = getattr(config, "dtype", None) in (torch.float16, "float16")
+    # Many operations have no fast float16 kernel on a CPU.
+    return torch.float32 if is_half and arguments.get("device") == "cpu" else "auto"
+
+
+def _loading_message(path: Path, model: LocalModel, exc: Exception) -> str:
+    cause = f"{type(exc).__name__}: {exc}"
+    if "trust_remote_code" in cause:
+        return (
+            f"The model in {str(path)!r} needs Python code that comes with it, and that is not allowed. "
+            "Set `trust_remote_code=True` if you trust the source."
+        )
+    return (
+        f"The model in {str(path)!r} could not be loaded for task {model.task!r}: {cause}. "
+        "Check that the folder is complete and that the model is one for this task."
+    )
