@@ -174,6 +174,10 @@ def run_format(subject: Subject, name: str, folder: Path) -> Outcome:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that something is at work, and for how long."""
+    if not console.is_terminal:
+        console.print(f"{what} ...", markup=False)
+        yield
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(f"{what} ...")

@@ -55,3 +55,14 @@ def test_the_endpoint_follows_a_model_server_to_another_port_and_nowhere_else(bu
     assert save_server("http://127.0.0.1:4301/v1") == "http://127.0.0.1:4301/v1"
     InferenceEndpoint(url="https://models.example/v1").save("default", overwrite=True)
     assert save_server("http://127.0.0.1:4301/v1") == "https://models.example/v1"
+
+
+def test_examples_of_one_model_are_saved(bundled_model, tmp_path):
+    saved = save_default_blocks(
+        str(bundled_model), "questions.jsonl", "a.jsonl", overwrite=True, example_model=str(tmp_path)
+    )
+    assert {"model example-torch", "model example-int8", "model example-int4"} <= saved.keys()
+    examples = {name: LocalModel.load(f"example-{name}") for name in ("torch", "int8", "int4")}
+    assert {example.model_id for example in examples.values()} == {str(tmp_path)}
+    assert [example.weight_format for example in examples.values()] == [None, "int8", "int4"]
+    assert examples["torch"].backend == "torch"
