@@ -151,20 +151,23 @@ def run_requests(
             while not finished.empty():
                 done.append(finished.get())
             pending.difference_update(done)
-            completions = [future.result() for future in done]
-            # What an engine that was closed, or failed for good, leaves undone is done by the next run.
-            finished_rows = [one for one in completions if one.error_code != "cancelled" and not _is_lost(engine, one)]
-            if finished_rows:
-                yield finished_rows
-            if len(finished_rows) < len(completions):
-                raise EngineError(f"{engine.failure or 'The engine was closed while the batch ran.'} Run it again.")
+            yield from _finished_rows(engine, [future.result() for future in done])
     finally:
         for future in pending:
             future.cancel()
 
 
-def _is_lost(engine: Engine, completion: Completion) -> bool:
-    return engine.failure is not None and completion.error == engine.failure
+def _finished_rows(engine: Engine, completions: list[Completion]) -> Iterator[list[Completion]]:
+    """Yield what is finished; what an engine that was closed, or failed for good, leaves undone is for the next run."""
+    finished = [
+        one
+        for one in completions
+        if one.error_code != "cancelled" and not (engine.failure is not None and one.error == engine.failure)
+    ]
+    if finished:
+        yield finished
+    if len(finished) < len(completions):
+        raise EngineError(f"{engine.failure or 'The engine was closed while the batch ran.'} Run it again.")
 
 
 class _StopCheck:

@@ -145,13 +145,15 @@ class InputProcessor:
         if fitting is None:
             state.skip(len(ids))
             return
+        reasoning = self._reasoning_of(prompt)
         state.begin(
             options,
             fitting,
             self.tokenizer,
             self._end_ids_of(options),
             echo=prompt.text if options.echo else "",
-            reasoning=self._reasoning_of(prompt),
+            reasoning=reasoning,
+            visible_marks=reasoning.visible_marks if reasoning is not None else (),
         )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:

@@ -183,7 +183,7 @@ def generation_config(
     # Templates are applied before, exactly once.
     config.apply_chat_template = False
     config.ignore_eos = options.ignore_eos
-    # A token that there is not: where none is given, the pipeline takes those of the model, which end beams all the same.
+    # Where none is given, the pipeline takes the end tokens of the model, which end beams all the same.
     ends = {NO_TOKEN} if options.ignore_eos else set(end_ids)
     if ends:
         config.eos_token_id, config.stop_token_ids = min(ends), ends

@@ -10,9 +10,10 @@ goes on from its `context_ids`, which may end with tokens that were put there an
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Literal
@@ -77,6 +78,7 @@ class RequestState:
         echo: str = "",
         reasoning: ReasoningFormat | None = None,
         prompt_tokens: int | None = None,
+        visible_marks: Iterable[str] = (),
     ) -> None:
         """Make the sequences of a request that is understood.
 
@@ -88,6 +90,7 @@ class RequestState:
             echo: Text to put before every answer.
             reasoning: How the model marks its reasoning, None where it shows none.
             prompt_tokens: Number of tokens of the prompt, where it is not that of `prompt_ids`.
+            visible_marks: Texts that decoding keeps even where they are, or consist of, special tokens.
         """
         self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
         self.prompt_tokens = len(self.prompt_ids) if prompt_tokens is None else prompt_tokens
@@ -96,9 +99,10 @@ class RequestState:
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
             self._deadline = self.submitted_at + options.deadline_seconds
-        marks = () if reasoning is None or tokenizer is None else reasoning.visible_marks
-        # Tags that are special tokens have no text of their own.
-        self.tags = {token: mark for mark in marks if tokenizer and (token := tokenizer.special_id(mark)) is not None}
+        # Special tokens have no text of their own.
+        parts = {part for mark in visible_marks for part in (mark, *re.findall(r"<[^<>]+>|\[[^\[\]]+\]", mark))}
+        ids = {part: tokenizer.special_id(part) for part in parts} if tokenizer is not None else {}
+        self.tags = {token: part for part, token in ids.items() if token is not None}
         self.sequences = [Sequence(self, index) for index in range(options.n)]
         for sequence in self.sequences:
             sequence.begin()

@@ -32,8 +32,9 @@ def check_format(response_format: ResponseFormat) -> None:
         return
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
-    from referencing.exceptions import Unresolvable
+    from referencing.exceptions import CannotDetermineSpecification, Unresolvable
 
+    reference = str(schema.get("$schema"))
     try:
         validator_for(schema).check_schema(schema)
         for reference, resolver in _references(schema):
@@ -43,10 +44,11 @@ def check_format(response_format: ResponseFormat) -> None:
         raise RequestError(
             "invalid_option", f"`json_schema` is not a JSON schema, at {place}: {exc.message}. Correct it."
         ) from exc
-    except Unresolvable as exc:
+    except (Unresolvable, CannotDetermineSpecification) as exc:
+        under = f" (under the `$id` {schema['$id']!r})" if "$id" in schema else ""
         raise RequestError(
             "invalid_option",
-            f"`json_schema` refers to {exc.ref!r}, which is not in it, and nothing is fetched from elsewhere. "
+            f"`json_schema` refers to {reference!r}{under}, which is not in it, and nothing is fetched from elsewhere. "
             "Put the schema under `$defs` and refer to it as '#/$defs/NAME'.",
         ) from exc
 
