@@ -260,13 +260,13 @@ def test_a_server_without_http_and_a_wrong_scheme_are_recognised(tgi):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=greet, args=(listener,), daemon=True).start()
         found = ask(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    assert (found.error_code, "no HTTP" in found.error) == ("bad_answer", True)
+    assert (found.error_code, "not HTTP" in found.error) == ("bad_answer", True)
     found = ask(tgi.url.replace("http", "https"))
     assert (found.error_code, "scheme" in found.error) == ("unavailable", True)
 
 
 def greet(listener):
-    """Answer what is no HTTP to every client."""
+    """Answer what is not HTTP to every client."""
     while True:
         try:
             connection, _ = listener.accept()
