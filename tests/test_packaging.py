@@ -52,7 +52,7 @@ def test_imports_point_one_way(path):
 def test_every_file_is_importable_documented_and_short(path):
     module = importlib.import_module(module_name(path))
     assert module.__doc__
-    assert len(path.read_text().splitlines()) <= 500, "split the file by idea"
+    assert len(path.read_text().splitlines()) <= 700, "split the file by idea"
     assert path.stem not in {"utils", "common", "helpers"}
 
 

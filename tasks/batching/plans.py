@@ -26,7 +26,7 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     get_schema,
     inspect_table,
 )
-from prefect_huggingface.tasks.storage.tables.readers import hash_place
+from prefect_huggingface.tasks.storage.tables.layouts import hash_place
 from prefect_huggingface.tasks.storage.tables.writers import check_types
 
 MAX_DUPLICATES = 10_000

@@ -24,7 +24,7 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     get_schema,
     read_chunks,
 )
-from prefect_huggingface.tasks.storage.tables.readers import hash_place
+from prefect_huggingface.tasks.storage.tables.layouts import hash_place
 from prefect_huggingface.tasks.storage.tables.writers import open_writer
 
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")

@@ -188,7 +188,8 @@ def inspect_table(
     Raises:
         TableError: If there is nothing, a file cannot be read, or the files do not go together.
     """
-    from prefect_huggingface.tasks.storage.tables.readers import ColumnTypes, find_layout, open_reader
+    from prefect_huggingface.tasks.storage.tables.layouts import find_layout
+    from prefect_huggingface.tasks.storage.tables.readers import ColumnTypes, open_reader
 
     options = SourceOptions.model_validate(options or {})
     places = _choose_files(source, format)
@@ -296,7 +297,7 @@ def check_unchanged(table: Table) -> None:
     Raises:
         TableError: If one has changed.
     """
-    from prefect_huggingface.tasks.storage.tables.readers import hash_place
+    from prefect_huggingface.tasks.storage.tables.layouts import hash_place
 
     for file in table.files:
         place = Place(file.url)
