@@ -166,7 +166,8 @@ class OpenVINOTextEngine(EngineWorker):
             response_format=sequence.response_format,
         )
         if state.multimodal is not None:
-            return self._pipeline.add_with_images(*state.multimodal.prepared, config)
+            text, images = state.multimodal.prepared
+            return self._pipeline.add_with_images(text, images, config)
         return self._pipeline.add(sequence.context_ids, config)
 
     def _collect(self, request: ScheduledRequest) -> bool:

@@ -257,7 +257,12 @@ class Registry:
         """Return a handle of the engine of an endpoint. Endpoints that differ only in their options share one."""
         key = EngineKey(ENDPOINT_CLASS, endpoint.base_url, _endpoint_settings(endpoint))
         plain = endpoint.model_copy(update={"options": GenerationOptions()})
-        return self._get_or_add(key, lambda: engine_class(key)(plain), endpoint.options)
+
+        def load() -> Engine:
+            engine: Engine = engine_class(key)(plain)
+            return engine
+
+        return self._get_or_add(key, load, endpoint.options)
 
     def get_pipeline(self, pipeline: Any) -> EngineHandle:
         """Return a handle of the engine of a pipeline of Transformers; it is closed when the pipeline is gone."""
@@ -359,7 +364,7 @@ class Registry:
             except OSError as exc:
                 raise ModelSourceError(f"The folder {str(folder)!r} cannot be read: {exc}. Check its rights.") from exc
             try:
-                engine = cls(folder, plain)
+                engine: Engine = cls(folder, plain)
             except BaseException:
                 lease.close()
                 raise

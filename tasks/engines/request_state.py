@@ -254,7 +254,8 @@ class Sequence:
         self.logprobs: list[float] = []
         self.finish_reason = None if self.state.error is None else "error"
         self.must_resubmit = False
-        self.text, self.reasoning = "", None
+        self.text = ""
+        self.reasoning: str | None = None
         self._inserted = 0
         has_phases = options.response_format is not None or options.max_reasoning_tokens is not None
         is_split = reasoning is not None and self.state.tokenizer is not None and options.num_beams == 1

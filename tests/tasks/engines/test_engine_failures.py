@@ -88,7 +88,7 @@ def test_a_stream_whose_engine_is_unloaded_ends_with_an_error(family, tgi):
     unload_engines()
     with pytest.raises(GenerationError) as found:
         list(stream)
-    assert found.value.error_code == "cancelled"
+    assert found.value.fields["error_code"] == "cancelled"
 
 
 def test_requests_that_come_while_engines_are_unloaded_all_end(family):
