@@ -114,7 +114,6 @@ class ModelServer:
         return await self._generate(request, chat=False)
 
     async def _generate(self, request: Request, chat: bool) -> Response:
-        self._check_load()
         call = read_call(await self._read_body(request), chat)
         check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
         model = self.models.find(call.model)
@@ -221,7 +220,7 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BodyError, _answer_body_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_http_error)
     app.add_exception_handler(Exception, _answer_unknown_error)
     return app
 
@@ -255,12 +254,10 @@ async def _answer_body_error(_: Request, exc: Any) -> Response:
 
 
 async def _answer_http_error(request: Request, exc: Any) -> Response:
+    if isinstance(exc, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
     text = f"{request.method} {request.url.path[:100]!r} is not known here."
     return _json(error_body("unknown_url", text, status=exc.status_code), exc.status_code, exc.headers)
-
-
-async def _answer_nobody(_: Request, exc: Any) -> Response:
-    return Response(status_code=499)
 
 
 async def _answer_unknown_error(_: Request, exc: Any) -> Response:

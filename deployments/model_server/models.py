@@ -12,7 +12,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.engines.registry import load_engine, unload_idle_engines
+from prefect_huggingface.tasks.engines.registry import list_engines, load_engine, unload_idle_engines
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
 
 logger = get_logger(__name__)
@@ -100,9 +100,10 @@ class ServedModel:
             self.loading -= 1
 
     def _load_engine(self) -> Engine:
-        began = time.perf_counter()
+        began = time.time()
         engine = load_engine(self.block)
-        logger.info("The model %r is ready after %.1f s.", self.name, time.perf_counter() - began)
+        if any(state.loaded_at >= began for state in list_engines()):
+            logger.info("The model %r is ready after %.1f s.", self.name, time.time() - began)
         return engine
 
     def _keep(self, load: asyncio.Future[Engine]) -> None:
@@ -116,10 +117,17 @@ class ServedModel:
 
 
 class ServedModels:
-    """All models of a server by their names."""
+    """All models of a server by their names.
+
+    Raises:
+        SystemExit: If two have the same name.
+    """
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._models = list(models)
+        names = [model.name for model in self._models]
+        if len(set(names)) < len(names):
+            raise SystemExit(f"Two models have the same name, got {', '.join(names)}. Rename a folder or a block.")
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
