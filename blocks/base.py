@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from prefect.blocks.core import Block
@@ -40,17 +39,6 @@ class ConfigurationBlock(Block):
         fields["not"] = {"required": ["$ref"], "not": {"required": ["-"]}}
         return described
 
-    @classmethod
-    @functools.cache
-    def get_block_type_slug(cls) -> str:
-        """Return the slug of the type, worked out once.
-
-        Prefect's own looks for a package at every call, and it is called whenever a block is read or written. An
-        exception that is put into the thread there, as by the timeout of a flow, can leave the interpreter's import
-        lock held, and then every thread that imports stands still for ever.
-        """
-        return super().get_block_type_slug()
-
     def ref(self) -> dict[str, dict[str, str]]:
         """Return the reference to use for this block in the parameters of a deployment or a run.
 
@@ -60,7 +48,9 @@ class ConfigurationBlock(Block):
         Raises:
             ValueError: If the block has not been saved.
         """
-        if not self._block_document_name:
+        # Prefect says under which name a block is saved in this attribute only; a test notices when it no longer does.
+        name = self._block_document_name
+        if not name:
             raise ValueError(f"{type(self).__name__} has no reference, it is not saved. Call `.save(name)` first.")
-        slug = f"{self.get_block_type_slug()}/{self._block_document_name}"
+        slug = f"{self.get_block_type_slug()}/{name}"
         return {"$ref": {"block_document_slug": slug}}

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 
 
 class ResponseFormat(BaseModel):
@@ -68,9 +68,21 @@ class GenerationOptions(BaseModel):
     top_k: int | None = Field(
         default=None, ge=1, title="Top k", description="Number of likeliest tokens to sample from. Needs sampling."
     )
+    min_p: float | None = Field(
+        default=None, gt=0, lt=1, title="Min p",
+        description="Least probability of a token, as a share of the likeliest one's. Needs sampling.",
+    )  # fmt: skip
     repetition_penalty: float = Field(
         default=1.0, gt=0, title="Repetition penalty", description="Factor above 1 makes repeated tokens less likely."
     )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, title="Presence penalty",
+        description="Taken off the score of every token that the answer has already.",
+    )  # fmt: skip
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, title="Frequency penalty",
+        description="Taken off the score of a token as often as the answer has it already.",
+    )  # fmt: skip
     no_repeat_ngram_size: int = Field(
         default=0, ge=0, title="No repeated n-grams", description="Length of token sequences that never occur twice."
     )
@@ -79,6 +91,11 @@ class GenerationOptions(BaseModel):
         default_factory=list,
         title="Stop strings",
         description="Texts that end the generation. They are not part of the answer.",
+    )
+    stop_token_ids: list[int] = Field(
+        default_factory=list,
+        title="End tokens",
+        description="Ids of tokens that end the generation, besides those of the model.",
     )
     seed: int | None = Field(
         default=None, ge=0, lt=2**63, title="Seed", description="Seed that makes sampling repeatable."
@@ -96,6 +113,15 @@ class GenerationOptions(BaseModel):
     ignore_eos: bool = Field(
         default=False, title="Ignore the end token", description="Go on after the end token, to measure throughput."
     )
+    max_reasoning_tokens: int | None = Field(
+        default=None, ge=0, title="Reasoning tokens",
+        description="Upper limit of the tokens of reasoning before the answer, for models that reason.",
+    )  # fmt: skip
+    template_options: dict[str, Any] = Field(
+        default_factory=dict,
+        title="Template options",
+        description="Variables of the chat template, `enable_thinking` for instance.",
+    )
     echo: bool = Field(default=False, title="Echo", description="Put the prompt before the answer.")
     context_overflow: Literal["error", "truncate_left", "truncate_right", "skip"] = Field(
         default="error",
@@ -109,7 +135,7 @@ class GenerationOptions(BaseModel):
         default=None, title="Response format", description="Form that the answer must have."
     )
 
-    @field_validator("temperature", "top_p", "top_k")
+    @field_validator("temperature", "top_p", "top_k", "min_p")
     @classmethod
     def _needs_sampling(cls, value: float | None, info: Any) -> float | None:
         sampled = info.data.get("do_sample", False)
@@ -172,8 +198,10 @@ class GenerationOptions(BaseModel):
         Raises:
             pydantic.ValidationError: If the two do not go together.
         """
-        if other is None:
+        if other is None or not other.model_fields_set:
             return self
+        if not self.model_fields_set and isinstance(other, type(self)):
+            return other
         base = {name: getattr(self, name) for name in self.model_fields_set}
         over = {name: getattr(other, name) for name in other.model_fields_set}
         if over.get("do_sample") is False:

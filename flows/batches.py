@@ -30,7 +30,7 @@ from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
 from prefect_huggingface.tasks.storage.tables.inputs import TableFormat
-from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice, take_next
+from prefect_huggingface.tasks.waiting import WaitNotice
 
 # A shard that has not begun by then waits for something.
 START_SECONDS = 5.0
@@ -168,7 +168,7 @@ def _run_shards(
         try:
             while len(results) < len(futures):
                 try:
-                    results.append(take_next(finished, run.journal.poll_seconds).result())
+                    results.append(finished.get(timeout=run.journal.poll_seconds).result())
                 except queue.Empty:
                     start.look()
                 check_failures(tell().failed, rows, max_failures)
@@ -188,8 +188,7 @@ def _end_shards(run: BatchRun, futures: Sequence[PrefectFuture[Any]], cause: str
     """Ask the shards to end, and wait until they have committed what is finished."""
     run.journal.request_stop(cause)
     for future in futures:
-        while not future.state.is_final():
-            future.wait(WAKE_SECONDS)
+        future.wait()
 
 
 class _StartWatch:

@@ -112,8 +112,7 @@ def _check_block(name: str, value: Any, classes: tuple[type[Block], ...]) -> Non
     if classes and isinstance(value, Block) and not isinstance(value, classes):
         wanted = " or ".join(each.get_block_type_slug() for each in classes)
         raise ParameterTypeError(
-            f"`{name}` must be a block of type {wanted}, got {value._block_document_name!r}, a block of type "
-            f"{value.get_block_type_slug()}. Choose another one."
+            f"`{name}` must be a block of type {wanted}, got one of type {value.get_block_type_slug()}. Choose another."
         )
 
 

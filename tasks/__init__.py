@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         scale_endpoint_to_zero,
         wait_for_endpoint,
     )
-    from prefect_huggingface.tasks.engines.cache import load_engine, set_memory_budget, unload_engines
+    from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines
     from prefect_huggingface.tasks.evaluation import compare_export
     from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
     from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
@@ -61,7 +61,7 @@ _HOMES = {
     "chains": ("ChainStep",),
     "downloads": ("download_model", "plan_download"),
     "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),
-    "engines.cache": ("load_engine", "set_memory_budget", "unload_engines"),
+    "engines.registry": ("load_engine", "set_memory_budget", "unload_engines"),
     "evaluation": ("compare_export",),
     "exports": ("export_to_openvino", "list_store", "plan_export", "prune_store"),
     "generation": ("generate_chat", "generate_text", "stream_text"),

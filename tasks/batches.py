@@ -86,7 +86,7 @@ def infer_shard(model: LocalModel | InferenceEndpoint, journal: str, shard: Shar
         journal: Path or URL of the journal.
         shard: Rows to generate; those that are in the journal are left out.
     """
-    from prefect_huggingface.tasks.engines.cache import load_engine
+    from prefect_huggingface.tasks.engines.registry import load_engine
     from prefect_huggingface.tasks.storage.places import Place
 
     with library_logs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from prefect import task
@@ -15,7 +16,6 @@ from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.hub import DownloadPlan, plan_snapshot
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
-from prefect_huggingface.tasks.waiting import sleep_for
 
 RETRY_DELAYS_SECONDS = (10.0, 60.0, 300.0)
 LONGEST_EXTRA_WAIT_SECONDS = 900.0
@@ -36,7 +36,7 @@ def may_retry(task: Any, task_run: Any, state: Any) -> bool:
         return False
     if extra > 0:
         logger.info("The Hub asks to wait %.0f seconds more before the next attempt.", extra)
-        sleep_for(extra)
+        time.sleep(extra)
     return True
 
 

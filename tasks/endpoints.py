@@ -17,7 +17,6 @@ from prefect_huggingface.tasks.errors import EndpointError
 from prefect_huggingface.tasks.records import EndpointStatus
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
-from prefect_huggingface.tasks.waiting import sleep_for, take_next
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, InferenceEndpoint
@@ -131,7 +130,7 @@ def wait_until_running(
         if found.status != shown:
             run_log().info("Endpoint %s is %s after %.0f s.", name, found.status, waited)
             shown = found.status
-        sleep_for(poll_seconds)
+        time.sleep(poll_seconds)
 
 
 def _ask(name: str, credentials: HuggingFaceCredentials, call: Call) -> EndpointStatus:
@@ -145,7 +144,7 @@ def _ask(name: str, credentials: HuggingFaceCredentials, call: Call) -> Endpoint
             error, passing = _explain(exc, name)
         if not passing or attempt == MAX_ATTEMPTS:
             raise error
-        sleep_for(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+        time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
 
 
@@ -174,7 +173,7 @@ def _bounded(call: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, name="endpoint-call", daemon=True).start()
     try:
-        result, error = take_next(outcome, CALL_SECONDS)
+        result, error = outcome.get(timeout=CALL_SECONDS)
     except queue.Empty:
         raise TimeoutError from None
     if error is not None:

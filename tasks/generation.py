@@ -10,7 +10,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.records import Completion, Message, Request
 from prefect_huggingface.tasks.run_logs import library_logs, run_log
 

@@ -109,6 +109,7 @@ class Completion:
         alternatives: The further answers where several were asked for.
         logprobs: Log probability (nats) of each generated token of the text, where asked for.
         parsed: Value of the text where a JSON schema was asked for.
+        reasoning: What the model thought before its answer, or None where it shows nothing of it.
     """
 
     text: str
@@ -122,6 +123,7 @@ class Completion:
     alternatives: tuple[str, ...] = ()
     logprobs: tuple[float, ...] | None = None
     parsed: Any = None
+    reasoning: str | None = None
 
     @property
     def status(self) -> str:

@@ -19,14 +19,13 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
-from prefect_huggingface.tasks.engines.cache_entries import model_folder
-from prefect_huggingface.tasks.engines.openvino.devices import EXACT_PROPERTIES
-from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
-from prefect_huggingface.tasks.engines.tunings import tuning_file, with_settings, write_settings
+from prefect_huggingface.tasks.engines.registry import model_folder
+from prefect_huggingface.tasks.engines.openvino_runtime import EXACT_PROPERTIES
+from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.openvino_runtime import tuning_file, with_settings, write_settings
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.waiting import result_of
 
 # In the order of what they have been seen to gain.
 GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -206,7 +205,7 @@ def _time(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> float:
 def _answer(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> list[str]:
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     futures = [engine.submit(Request(prompt, options=options)) for prompt in prompts]
-    return [result_of(future).text for future in futures]
+    return [future.result().text for future in futures]
 
 
 def _agreements(answers: Sequence[str], wanted: Sequence[str]) -> list[float]:

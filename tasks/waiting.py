@@ -1,16 +1,10 @@
-"""Waiting that can be interrupted.
-
-A wait inside the interpreter is deaf to an exception that is put into its thread: Prefect's timeout, or the
-cancellation of a run in a warm worker. What this module waits for, it looks at every half second, and in between the
-exception gets in. A wait for somebody else also says so in the log.
-"""
+"""Waiting for another run or process, with a notice in the log that names it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import queue
-import select
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import BaseFileLock, Timeout
 
@@ -90,20 +84,6 @@ def wait_for(event: threading.Event, seconds: float) -> bool:
     while not event.is_set() and (left := end - time.monotonic()) > 0:
         event.wait(min(left, WAKE_SECONDS))
     return event.is_set()
-
-
-def read_some(stream: IO[bytes]) -> bytes:
-    """Return what a pipe brings next; wait for it. Nothing means that the other end is closed."""
-    while not select.select([stream], [], [], WAKE_SECONDS)[0]:
-        continue
-    return os.read(stream.fileno(), 65536)
-
-
-def sleep_for(seconds: float) -> None:
-    """Sleep."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, WAKE_SECONDS))
 
 
 @contextmanager

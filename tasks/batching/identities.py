@@ -48,7 +48,7 @@ def _identify_local(model: LocalModel) -> dict[str, Any]:
 
 def _tuned_properties(model: LocalModel, folder: Path) -> dict[str, Any]:
     """Return the properties of OpenVINO that only tuning has set for this machine."""
-    from prefect_huggingface.tasks.engines.tunings import apply_tuning
+    from prefect_huggingface.tasks.engines.openvino_runtime import apply_tuning
 
     properties = apply_tuning(model, folder).ov_config
     return {name: value for name, value in sorted(properties.items()) if name not in model.ov_config}

@@ -1,16 +1,109 @@
-"""Forms of answers before the model: checked, and as grammars. `answer_forms` checks what came out."""
+"""Response formats: checked before the model, enforced by a grammar while it writes, and validated in what came out."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.blocks import ResponseFormat
-from prefect_huggingface.tasks.engines.failures import RequestError
+from prefect_huggingface.tasks.engines.base import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Indented JSON of any sensible depth stays below this.
 LONGEST_WHITE_SPACE = 100
+SHOWN_CHARACTERS = 200
+# A model that may write any white space between two values can go on with it for ever.
+JSON_SETTINGS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def check_format(response_format: ResponseFormat) -> None:
+    """Refuse a form that no answer can have.
+
+    Raises:
+        RequestError: If the JSON schema is invalid, or refers to a schema outside of it.
+    """
+    schema = response_format.json_schema
+    if schema is None:
+        return
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing.exceptions import Unresolvable
+
+    try:
+        validator_for(schema).check_schema(schema)
+        for reference, resolver in _references(schema):
+            resolver.lookup(reference)
+    except SchemaError as exc:
+        place = "/".join(str(part) for part in exc.absolute_path) or "its top"
+        raise RequestError(
+            "invalid_option", f"`json_schema` is not a JSON schema, at {place}: {exc.message}. Correct it."
+        ) from exc
+    except Unresolvable as exc:
+        raise RequestError(
+            "invalid_option",
+            f"`json_schema` refers to {exc.ref!r}, which is not in it, and nothing is fetched from elsewhere. "
+            "Put the schema under `$defs` and refer to it as '#/$defs/NAME'.",
+        ) from exc
+
+
+def validate_output(text: str, response_format: ResponseFormat) -> Any:
+    """Return the value of an answer: what its JSON means, or the text itself.
+
+    Raises:
+        RequestError: If the answer does not have the form.
+    """
+    if response_format.json_schema is not None:
+        return _validate_json(text, response_format.json_schema)
+    if response_format.regex is not None and re.fullmatch(response_format.regex, text) is None:
+        raise _invalid(text, f"it does not match {response_format.regex!r}")
+    if response_format.choices is not None and text not in response_format.choices:
+        raise _invalid(text, f"it is none of {response_format.choices!r}")
+    return text
+
+
+def _validate_json(text: str, schema: dict[str, Any]) -> Any:
+    from jsonschema.exceptions import best_match
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise _invalid(text, "it is not JSON") from None
+    # A registry of one's own never fetches anything.
+    error = best_match(validator_for(schema)(schema, registry=REGISTRY).iter_errors(value))
+    if error is not None:
+        raise _invalid(text, error.message)
+    return value
+
+
+def _references(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every reference in a schema, with what resolves it inside of the schema."""
+    from jsonschema_specifications import REGISTRY
+    from referencing import Resource
+    from referencing.jsonschema import DRAFT202012
+
+    top = Resource.from_contents(schema, default_specification=DRAFT202012)
+    base = top.id() or "urn:schema"
+    pending = [(top, REGISTRY.with_resource(base, top).resolver(base))]
+    while pending:
+        resource, resolver = pending.pop()
+        if isinstance(resource.contents, dict):
+            for name in ("$ref", "$dynamicRef"):
+                if isinstance(reference := resource.contents.get(name), str):
+                    yield reference, resolver
+        pending += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
+
+
+def _invalid(text: str, reason: str) -> RequestError:
+    shown = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+    action = "Ask for the form in the prompt, or raise `max_new_tokens`"
+    return RequestError("schema_invalid", f"The answer {shown!r} does not have the form asked for: {reason}. {action}.")
 
 
 class WhiteSpaceGuard:
@@ -43,28 +136,7 @@ class WhiteSpaceGuard:
             )
 
 
-def check_format(response_format: ResponseFormat) -> None:
-    """Refuse a form that no answer can have.
-
-    Raises:
-        RequestError: If the JSON schema is not one.
-    """
-    if response_format.json_schema is None:
-        return
-    from jsonschema import SchemaError
-    from jsonschema.validators import validator_for
-
-    schema = response_format.json_schema
-    try:
-        validator_for(schema).check_schema(schema)
-    except SchemaError as exc:
-        place = "/".join(str(part) for part in exc.absolute_path) or "its top"
-        raise RequestError(
-            "invalid_option", f"`json_schema` is not a JSON schema, at {place}: {exc.message}. Correct it."
-        ) from exc
-
-
-def structured_output(response_format: ResponseFormat) -> Any:
+def genai_grammar(response_format: ResponseFormat) -> Any:
     """Return the grammar for a form in the terms of OpenVINO GenAI."""
     from openvino_genai import StructuredOutputConfig
 
@@ -72,10 +144,107 @@ def structured_output(response_format: ResponseFormat) -> Any:
         return StructuredOutputConfig(json_schema=json.dumps(response_format.json_schema))
     if response_format.regex is not None:
         return StructuredOutputConfig(regex=response_format.regex)
-    choices = "|".join(_escape(choice) for choice in response_format.choices or ())
-    return StructuredOutputConfig(regex=f"({choices})")
-
-
-def _escape(text: str) -> str:
     # The grammar engine knows fewer escapes than Python.
-    return re.sub(r"([\\.^$*+?{}\[\]|()/])", r"\\\1", text)
+    choices = [re.sub(r"([\\.^$*+?{}\[\]|()/])", r"\\\1", choice) for choice in response_format.choices or ()]
+    return StructuredOutputConfig(regex=f"({'|'.join(choices)})")
+
+
+class Grammar:
+    """State of one answer within a grammar of llguidance."""
+
+    def __init__(self, matcher: Any, end_ids: Collection[int]) -> None:
+        self._matcher = matcher
+        self._end_ids = sorted(end_ids)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Return the scores with those of the tokens taken out that the grammar does not allow now.
+
+        Args:
+            scores: One per token of the vocabulary.
+        """
+        import numpy as np
+        import torch
+
+        kept = torch.full_like(scores, float("-inf"))
+        if self._matcher.is_stopped():
+            kept[self._end_ids] = scores[self._end_ids]
+            return kept
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: scores.shape[-1]].astype(bool))
+        allowed = allowed.to(scores.device)
+        kept[: len(allowed)] = scores[: len(allowed)].masked_fill(~allowed, float("-inf"))
+        return kept
+
+    def accept(self, token: int) -> None:
+        """Go on by a token."""
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+
+
+class GrammarCompiler:
+    """Makes the grammars of one tokenizer, with llguidance (the extra `structured`)."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, end_ids: Collection[int]) -> None:
+        """Take a tokenizer.
+
+        Args:
+            tokenizer: Tokenizer of Transformers.
+            vocabulary: Number of scores of the model.
+            end_ids: Tokens that end an answer.
+        """
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._end_ids = end_ids
+        self._prepared: Any = None
+
+    def compile(self, response_format: ResponseFormat) -> Grammar:
+        """Return the grammar for one answer.
+
+        Raises:
+            RequestError: If the form cannot be made a grammar, or what is needed for it is not installed.
+        """
+        if importlib.util.find_spec("llguidance") is None:
+            raise RequestError(
+                "invalid_option",
+                "`response_format` needs llguidance on the torch backend, which is not installed. "
+                'Install it with pip install "prefect-huggingface[structured]".',
+            )
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._prepare(), _grammar_text(response_format))
+        if matcher.is_error():
+            raise RequestError(
+                "invalid_option",
+                f"The form of the answer cannot be made a grammar: {matcher.get_error()}. Write it in simpler terms.",
+            )
+        return Grammar(matcher, self._end_ids)
+
+    def _prepare(self) -> Any:
+        """Return the tokenizer of llguidance; it takes about a second for a large vocabulary."""
+        if self._prepared is None:
+            from llguidance.hf import from_tokenizer
+
+            try:
+                self._prepared = from_tokenizer(
+                    self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._end_ids) or None
+                )
+            except ValueError as exc:
+                raise RequestError(
+                    "invalid_option", f"`response_format` does not work with the tokenizer of this model: {exc}."
+                ) from exc
+        return self._prepared
+
+
+def _grammar_text(response_format: ResponseFormat) -> str:
+    from llguidance import LLMatcher
+
+    if response_format.json_schema is not None:
+        text: str = LLMatcher.grammar_from_json_schema(
+            json.dumps(response_format.json_schema), overrides=JSON_SETTINGS
+        )
+    elif response_format.regex is not None:
+        text = LLMatcher.grammar_from_regex(response_format.regex)
+    else:
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in response_format.choices or ())
+        text = LLMatcher.grammar_from_lark(f"start: {choices}")
+    return text

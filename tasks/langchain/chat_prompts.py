@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Message
 
@@ -16,12 +16,12 @@ PROBE = "PROBE-c3a9"
 
 def template_of(engine: Engine) -> ChatTemplate | None:
     """Return the chat template of the engine's model, or None where it has none or a server has it."""
-    return engine.prompts.template if engine.prompts is not None else None
+    return engine.inputs.template if engine.inputs is not None else None
 
 
 def shows_tools(engine: Engine) -> bool:
     """Tell whether the model gets to see the tools. A server is believed to show them."""
-    if engine.prompts is None:
+    if engine.inputs is None:
         return True
     template = template_of(engine)
     return template is not None and re.search(r"\btools\b", template.source) is not None

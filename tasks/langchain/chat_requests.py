@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from langchain_core.messages import BaseMessage
 
 from prefect_huggingface.blocks import ResponseFormat
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.chat_prompts import is_templated, shows_tools
 from prefect_huggingface.tasks.langchain.llms import EngineLLM

@@ -11,7 +11,7 @@ from langchain_core.outputs import LLMResult
 from pydantic import Field, PrivateAttr, SecretStr
 
 from prefect_huggingface.blocks import InferenceEndpoint
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.endpoint_settings import (
     DEFAULTS,
@@ -109,7 +109,7 @@ class HuggingFaceEndpoint(EngineLLM):
 
     def get_engine(self) -> Engine:
         """Return the engine of the endpoint. The endpoint is asked nothing before the first request."""
-        from prefect_huggingface.tasks.engines.cache import load_engine
+        from prefect_huggingface.tasks.engines.registry import load_engine
 
         return load_engine(self.endpoint)
 

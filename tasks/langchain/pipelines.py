@@ -8,12 +8,12 @@ from typing import Any, Self
 from pydantic import Field
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.generation_settings import Generation, merge_generation, read_generation
 from prefect_huggingface.tasks.langchain.llms import EngineLLM
 from prefect_huggingface.tasks.langchain.settings import TOKEN_NAMES, read_settings, template_use
-from prefect_huggingface.tasks.langchain.transformers_pipelines import pipeline_engine, pipeline_settings
+from prefect_huggingface.tasks.langchain.transformers_pipelines import pipeline_settings
 
 IDENTIFYING_FIELDS = ("task", "backend", "revision", "weight_format", "device", "device_map", "dtype")
 
@@ -120,11 +120,9 @@ class HuggingFacePipeline(EngineLLM):
 
     def get_engine(self) -> Engine:
         """Return the engine of the model; load it first where needed."""
-        if self.model is not None:
-            from prefect_huggingface.tasks.engines.cache import load_engine
+        from prefect_huggingface.tasks.engines.registry import load_engine, load_pipeline
 
-            return load_engine(self.model)
-        return pipeline_engine(self.pipeline)
+        return load_pipeline(self.pipeline) if self.model is None else load_engine(self.model)
 
     @property
     def task(self) -> str:

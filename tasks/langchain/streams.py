@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import Future
 from functools import partial
 
-from prefect_huggingface.tasks.engines.protocol import Engine, checked
+from prefect_huggingface.tasks.engines.base import Engine, checked
 from prefect_huggingface.tasks.records import Completion, Request
 
 

@@ -1,13 +1,10 @@
-"""Pipeline objects of Transformers: their engines, and what they say about how text is to be generated."""
+"""Pipeline objects of Transformers: what they say about how text is to be generated."""
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import Any
 
 from prefect_huggingface.blocks.options import SAMPLING_FIELDS
-from prefect_huggingface.tasks.engines.protocol import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.generation_settings import Generation, read_generation
 
@@ -17,30 +14,6 @@ OWN_NAMES = (
     "assistant_model", "assistant_tokenizer", "tokenizer", "prefix", "prefix_length", "pad_token_id",
     "transformers_version", "_from_model_config",
 )  # fmt: skip
-
-_lock = threading.Lock()
-_engines: weakref.WeakKeyDictionary[Any, Engine] = weakref.WeakKeyDictionary()
-
-
-def pipeline_engine(pipeline: Any) -> Engine:
-    """Return the engine of a pipeline. All users of the pipeline share it; it is closed when the pipeline is gone.
-
-    Raises:
-        SettingsError: If it is no pipeline for text generation.
-    """
-    with _lock:
-        engine = _engines.get(pipeline)
-        if engine is None:
-            from prefect_huggingface.tasks.engines.transformers.pipelines import engine_of_pipeline
-
-            engine = _engines[pipeline] = engine_of_pipeline(pipeline)
-            weakref.finalize(pipeline, _close_later, engine).atexit = False
-        return engine
-
-
-def _close_later(engine: Engine) -> None:
-    # The garbage collector runs in any thread, also in one that holds a lock of the engine.
-    threading.Thread(target=engine.close, name="close-engine", daemon=True).start()
 
 
 def pipeline_settings(pipeline: Any) -> Generation:

@@ -160,7 +160,7 @@ def measure_overhead(rows: int, format: str, folder: Path) -> None:
     """Compare the flow with the engine alone on the same rows, in turn, by the clock and by the processor."""
     from prefect_huggingface.blocks import GenerationOptions
     from prefect_huggingface.flows.batches import batch_inference
-    from prefect_huggingface.tasks.engines.cache import load_engine
+    from prefect_huggingface.tasks.engines.registry import load_engine
     from prefect_huggingface.tasks.records import Request
 
     options = GenerationOptions(max_new_tokens=OVERHEAD_TOKENS, ignore_eos=True)
@@ -214,7 +214,7 @@ def stopwatch(laps: list[tuple[float, float]]) -> Iterator[None]:
 def measure_sharing(rows: int, format: str, folder: Path) -> None:
     """Compare rows with 10 % duplicates and a beginning of 300 tokens with all sharing on and off."""
     from prefect_huggingface.flows.batches import batch_inference
-    from prefect_huggingface.tasks.engines.cache import load_engine
+    from prefect_huggingface.tasks.engines.registry import load_engine
 
     dice = random.Random(0)
     beginning = " ".join(f"{dice.randrange(10**6)}" for _ in range(44))

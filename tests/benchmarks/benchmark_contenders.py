@@ -21,7 +21,7 @@ STATIC_BATCH = 8
 def ours(folder: str, *, tuned: bool = True) -> Run:
     """Return this library's engine, with or without the settings that were found for this machine."""
     from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-    from prefect_huggingface.tasks.engines.cache import load_engine
+    from prefect_huggingface.tasks.engines.registry import load_engine
     from prefect_huggingface.tasks.records import Request
 
     engine = load_engine(LocalModel(model_id=folder, chat_template="never", engine=EngineOptions(tuned=tuned)))

@@ -97,7 +97,7 @@ def install_peer(folder: Path) -> Path | None:
 def tune(export: Path) -> None:
     """Find the best settings for this machine, for the contender that uses them. What was found once is kept."""
     from prefect_huggingface.blocks import LocalModel
-    from prefect_huggingface.tasks.engines.tunings import read_settings
+    from prefect_huggingface.tasks.engines.openvino_runtime import read_settings
     from prefect_huggingface.tasks.tuning import find_settings
 
     model = LocalModel(model_id=str(export))

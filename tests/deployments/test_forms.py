@@ -108,7 +108,7 @@ def test_a_wrong_value_is_refused_before_a_run_is_made(deployed, deployments, pa
     [
         ({"model": slug("local-model", "nobody")}, "block 'hugging-face-local-model/nobody', which is not there"),
         ({"model": {"$ref": {"block_document_id": NOBODY}}}, f"block '{NOBODY}', which is not there"),
-        ({"model": slug("model-store", "default")}, "got 'default', a block of type hugging-face-model-store"),
+        ({"model": slug("model-store", "default")}, "got one of type hugging-face-model-store"),
         ({"source": "/nowhere/rows.jsonl"}, "'/nowhere/rows.jsonl' holds no file to read. Correct the path"),
         ({"source": "{questions}.jsonl"}, "questions"),
         ({"time_zone": "Europe/Nowhere"}, "Europe/Nowhere"),

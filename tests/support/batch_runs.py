@@ -44,7 +44,7 @@ def read_answers(folder: Path, life: int) -> list[int]:
 
 def note_answers(path: str) -> None:
     """Write the row of every answer to a file, right when the engine gives it."""
-    from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
+    from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 
     submit = OpenVINOTextEngine.submit
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

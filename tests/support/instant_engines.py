@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.protocol import Engine, OnText
+from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.records import Completion, Request
 
 
@@ -27,7 +27,9 @@ class InstantEngine(Engine):
         self.answer, self.seconds = answer, seconds
         self.prompts: list[str] | None = None
 
-    def submit(self, request: Request, on_text: OnText | None = None) -> Future[Completion]:
+    def submit(
+        self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
+    ) -> Future[Completion]:
         future: Future[Completion] = Future()
         if self.seconds:
             threading.Thread(target=self._answer_later, args=(future, request), daemon=True).start()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import unload_engines
+from prefect_huggingface.tasks.engines.registry import unload_engines
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
 from support.openvino_engines import openvino_model

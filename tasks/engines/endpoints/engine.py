@@ -26,7 +26,7 @@ from prefect_huggingface.tasks.engines.endpoints.patience import Circuit, wait_a
 from prefect_huggingface.tasks.engines.endpoints.service import EndpointService
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.prompts import resolve_options
-from prefect_huggingface.tasks.engines.protocol import Engine, OnText
+from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
@@ -57,7 +57,9 @@ class EndpointEngine(Engine):
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, on_text: OnText | None = None) -> Future[Completion]:
+    def submit(
+        self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
+    ) -> Future[Completion]:
         """Send a request as soon as there is a place for it, and return the future of its completion."""
         submission = Submission(request, Future(), on_text)
         # With the context of the caller, what is logged about the request belongs to the caller's run.

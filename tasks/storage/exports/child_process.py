@@ -23,7 +23,6 @@ from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.run_logs import RunLog, run_log
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
 from prefect_huggingface.tasks.storage.exports.resources import free_disk
-from prefect_huggingface.tasks.waiting import read_some, sleep_for
 
 SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL|AUTH", re.IGNORECASE)
 NO_MEMORY = ("bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory")
@@ -95,8 +94,7 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
     try:
         if process.stdout is not None:
             _follow(process.stdout, report, program, run_log())
-        while (code := process.poll()) is None:
-            sleep_for(0.02)
+        code = process.wait()
     finally:
         _end(process)
     if code == 0 and report.result is not None:
@@ -152,7 +150,7 @@ def describe_bar(line: str) -> str | None:
 def _lines(stream: IO[bytes]) -> Iterator[str]:
     """Yield lines, and each state of a progress bar that is overwritten by the next."""
     pending = b""
-    while chunk := read_some(stream):
+    while chunk := os.read(stream.fileno(), 65536):
         *parts, pending = re.split(rb"(\r\n|\n|\r)", pending + chunk)
         for text in parts[::2]:
             yield text.decode("utf-8", "replace")

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from prefect_huggingface.tasks.hub_errors import HubError
 from prefect_huggingface.tasks.storage.hub.explanations import Subject, attempt
-from prefect_huggingface.tasks.waiting import wait_for
 
 Result = TypeVar("Result")
 
@@ -83,7 +82,7 @@ class Patience:
         wait = max(wait, problem.wait_seconds or 0.0)
         if not problem.transient or self.failures >= self.attempts or wait > LONGEST_OBEYED_WAIT_SECONDS:
             raise problem
-        if wait_for(self.stop, wait):
+        if self.stop.wait(wait):
             raise DownloadStopped
 
     def insist(self, call: Callable[[], Result], about: Subject) -> Result:

@@ -23,7 +23,7 @@ from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of, join_thread, sleep_for
+from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
 
 WhenRunning = Literal["refuse", "wait"]
 
@@ -93,7 +93,7 @@ def _remote_lease(journal: Journal, when_running: WhenRunning) -> Iterator[None]
         if when_running == "refuse":
             raise _refusal(journal)
         notice.tell()
-        sleep_for(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(place, owner, ended), name="journal-lease", daemon=True)
     renewal.start()
@@ -101,7 +101,7 @@ def _remote_lease(journal: Journal, when_running: WhenRunning) -> Iterator[None]
         yield
     finally:
         ended.set()
-        join_thread(renewal)
+        renewal.join()
         place.remove()
 
 

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.segments import SegmentName
-from prefect_huggingface.tasks.waiting import WAKE_SECONDS, join_thread
 
 COMMIT_ROWS = 512  # rows that are worth a segment of their own
 SHORT_INTERVAL_SECONDS = 0.2  # between two segments when rows come fast
@@ -49,7 +48,7 @@ class JournalWriter:
         """
         with self._wake:
             while len(self._rows) > BUFFER_ROWS and self._error is None:
-                self._wake.wait(WAKE_SECONDS)
+                self._wake.wait()
             self._check()
             self._rows += answers
             if len(self._rows) >= COMMIT_ROWS:
@@ -64,7 +63,7 @@ class JournalWriter:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        join_thread(self._thread)
+        self._thread.join()
         self._check()
 
     def __enter__(self) -> Self:

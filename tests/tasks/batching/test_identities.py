@@ -13,7 +13,7 @@ from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.batching.identities import identify_model
 from prefect_huggingface.tasks.batching.jobs import BatchJob, check_same_job
 from prefect_huggingface.tasks.batching.plans import plan_job
-from prefect_huggingface.tasks.engines.tunings import write_settings
+from prefect_huggingface.tasks.engines.openvino_runtime import write_settings
 from prefect_huggingface.tasks.errors import BatchError
 
 FOUND = {"KV_CACHE_PRECISION": "u4", "max_num_seqs": 32}

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel
-from prefect_huggingface.tasks.engines import cache
-from prefect_huggingface.tasks.engines.cache import load_engine, set_memory_budget, unload_engines
-from prefect_huggingface.tasks.engines.cache_table import weight_bytes
+from prefect_huggingface.tasks.engines import registry
+from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines, weight_bytes
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
@@ -35,7 +34,7 @@ def empty_cache() -> Iterator[None]:
 
 
 def loaded() -> list[Path]:
-    return [key.path for key in cache._cache._entries]
+    return [Path(key.source) for key in registry._registry._entries]
 
 
 @pytest.fixture
@@ -73,11 +72,11 @@ def test_models_that_differ_in_options_or_secrets_share_an_engine(models):
         models[0].model_copy(update={"credentials": HuggingFaceCredentials(token="hf_secret")}),
         models[0].model_copy(update={"chat_template": "always"}),
     ]
-    faces = [load_engine(other) for other in others]
-    assert {id(face.unshared) for face in faces} == {id(engine.unshared)}
-    assert ask(faces[0], "The capital of").generated_tokens == 3
-    assert ask(faces[2], "The capital of").prompt_tokens > ask(engine, "The capital of").prompt_tokens
-    assert "hf_secret" not in repr(cache._cache.__dict__)
+    handles = [load_engine(other) for other in others]
+    assert {id(handle.unshared) for handle in handles} == {id(engine.unshared)}
+    assert ask(handles[0], "The capital of").generated_tokens == 3
+    assert ask(handles[2], "The capital of").prompt_tokens > ask(engine, "The capital of").prompt_tokens
+    assert "hf_secret" not in repr(registry._registry.__dict__)
 
 
 @pytest.mark.parametrize("change", [{"ov_config": {}}, {"device": "CPU"}])
@@ -211,7 +210,7 @@ def test_an_openvino_model_runs_without_torch_and_transformers(tiny_openvino, tm
 LEFT_RUNNING = """
 import sys
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
+from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.records import Request
 model = LocalModel(model_id=sys.argv[1], options=GenerationOptions(max_new_tokens=480, ignore_eos=True))
 engine = load_engine(model)

@@ -10,7 +10,7 @@ from prefect import flow
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks import generate_text
-from prefect_huggingface.tasks.engines.cache import list_engines
+from prefect_huggingface.tasks.engines.registry import list_engines
 
 pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingface[dask]"')
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, ResponseFormat
-from prefect_huggingface.tasks.engines.transformers.text import TorchTextEngine
+from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
 from prefect_huggingface.tasks.records import Completion, Request
 
 needs_llguidance = pytest.mark.skipif(

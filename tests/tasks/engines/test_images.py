@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.image_conversations import read_conversation
-from prefect_huggingface.tasks.engines.protocol import Engine
+from prefect_huggingface.tasks.engines.multimodal import read_conversation
+from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")
@@ -58,16 +58,16 @@ def settings(folder: Path, **more) -> LocalModel:
 @pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     if request.param == "torch":
-        from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
+        from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
 
-        loaded: Engine = TorchImageEngine(folder, settings(folder, backend="torch"))
+        loaded: Engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
     else:
-        from prefect_huggingface.tasks.engines.openvino.images import OpenVINOImageEngine
+        from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOVisionEngine
         from prefect_huggingface.tasks.storage.exports.publication import get_export
 
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         model = settings(folder, backend="openvino", weight_format="fp32", ov_config=exact)
-        loaded = OpenVINOImageEngine(get_export(model).path, model)
+        loaded = OpenVINOVisionEngine(get_export(model).path, model)
     with loaded:
         yield loaded
 
@@ -81,11 +81,11 @@ def test_text_is_that_of_transformers(folder, pictures):
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
+    from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
 
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    with TorchImageEngine(folder, settings(folder, backend="torch")) as engine:
+    with TorchVisionEngine(folder, settings(folder, backend="torch")) as engine:
         for count in (1, 2):
             parts = [{"type": "image"}] * count + [{"type": "text", "text": "What is this?"}]
             text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
@@ -98,9 +98,9 @@ def test_text_is_that_of_transformers(folder, pictures):
 
 
 def test_every_engine_answers_as_the_one_of_transformers(engine, folder, pictures):
-    from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
+    from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
 
-    with TorchImageEngine(folder, settings(folder, backend="torch", dtype="float32")) as reference:
+    with TorchVisionEngine(folder, settings(folder, backend="torch", dtype="float32")) as reference:
         for count in (0, 1, 2):
             assert ask(engine, images=pictures[:count]).text == ask(reference, images=pictures[:count]).text
 
@@ -181,11 +181,11 @@ def test_bad_requests_are_refused_alone(engine, pictures):
 def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
     import socket
 
-    from prefect_huggingface.tasks.engines.transformers.images import TorchImageEngine
+    from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
-        engine = TorchImageEngine(folder, settings(folder, backend="torch"))
+        engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
         waiting = engine.submit(Request("What is this?", images=[slow]))
         assert ask(engine, images=pictures[:1]).error is None
         assert not waiting.done()
@@ -200,7 +200,7 @@ def test_a_pipeline_with_images_is_an_engine(folder, pictures):
     from PIL import Image
     from transformers import pipeline
 
-    from prefect_huggingface.tasks.engines.transformers.pipelines import engine_of_pipeline
+    from prefect_huggingface.tasks.engines.torch_engine import engine_of_pipeline
 
     parts = [{"type": "image", "image": Image.open(pictures[0])}, {"type": "text", "text": "What is this?"}]
     chat = [{"role": "user", "content": parts}]

@@ -1,23 +1,23 @@
-"""Generation ends with the thread or the flow that asked for it, and the engine stays usable."""
+"""Generation ends with the flow or the process that asked for it, and the engine stays usable."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
-import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 from prefect import flow
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.cache import load_engine
-from prefect_huggingface.tasks.generation import complete_prompts, generate_text, stream_completion
+from prefect_huggingface.tasks.engines.registry import list_engines, load_engine
+from prefect_huggingface.tasks.generation import complete_prompts, generate_text
 from prefect_huggingface.tasks.records import Request
-from support.interruptions import InterruptibleThread, Interruption
+from support.prefect_services import wait_until
 from support.tiny_models import make_tiny_llama
 
 ENDLESS = GenerationOptions(max_new_tokens=5000, ignore_eos=True)
@@ -25,6 +25,21 @@ SHORT = GenerationOptions(max_new_tokens=4)
 # A second or two on an idle machine; all of the work would take minutes.
 LIMIT = 10
 PROMPTS = [f"{number} and" for number in range(64)]
+PROGRAM = """
+import sys
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.registry import load_engine
+from prefect_huggingface.tasks.generation import complete_prompts, stream_completion
+
+model = LocalModel(model_id=sys.argv[1], backend=sys.argv[2], chat_template="never")
+endless = GenerationOptions(max_new_tokens=5000, ignore_eos=True)
+load_engine(model)
+print("ready", flush=True)
+if sys.argv[3] == "generate":
+    complete_prompts(model, [f"{number} and" for number in range(64)], endless)
+else:
+    list(stream_completion(model, "Hello", endless))
+"""
 
 
 @pytest.fixture(scope="module", params=["openvino", "torch"])
@@ -42,95 +57,38 @@ def model(request, tiny_openvino: Path, tmp_path_factory) -> LocalModel:
 
 def assert_free(model: LocalModel) -> None:
     """The engine does nothing for anybody, and answers."""
-    engine = load_engine(model)
-    began = time.monotonic()
-    while engine.unshared._under_way():
-        assert time.monotonic() - began < LIMIT, "the generation goes on"
-        time.sleep(0.05)
+    wait_until(lambda: all(state.requests == 0 for state in list_engines()), LIMIT, "the end of the generation")
     [completion] = complete_prompts(model, ["Hello"], SHORT)
     assert completion.error is None
 
 
-def assert_busy(model: LocalModel, requests: int = 1) -> None:
-    began = time.monotonic()
-    engine = load_engine(model)
-    while len(engine.unshared._under_way()) < requests:
-        assert time.monotonic() - began < 60, "the generation does not begin"
-        time.sleep(0.05)
-
-
-def stream_all(model: LocalModel) -> None:
-    for _ in stream_completion(model, "Hello", ENDLESS):
-        pass
-
-
 @pytest.mark.parametrize("way", ["generate", "stream"])
-def test_an_exception_in_the_thread_of_the_caller_ends_generation(model, way):
-    load_engine(model)
-    call = partial(complete_prompts, model, PROMPTS, ENDLESS) if way == "generate" else partial(stream_all, model)
-    thread = InterruptibleThread(call)
-    assert_busy(model)
-    assert thread.interrupt() < LIMIT
-    assert isinstance(thread.error, Interruption)
-    assert_free(model)
-
-
-def test_what_is_interrupted_takes_nobody_with_it(model):
-    other = load_engine(model).submit(Request("Hello", options=GenerationOptions(max_new_tokens=300, ignore_eos=True)))
-    thread = InterruptibleThread(partial(complete_prompts, model, PROMPTS, ENDLESS))
-    assert_busy(model, requests=2)
-    thread.interrupt()
-    assert other.result(60).generated_tokens == 300
-    assert_free(model)
-
-
-def test_two_that_wait_for_the_same_engine_are_interrupted_together(model):
-    # The second one waits for the lock under which the first one loads.
-    changed = model.model_copy(update={"ov_config": {"INFERENCE_NUM_THREADS": 1}, "model_kwargs": {}})
-    threads = [InterruptibleThread(partial(load_engine, changed)) for _ in range(3)]
-    time.sleep(0.1)
-    for thread in threads:
-        thread.send()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    assert_free(changed)
-
-
-def test_a_loaded_engine_is_used_without_an_import(model, monkeypatch):
-    """An exception that meets an import can leave the import lock held, and then the whole process stands still."""
-    sought = []
-
-    class Recorder:
-        def find_spec(self, name, path=None, target=None):
-            sought.append(name)
-
-    for _ in range(2):
-        complete_prompts(model, ["Hello"], SHORT)
-        list(stream_completion(model, "Hello", SHORT))
-        monkeypatch.setattr(sys, "meta_path", [Recorder(), *sys.meta_path])
-    assert sought == []
+def test_ctrl_c_ends_a_process_that_generates(model: LocalModel, way: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, model.model_id, model.backend, way]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.5)
+            assert process.poll() is None, "the work was done before it could be interrupted"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()
+    assert b"KeyboardInterrupt" in errors
+    assert process.returncode == -signal.SIGINT
 
 
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("where", ["main thread", "other thread"])
-def test_the_timeout_of_a_flow_ends_generation(model, where):
+def test_the_timeout_of_a_flow_ends_generation_and_takes_nobody_with_it(model: LocalModel) -> None:
     @flow(timeout_seconds=1.5)
     def endless() -> int:
         return len(generate_text(model, PROMPTS, ENDLESS))
 
-    load_engine(model)
-    states, began = [], time.monotonic()
-
-    def run() -> None:
-        states.append(endless(return_state=True))
-
-    if where == "main thread":
-        run()
-    else:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
+    other = load_engine(model).submit(Request("Hello", options=GenerationOptions(max_new_tokens=300, ignore_eos=True)))
+    began = time.monotonic()
+    state = endless(return_state=True)
     assert time.monotonic() - began < 1.5 + LIMIT
-    assert states[0].name == "TimedOut"
+    assert state.name == "TimedOut"
+    assert other.result(60).generated_tokens == 300
     assert_free(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, ResponseFormat
-from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.errors import EngineError, GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
 from support.openvino_engines import NEW_TOKENS, ask, complete, load_openvino

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions
-from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.records import Request
 from support.openvino_engines import NEW_TOKENS, ask, complete, load_openvino
 from support.tiny_models import SAMPLE_TEXTS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.transformers.pipelines import engine_of_pipeline
+from prefect_huggingface.tasks.engines.torch_engine import engine_of_pipeline
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.records import Request
 

@@ -9,8 +9,8 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
-from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.prompts import PromptWriter, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, fit_context, resolve_options
 from prefect_huggingface.tasks.records import Request
 from support.tiny_models import CHAT_TEMPLATE
 
@@ -29,8 +29,8 @@ TEMPLATES = {"tiny": CHAT_TEMPLATE, "chatml": CHATML, "llama-2": LLAMA_2, "plain
 USER = [{"role": "user", "content": "Hello"}]
 
 
-def writer(source: str | None, use: str = "auto") -> PromptWriter:
-    return PromptWriter(ChatTemplate(source, TOKENS) if source else None, TOKENS, use)
+def writer(source: str | None, use: str = "auto") -> InputProcessor:
+    return InputProcessor(ChatTemplate(source, TOKENS) if source else None, TOKENS, use)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -42,7 +42,7 @@ def test_a_template_is_the_same_as_that_of_transformers(name, tiny_llama, tmp_pa
     tokenizer.save_pretrained(tmp_path)
     conversation = [*USER, {"role": "assistant", "content": "Hi <&> \u00e9"}, {"role": "user", "content": "Bye"}]
     wanted = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    found = PromptWriter.of_folder(tmp_path).write(Request(messages=conversation))
+    found = InputProcessor.of_folder(tmp_path).write(Request(messages=conversation))
     assert found.text == wanted
     assert not found.add_special_tokens
 

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.transformers.sampling import TokenChooser, choose_tokens, log_probabilities
+from prefect_huggingface.tasks.engines.torch_sampling import Sampler, log_probabilities, sample_tokens
 
 SCORES = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 DRAWS = 20_000
 
 
 def draws(count: int = DRAWS, **options) -> Counter:
-    rows = [TokenChooser(GenerationOptions(do_sample=True, seed=seed, **options), [], []) for seed in range(count)]
-    return Counter(choose_tokens(rows, SCORES.expand(count, -1)))
+    rows = [Sampler(GenerationOptions(do_sample=True, **options), [], [], seed) for seed in range(count)]
+    return Counter(sample_tokens(rows, SCORES.expand(count, -1)))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -56,8 +56,8 @@ def test_a_row_chooses_the_same_beside_any_other_rows(data):
     )
     chosen = data.draw(st.lists(options, min_size=1, max_size=6))
     scores = torch.randn(len(chosen), 12, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 50))))
-    alone = [choose_tokens([TokenChooser(row, [1, 2], [0])], scores[[place]])[0] for place, row in enumerate(chosen)]
-    assert choose_tokens([TokenChooser(row, [1, 2], [0]) for row in chosen], scores) == alone
+    alone = [sample_tokens([Sampler(row, [1, 2], [0], row.seed)], scores[[place]])[0] for place, row in enumerate(chosen)]
+    assert sample_tokens([Sampler(row, [1, 2], [0], row.seed) for row in chosen], scores) == alone
 
 
 def test_extreme_settings_are_stable():
@@ -65,13 +65,13 @@ def test_extreme_settings_are_stable():
     assert len(draws(2000, temperature=100.0)) == len(SCORES)
     flat = torch.full((1, 5), -1e30)
     flat[0, 3] = 1e30
-    assert choose_tokens([TokenChooser(GenerationOptions(do_sample=True, seed=0), [], [])], flat) == [3]
+    assert sample_tokens([Sampler(GenerationOptions(do_sample=True, seed=0), [], [])], flat) == [3]
 
 
 def test_scores_of_the_caller_are_not_changed():
     scores = SCORES[None].clone()
-    chooser = TokenChooser(GenerationOptions(repetition_penalty=2.0, min_new_tokens=3), [0], [1])
-    choose_tokens([chooser], scores)
+    sampler = Sampler(GenerationOptions(repetition_penalty=2.0, min_new_tokens=3), [0], [1])
+    sample_tokens([sampler], scores)
     assert torch.equal(scores[0], SCORES)
 
 

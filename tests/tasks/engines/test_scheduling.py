@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions
-from prefect_huggingface.tasks.engines.answers import Submission
 from prefect_huggingface.tasks.engines.memory import available_bytes, resident_bytes, total_bytes
-from prefect_huggingface.tasks.engines.openvino.genai_rows import Row
-from prefect_huggingface.tasks.engines.openvino.scheduling import BLOCK_TOKENS, choose_sizes, kv_bytes_per_token
-from prefect_huggingface.tasks.engines.row_queue import SHARED_TOKENS, RowQueue
+from prefect_huggingface.tasks.engines.openvino_scheduler import (
+    BLOCK_TOKENS,
+    SHARED_TOKENS,
+    ScheduledRequest,
+    Scheduler,
+    choose_sizes,
+    kv_bytes_per_token,
+)
+from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.records import Request
 
 GIB = 2**30
@@ -59,96 +63,87 @@ def test_memory_is_measured():
     assert 0 < available_bytes() <= total_bytes()
 
 
-class NoCodec:
-    """Stands where rows that never start need no tokenizer."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        raise NotImplementedError
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        raise NotImplementedError
+def make_request(tokens: Sequence[int] = (1, 2, 3), new: int = 10, **options) -> ScheduledRequest:
+    state = RequestState(Request("x"))
+    state.begin(GenerationOptions(max_new_tokens=new, **options), tokens, None)
+    return ScheduledRequest(state)
 
 
-def make_row(tokens: Sequence[int] = (1, 2, 3), new: int = 10, **options) -> Row:
-    chosen = GenerationOptions(max_new_tokens=new, **options)
-    return Row(Submission(Request("x"), Future()), chosen, tokens, frozenset(), NoCodec())
-
-
-def fill(queue: RowQueue, rows: list[Row]) -> list[Row]:
+def fill(scheduler: Scheduler, rows: list[ScheduledRequest]) -> list[ScheduledRequest]:
     for row in rows:
-        queue.append(row)
-    return queue.admit()
+        scheduler.append(row)
+    return scheduler.admit()
 
 
 def test_rows_run_in_their_order_as_places_get_free():
-    queue, rows = RowQueue(2), [make_row() for _ in range(4)]
-    assert fill(queue, rows) == rows[:2]
-    assert queue.admit() == []
-    queue.remove(rows[0])
-    assert queue.admit() == [rows[2]]
+    scheduler, rows = Scheduler(2), [make_request() for _ in range(4)]
+    assert fill(scheduler, rows) == rows[:2]
+    assert scheduler.admit() == []
+    scheduler.remove(rows[0])
+    assert scheduler.admit() == [rows[2]]
 
 
 def test_a_row_with_several_answers_takes_several_places():
-    queue = RowQueue(4)
-    rows = [make_row(do_sample=True, n=3), make_row(), make_row(num_beams=8), make_row()]
-    assert fill(queue, rows) == rows[:2]
-    queue.remove(rows[0])
-    queue.remove(rows[1])
-    assert queue.admit() == [rows[2]]
+    scheduler = Scheduler(4)
+    rows = [make_request(do_sample=True, n=3), make_request(), make_request(num_beams=8), make_request()]
+    assert fill(scheduler, rows) == rows[:2]
+    scheduler.remove(rows[0])
+    scheduler.remove(rows[1])
+    assert scheduler.admit() == [rows[2]]
 
 
 def test_rows_reserve_the_cache_that_they_can_need():
-    queue = RowQueue(64, cache_tokens=10 * BLOCK_TOKENS)
-    rows = [make_row(range(BLOCK_TOKENS), new=2 * BLOCK_TOKENS) for _ in range(5)]
-    assert fill(queue, rows) == rows[:2]
+    scheduler = Scheduler(64, cache_tokens=10 * BLOCK_TOKENS)
+    rows = [make_request(range(BLOCK_TOKENS), new=2 * BLOCK_TOKENS) for _ in range(5)]
+    assert fill(scheduler, rows) == rows[:2]
 
 
 def test_a_row_that_is_larger_than_the_cache_runs_alone():
-    queue = RowQueue(64, cache_tokens=BLOCK_TOKENS)
-    rows = [make_row(range(100), new=100), make_row()]
-    assert fill(queue, rows) == rows[:1]
+    scheduler = Scheduler(64, cache_tokens=BLOCK_TOKENS)
+    rows = [make_request(range(100), new=100), make_request()]
+    assert fill(scheduler, rows) == rows[:1]
 
 
 def test_rows_that_share_a_beginning_wait_for_the_first_of_them():
     shared = list(range(SHARED_TOKENS))
-    rows = [make_row([*shared, 1, number]) for number in range(3)]
-    other = make_row([*range(500, 500 + SHARED_TOKENS), 1])
-    queue = RowQueue(64)
-    assert fill(queue, [*rows, other]) == [rows[0], other]
-    assert queue.admit() == []
-    rows[0].strands[0].tokens.append(5)
-    assert queue.admit() == rows[1:]
-    assert fill(RowQueue(64, share_beginnings=False), [*rows, other]) == [*rows, other]
+    rows = [make_request([*shared, 1, number]) for number in range(3)]
+    other = make_request([*range(500, 500 + SHARED_TOKENS), 1])
+    scheduler = Scheduler(64)
+    assert fill(scheduler, [*rows, other]) == [rows[0], other]
+    assert scheduler.admit() == []
+    rows[0].state.sequences[0].tokens.append(5)
+    assert scheduler.admit() == rows[1:]
+    assert fill(Scheduler(64, shares_prefixes=False), [*rows, other]) == [*rows, other]
 
 
 def test_a_row_that_ends_in_its_first_step_leaves_its_beginning():
-    rows = [make_row([*range(SHARED_TOKENS), 1, number]) for number in range(3)]
-    queue = RowQueue(64)
-    assert fill(queue, rows) == rows[:1]
-    rows[0].strands[0].end("stop")
-    queue.remove(rows[0])
-    assert queue.admit() == rows[1:]
+    rows = [make_request([*range(SHARED_TOKENS), 1, number]) for number in range(3)]
+    scheduler = Scheduler(64)
+    assert fill(scheduler, rows) == rows[:1]
+    rows[0].state.sequences[0].finish("stop")
+    scheduler.remove(rows[0])
+    assert scheduler.admit() == rows[1:]
 
 
 def test_suspects_make_their_first_step_one_at_a_time():
-    queue, rows = RowQueue(64), [make_row() for _ in range(4)]
-    fill(queue, rows)
-    queue.put_back(rows)
-    queue.suspect(rows[:2])
-    assert queue.admit() == [rows[0]]
-    assert queue.admit() == []
-    rows[0].proven = True
-    assert queue.admit() == [rows[1]]
-    queue.remove(rows[1])
-    assert queue.admit() == rows[2:]
+    scheduler, rows = Scheduler(64), [make_request() for _ in range(4)]
+    fill(scheduler, rows)
+    scheduler.put_back(rows)
+    scheduler.quarantine(rows[:2])
+    assert scheduler.admit() == [rows[0]]
+    assert scheduler.admit() == []
+    rows[0].stepped_once = True
+    assert scheduler.admit() == [rows[1]]
+    scheduler.remove(rows[1])
+    assert scheduler.admit() == rows[2:]
 
 
 def test_a_row_that_must_be_alone_is_alone():
-    queue, rows = RowQueue(64), [make_row() for _ in range(3)]
-    rows[1].alone = True
-    assert fill(queue, rows) == [rows[0]]
-    queue.remove(rows[0])
-    assert queue.admit() == [rows[1]]
-    assert queue.admit() == []
-    queue.remove(rows[1])
-    assert queue.admit() == [rows[2]]
+    scheduler, rows = Scheduler(64), [make_request() for _ in range(3)]
+    rows[1].runs_alone = True
+    assert fill(scheduler, rows) == [rows[0]]
+    scheduler.remove(rows[0])
+    assert scheduler.admit() == [rows[1]]
+    assert scheduler.admit() == []
+    scheduler.remove(rows[1])
+    assert scheduler.admit() == [rows[2]]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.transformers.pipelines import prompt_writer
-from prefect_huggingface.tasks.engines.transformers.seq2seq import (
+from prefect_huggingface.tasks.engines.inputs import InputProcessor
+from prefect_huggingface.tasks.engines.torch_seq2seq import (
     OpenVINOSeq2SeqEngine,
     Seq2SeqEngine,
     TorchSeq2SeqEngine,
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_only_makes_the_batch_smaller(folder, expected):
 def test_a_loaded_model_is_used_and_not_changed(reference, expected):
     before = reference.model.generation_config.to_dict()
     block = LocalModel.model_construct(model_id="x", options=GenerationOptions(max_new_tokens=NEW_TOKENS))
-    writer = prompt_writer(reference.tokenizer)
+    writer = InputProcessor.of_tokenizer(reference.tokenizer)
     with Seq2SeqEngine.of_loaded(reference.model, reference.tokenizer, writer, block) as engine:
         assert run(engine, PROMPTS[:2])[1].text == expected[1]
     assert reference.model.generation_config.to_dict() == before

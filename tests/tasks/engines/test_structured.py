@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel, Field
 
 from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
-from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.openvino.text import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.structured import LONGEST_WHITE_SPACE, WhiteSpaceGuard, check_format
 from prefect_huggingface.tasks.records import Request
 from support.openvino_engines import ask, complete, load_openvino

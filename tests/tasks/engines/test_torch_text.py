@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.transformers.text import TorchTextEngine
+from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
 from support.export_models import make_model as make_checkpoint

@@ -19,7 +19,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.cache import unload_engines
+from prefect_huggingface.tasks.engines.registry import unload_engines
 from prefect_huggingface.tasks.errors import DownloadError, HuggingFaceTaskError, SettingsError
 from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
 from prefect_huggingface.tasks.storage.exports.publication import get_export

@@ -155,6 +155,21 @@ def input_device(loaded: Any) -> Any:
     return loaded.device if embeddings is None else embeddings.weight.device
 
 
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer, by the generation settings of the model or else by its tokenizer."""
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
+    """Return a token to fill up rows with. The attention never sees it."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if isinstance(pad, int) else min(ends, default=0)
+
+
 def _source(model: LocalModel) -> dict[str, Any]:
     # The files are here already; nothing may be asked of the Hub.
     return {"local_files_only": True, "trust_remote_code": model.trust_remote_code}

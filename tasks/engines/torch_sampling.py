@@ -1,27 +1,29 @@
-"""Chooses the next token of each answer of a torch batch, by the options of that answer alone.
+"""Samples the next token of each sequence of a torch batch, by the options of that sequence alone.
 
-A random answer depends on its own seed and scores only, not on the rows beside it: every answer draws from a generator
+A random sequence depends on its own seed and scores only, not on the rows beside it: every sequence draws from a generator
 of its own.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING
 
 from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.request_state import Sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefect_huggingface.tasks.engines.transformers.grammars import Grammar
+    from prefect_huggingface.tasks.engines.structured import Grammar
 
 Adjustment = Callable[["Tensor"], "Tensor"]
 
 
-class TokenChooser:
-    """Choice of the tokens of one answer.
+class Sampler:
+    """Samples the tokens of one sequence.
 
     Attributes:
         is_greedy: Whether the likeliest token is taken.
@@ -31,19 +33,21 @@ class TokenChooser:
     def __init__(
         self,
         options: GenerationOptions,
-        prompt_ids: Sequence[int],
+        prompt_ids: Items[int],
         end_ids: Collection[int],
-        index: int = 0,
+        seed: int | None = None,
         grammar: Grammar | None = None,
+        least_tokens: int | None = None,
     ) -> None:
         """Start before the first token.
 
         Args:
-            options: Options of the answer.
+            options: Options of the request.
             prompt_ids: Tokens that the repetition penalty and the n-grams count as well.
-            end_ids: End tokens, which stay out until `min_new_tokens` are there.
-            index: Place of the answer among the answers to the same request; each draws differently.
+            end_ids: End tokens, which stay out until enough tokens are there.
+            seed: Seed of the sequence, or None to draw differently each time.
             grammar: Form that the answer must have.
+            least_tokens: Number of tokens before an end token is allowed, None for `min_new_tokens`.
         """
         self._options = options
         self._tokens = list(prompt_ids)
@@ -52,7 +56,9 @@ class TokenChooser:
         self._grammar = grammar
         self._seen: Tensor | None = None
         self._ngrams: dict[tuple[int, ...], list[int]] = {}
-        self._random = random.Random() if options.seed is None else random.Random(f"{options.seed}/{index}")
+        self._counts: Tensor | None = None
+        self._least_tokens = options.min_new_tokens if least_tokens is None else least_tokens
+        self._random = random.Random(seed)
         self._adjustments = self._needed_adjustments()
         for end in range(1, len(self._tokens) + 1):
             self._remember_ngram(end)
@@ -68,10 +74,10 @@ class TokenChooser:
         return not self._adjustments
 
     @property
-    def distribution(self) -> tuple[float, int | None, float | None]:
-        """Temperature, top-k and top-p to draw with."""
+    def distribution(self) -> tuple[float, int | None, float | None, float | None]:
+        """Temperature, top-k, top-p and min-p to draw with."""
         options = self._options
-        return 1.0 if options.temperature is None else options.temperature, options.top_k, options.top_p
+        return 1.0 if options.temperature is None else options.temperature, options.top_k, options.top_p, options.min_p
 
     def adjust(self, scores: Tensor) -> Tensor:
         """Return the scores of the next token with the penalties and limits of the options.
@@ -95,6 +101,8 @@ class TokenChooser:
         self._remember_ngram(len(self._tokens))
         if self._seen is not None:
             self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
         if self._grammar is not None:
             self._grammar.accept(token)
 
@@ -102,8 +110,9 @@ class TokenChooser:
         options = self._options
         needed: list[tuple[bool, Adjustment]] = [
             (options.repetition_penalty != 1.0, self._penalise_repetition),
+            (options.presence_penalty != 0.0 or options.frequency_penalty != 0.0, self._penalise_presence),
             (options.no_repeat_ngram_size > 0, self._forbid_repeated_ngrams),
-            (options.min_new_tokens > 0, self._forbid_an_early_end),
+            (self._least_tokens > 0, self._forbid_an_early_end),
             (self._grammar is not None, self._keep_to_the_grammar),
         ]
         return [adjustment for is_needed, adjustment in needed if is_needed]
@@ -116,6 +125,15 @@ class TokenChooser:
             self._seen[torch.tensor(sorted(set(self._tokens)), device=scores.device, dtype=torch.long)] = True
         penalty = self._options.repetition_penalty
         return torch.where(self._seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+    def _penalise_presence(self, scores: Tensor) -> Tensor:
+        """Take off the penalties of the tokens that the sequence, and not its prompt, has already."""
+        import torch
+
+        if self._counts is None:
+            self._counts = torch.zeros(scores.shape[-1], device=scores.device)
+        options = self._options
+        return scores - options.frequency_penalty * self._counts - options.presence_penalty * (self._counts > 0)
 
     def _remember_ngram(self, end: int) -> None:
         size = self._options.no_repeat_ngram_size
@@ -131,8 +149,8 @@ class TokenChooser:
         return scores
 
     def _forbid_an_early_end(self, scores: Tensor) -> Tensor:
-        if len(self._tokens) - self._prompt_length < self._options.min_new_tokens:
-            scores[self._end_ids] = float("-inf")
+        if len(self._tokens) - self._prompt_length < self._least_tokens:
+            scores[[token for token in self._end_ids if token < len(scores)]] = float("-inf")
         return scores
 
     def _keep_to_the_grammar(self, scores: Tensor) -> Tensor:
@@ -140,36 +158,52 @@ class TokenChooser:
         return self._grammar.mask(scores)
 
 
-def choose_tokens(choosers: Sequence[TokenChooser], scores: Tensor) -> list[int]:
-    """Choose and accept the next token of every row.
+def advance(sequences: Items[Sequence], scores: Tensor) -> None:
+    """Give every sequence its next token.
 
     Args:
-        choosers: One per row.
+        sequences: One per row, with their samplers.
+        scores: Scores of the model, [rows, vocabulary].
+    """
+    tokens = sample_tokens([sequence.sampler for sequence in sequences], scores)
+    asked = [row for row, sequence in enumerate(sequences) if sequence.state.options.logprobs]
+    logprobs = dict(zip(asked, log_probabilities(scores, asked, tokens), strict=True))
+    for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+        sequence.append(token, logprobs.get(row))
+
+
+def sample_tokens(samplers: Items[Sampler], scores: Tensor) -> list[int]:
+    """Sample and accept the next token of every row.
+
+    Args:
+        samplers: One per row.
         scores: Scores of the model, [rows, vocabulary].
     """
     import torch
 
     scores = scores.float()
-    changed = [row for row, chooser in enumerate(choosers) if not chooser.keeps_scores]
+    changed = [row for row, sampler in enumerate(samplers) if not sampler.keeps_scores]
     if changed:
         scores = scores.clone()
         for row in changed:
-            scores[row] = choosers[row].adjust(scores[row])
+            scores[row] = samplers[row].adjust(scores[row])
     tokens: list[int] = torch.argmax(scores, dim=-1).tolist()
-    groups: dict[tuple[float, int | None, float | None], list[int]] = {}
-    for row, chooser in enumerate(choosers):
-        if not chooser.is_greedy:
-            groups.setdefault(chooser.distribution, []).append(row)
+    groups: dict[tuple[float, int | None, float | None, float | None], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        if not sampler.is_greedy:
+            groups.setdefault(sampler.distribution, []).append(row)
     for distribution, rows in groups.items():
-        uniform = torch.tensor([choosers[row].draw() for row in rows], dtype=torch.float64)
+        uniform = torch.tensor([samplers[row].draw() for row in rows], dtype=torch.float64)
         for row, token in zip(rows, _draw(scores[rows], uniform, *distribution), strict=True):
             tokens[row] = token
-    for chooser, token in zip(choosers, tokens, strict=True):
-        chooser.accept(token)
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.accept(token)
     return tokens
 
 
-def _draw(scores: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> list[int]:
+def _draw(
+    scores: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> list[int]:
     """Draw one token per row, with one random number in [0, 1) per row."""
     import torch
 
@@ -184,6 +218,8 @@ def _draw(scores: Tensor, uniform: Tensor, temperature: float, top_k: int | None
     if top_p is not None and token_ids is not None:
         # The token that crosses the limit still counts.
         shares = torch.where(torch.cumsum(shares, dim=-1) - shares < top_p, shares, 0.0)
+    if min_p is not None:
+        shares = torch.where(shares >= min_p * shares.amax(-1, keepdim=True), shares, 0.0)
     sums = torch.cumsum(shares, dim=-1)
     # A share of zero is never drawn: the first place whose sum is above the number has a share of its own.
     places = torch.searchsorted(sums, uniform.to(sums.device)[:, None] * sums[:, -1:], right=True)
@@ -193,7 +229,7 @@ def _draw(scores: Tensor, uniform: Tensor, temperature: float, top_k: int | None
     return chosen
 
 
-def log_probabilities(scores: Tensor, rows: Sequence[int], tokens: Sequence[int]) -> list[float]:
+def log_probabilities(scores: Tensor, rows: Items[int], tokens: Items[int]) -> list[float]:
     """Return the log probability (nats) that the model gives to the chosen tokens of some rows.
 
     Args:

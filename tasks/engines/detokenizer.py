@@ -1,0 +1,223 @@
+"""Text to tokens and tokens to text, at once or as the tokens come, and the search for stop strings in that text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+REPLACEMENT = "\ufffd"
+# Tokens before the new ones that are decoded with them: the text of a token may depend on those before it.
+CONTEXT_TOKENS = 6
+# A character has four bytes at most, so that more tokens without one are no beginning of a character.
+MAX_HELD_TOKENS = 12
+
+
+class Detokenizer(Protocol):
+    """Text of one sequence of tokens as they come."""
+
+    def step(self, token: int) -> str:
+        """Return the text that a token completes, empty where a character is still incomplete."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Tokenizer of one model; all methods may be called from any thread."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text, with or without a start token and the like."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens and without any clean-up of spaces."""
+        ...
+
+    def open_stream(self) -> Detokenizer:
+        """Return a detokenizer for a new sequence."""
+        ...
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token that has exactly this text, or None."""
+        ...
+
+
+class RustTokenizer:
+    """Tokenizer of a `tokenizer.json`: many times faster than the one of OpenVINO GenAI."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> RustTokenizer | None:
+        """Return the tokenizer of a model folder, or None where there is none that can be read."""
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
+        except Exception:
+            # A file of a newer version of the library cannot be read by this one.
+            return None
+        if tokenizer is None:
+            return None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text, with or without a start token and the like."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens and without any clean-up of spaces."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def open_stream(self) -> Detokenizer:
+        """Return a detokenizer for a new sequence."""
+        return RustDetokenizer(self._tokenizer)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token that has exactly this text, or None."""
+        token = self._tokenizer.token_to_id(text)
+        added = self._tokenizer.get_added_tokens_decoder() if token is not None else {}
+        return token if token in added and added[token].special else None
+
+
+class GenaiTokenizer:
+    """Tokenizer of OpenVINO GenAI, for folders without a `tokenizer.json`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text, with or without a start token and the like."""
+        tensor = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).input_ids
+        return [int(token) for token in tensor.data[0]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens and without any clean-up of spaces."""
+        return str(self._tokenizer.decode(list(token_ids)))
+
+    def open_stream(self) -> Detokenizer:
+        """Return a detokenizer for a new sequence."""
+        return WindowDetokenizer(self)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token that has exactly this text, or None."""
+        ids = self.encode(text, add_special_tokens=False)
+        return ids[0] if len(ids) == 1 and self.decode(ids) == "" else None
+
+
+class TransformersTokenizer:
+    """Tokenizer of Transformers, without padding and truncation."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # The Rust tokenizer is many times faster than its wrapper, and safe in many threads.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._rust = None if backend is None else RustTokenizer(backend)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text, with or without a start token and the like."""
+        if self._rust is not None and not add_special_tokens:
+            return self._rust.encode(text, add_special_tokens=False)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens and without any clean-up of spaces."""
+        if self._rust is not None:
+            return self._rust.decode(token_ids)
+        return str(
+            self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def open_stream(self) -> Detokenizer:
+        """Return a detokenizer for a new sequence."""
+        return self._rust.open_stream() if self._rust is not None else WindowDetokenizer(self)
+
+    def special_id(self, text: str) -> int | None:
+        """Return the special token that has exactly this text, or None."""
+        if self._rust is not None:
+            return self._rust.special_id(text)
+        return self.tokenizer.convert_tokens_to_ids(text) if text in self.tokenizer.all_special_tokens else None
+
+
+class RustDetokenizer:
+    """Detokenizer of the library of `tokenizer.json` files."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token: int) -> str:
+        """Return the text that a token completes, empty where a character is still incomplete."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+class WindowDetokenizer:
+    """Detokenizer for any tokenizer that decodes: new tokens are decoded together with a few before them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._known = ""
+        self._held = 0
+
+    def step(self, token: int) -> str:
+        """Return the text that a token completes, empty where a character is still incomplete."""
+        self._window.append(token)
+        self._held += 1
+        text = self._tokenizer.decode(self._window)
+        if len(text) <= len(self._known) or (text.endswith(REPLACEMENT) and self._held <= MAX_HELD_TOKENS):
+            return ""
+        new = text[len(self._known) :]
+        self._held = 0
+        self._window = self._window[-CONTEXT_TOKENS:]
+        self._known = self._tokenizer.decode(self._window)
+        return new
+
+
+class StopStrings:
+    """Ends a text before the first of some stop strings.
+
+    The first is the one that ends first, and of those that end at the same place the longest. So the place does not
+    depend on the pieces in which the text comes.
+
+    Attributes:
+        found: Whether a stop string was found.
+    """
+
+    def __init__(self, stop: Iterable[str]) -> None:
+        self._stops = sorted({text for text in stop if text}, key=len, reverse=True)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """Return the text that is certain after another piece; an end that may become a stop string is held back."""
+        if self.found or not self._stops:
+            return "" if self.found else text
+        text, self._held = self._held + text, ""
+        # What was held back holds no stop string, and is shorter than the longest.
+        places = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.found = True
+            return text[: min(places)[1]]
+        border = len(text) - self._partial_length(text)
+        text, self._held = text[:border], text[border:]
+        return text
+
+    def finish(self) -> str:
+        """Return what is held back at the end of the text."""
+        text, self._held = self._held, ""
+        return text
+
+    def _partial_length(self, text: str) -> int:
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0

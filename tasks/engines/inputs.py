@@ -1,0 +1,409 @@
+"""From a request to the tokens of its prompt: options, messages, chat template, end tokens, and what fits the context.
+
+The chat template is applied exactly once, on every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import (
+    TOKEN_NAMES,
+    ChatTemplate,
+    ChatTemplateError,
+    read_json,
+    read_special_tokens,
+)
+from prefect_huggingface.tasks.engines.conversations import write_conversation
+from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
+from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, find_reasoning_format
+from prefect_huggingface.tasks.engines.request_state import RequestState
+from prefect_huggingface.tasks.engines.structured import check_format
+from prefect_huggingface.tasks.records import Request
+
+TemplateUse = Literal["auto", "always", "never"]
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The final text of a prompt.
+
+    Attributes:
+        segments: Texts to tokenize one by one, so that what looks like a special token in a message is text.
+        add_special_tokens: Whether the tokenizer puts its start token before it. False where the text has it already.
+    """
+
+    segments: tuple[str, ...]
+    add_special_tokens: bool
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.segments)
+
+
+class InputProcessor:
+    """Makes the prompts of one model.
+
+    A plain prompt is put into the chat template as a message of the user when `use` says so: "auto" does it where the
+    model has a template and the prompt has not been through it yet.
+
+    Attributes:
+        template: Chat template, or None where the model has none.
+        tokenizer: Tokenizer of the model, set by `bind`.
+        end_ids: Tokens that end an answer: those of the model, its end token, and what the template writes after a turn.
+        context_length: Number of tokens of prompt and answer together, or None where it is not known.
+        prefix: Words that the model wants before a prompt.
+        is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
+        check: Refuses options that the backend cannot honour.
+    """
+
+    tokenizer: Tokenizer
+    end_ids: frozenset[int] = frozenset()
+    context_length: int | None = None
+    prefix: str = ""
+    is_continued: bool = True
+    check: Callable[[GenerationOptions], None] | None = None
+
+    def __init__(
+        self,
+        template: ChatTemplate | None,
+        tokens: Mapping[str, str] | None = None,
+        use: TemplateUse = "auto",
+        defaults: GenerationOptions | None = None,
+    ) -> None:
+        """Take the template of a model.
+
+        Args:
+            template: Chat template, or None where the model has none.
+            tokens: Special tokens by their names, where they are not in the template.
+            use: Whether plain prompts are put into the template.
+            defaults: Options of the model.
+        """
+        self.template = template
+        self._use = use
+        self._defaults = defaults or GenerationOptions()
+        self._tokens = dict(template.tokens if template else tokens or {})
+        self._start_token = self._tokens.get("bos_token")
+
+    @classmethod
+    def of_folder(
+        cls, folder: Path, use: TemplateUse = "auto", defaults: GenerationOptions | None = None
+    ) -> InputProcessor:
+        """Return the input processor of a model folder."""
+        return cls(ChatTemplate.of_folder(folder), read_special_tokens(folder), use, defaults)
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: Any) -> InputProcessor:
+        """Return the input processor of a tokenizer or processor of Transformers. Plain prompts are taken as they are."""
+        named = getattr(tokenizer, "tokenizer", tokenizer)
+        tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(named, name, None))}
+        source = getattr(tokenizer, "chat_template", None)
+        added = getattr(named, "added_tokens_decoder", None) or {}
+        special = [token.content for token in added.values() if token.special]
+        every = [token.content for token in added.values()]
+        return cls(ChatTemplate(source, tokens, special, every) if source else None, tokens, "never")
+
+    def bind(self, tokenizer: Tokenizer, end_ids: Collection[int], context_length: int | None) -> None:
+        """Take the tokenizer of the model, the end tokens that its settings name, and the length of its context."""
+        self.tokenizer, self.context_length = tokenizer, context_length
+        named = self._tokens.get("eos_token")
+        turn_end = self.template.end_text if self.template is not None else None
+        further = {tokenizer.special_id(text) for text in (named, turn_end) if text}
+        self.end_ids = frozenset(end_ids) | {token for token in further if token is not None}
+
+    def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
+        """Do what needs no model, in the thread of the caller or one of its own, and hand the request over."""
+        hand_over(state)
+
+    def close(self) -> None:
+        """Let go of what reading ahead needs."""
+        return
+
+    def begin(self, state: RequestState) -> None:
+        """Understand a request: begin its state, or end it where it is to be skipped.
+
+        Raises:
+            RequestError: If the request cannot be worked on.
+        """
+        options = resolve_options(self._defaults, state.request)
+        self._check_options(options)
+        prompt = self._write(state, options)
+        ids = self._tokenize(state, prompt)
+        room = options.max_new_tokens if self.is_continued else 0
+        fitting = fit_context(ids, options, self.context_length, room, can_cut=state.multimodal is None)
+        if fitting is None:
+            state.skip(len(ids))
+            return
+        state.begin(
+            options,
+            fitting,
+            self.tokenizer,
+            self._end_ids_of(options),
+            echo=prompt.text if options.echo else "",
+            reasoning=self._reasoning_of(prompt),
+        )
+
+    def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:
+        """Return the prompt of a request.
+
+        Raises:
+            RequestError: If the request has no prompt, or its messages cannot be used.
+        """
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
+        variables = options.template_options if options is not None else {}
+        if request.messages is not None:
+            return self._from_messages(check_messages(request.messages), request.tools, variables)
+        return self._from_text(request.prompt, request.tools, request.chat_template or self._use, variables)
+
+    def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
+        if state.request.images:
+            raise RequestError(
+                "invalid_prompt",
+                f"The model takes no images, got {len(state.request.images)}. Leave them out, or set "
+                "task='image-text-to-text'.",
+            )
+        prompt = self.write(state.request, options)
+        if not self.prefix or prompt.text.startswith(self.prefix):
+            return prompt
+        return Prompt((self.prefix, *prompt.segments), prompt.add_special_tokens)
+
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        first, *rest = prompt.segments
+        ids = self.tokenizer.encode(first, add_special_tokens=prompt.add_special_tokens)
+        for segment in rest:
+            ids += self.tokenizer.encode(segment, add_special_tokens=False)
+        return ids
+
+    def _check_options(self, options: GenerationOptions) -> None:
+        form = options.response_format
+        if options.num_beams > 1 and (form is not None or options.max_reasoning_tokens is not None):
+            name = "response_format" if form is not None else "max_reasoning_tokens"
+            raise RequestError(
+                "invalid_option", f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if options.num_beams > 1 and getattr(options, name):
+                raise RequestError(
+                    "invalid_option",
+                    f"`{name}` does not work with beam search, got {getattr(options, name)}. Use `repetition_penalty`.",
+                )
+        if form is not None:
+            check_format(form)
+        if self.check is not None:
+            self.check(options)
+
+    def _end_ids_of(self, options: GenerationOptions) -> frozenset[int]:
+        # A stop string that is one special token is never seen in the text.
+        stops = {token for text in options.stop if (token := self.tokenizer.special_id(text)) is not None}
+        return self.end_ids.union(stops, options.stop_token_ids)
+
+    def _reasoning_of(self, prompt: Prompt) -> ReasoningFormat | None:
+        if self.template is None or not self.is_continued:
+            return None
+        return find_reasoning_format(self.template.sources.values(), prompt.text)
+
+    def _from_messages(
+        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> Prompt:
+        try:
+            chat = write_conversation(self._template_for_messages, messages, tools, options=variables)
+        except ChatTemplateError as exc:
+            raise RequestError("invalid_prompt", str(exc)) from exc
+        return Prompt(chat.segments, add_special_tokens=False)
+
+    @property
+    def _template_for_messages(self) -> ChatTemplate:
+        if self.template is None:
+            raise RequestError(
+                "invalid_prompt",
+                "The model has no chat template, so it cannot answer messages. "
+                "Give a plain prompt, or take a model that is tuned for chat.",
+            )
+        return self.template
+
+    def _from_text(
+        self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse, variables: Mapping[str, Any]
+    ) -> Prompt:
+        check_text(text)
+        if self.template is None and use == "always":
+            raise RequestError(
+                "invalid_prompt",
+                "The model has no chat template to put the prompt into. Set `chat_template` to 'auto' or 'never'.",
+            )
+        is_templated = self.template is not None and self.template.is_templated(text)
+        if self.template is not None and (use == "always" or (use == "auto" and not is_templated)):
+            return self._from_messages([{"role": "user", "content": text}], tools, variables)
+        starts = bool(self._start_token) and text.startswith(self._start_token or "")
+        # A templated text gets a start token only where the template itself writes one.
+        writes_start = self.template is None or not is_templated or self.template.writes_start_token
+        return Prompt((text,), add_special_tokens=not starts and writes_start)
+
+
+def check_text(text: Any) -> None:
+    """Refuse what is no prompt.
+
+    Raises:
+        RequestError: If the prompt is not a text, has nothing in it, or holds half of a character.
+    """
+    if not isinstance(text, str):
+        raise RequestError("invalid_prompt", f"A prompt must be a text, got {type(text).__name__}. Give a string.")
+    if not text.strip():
+        raise RequestError("empty_prompt", f"The prompt must have some text in it, got {text!r}. Fill it in.")
+    if not _is_unicode(text):
+        raise RequestError("invalid_prompt", "The prompt holds half of a surrogate pair. Decode the text correctly.")
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return messages with plain text as their content.
+
+    Raises:
+        RequestError: If there are none, or one has an unknown role or no usable content.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise RequestError("invalid_prompt", f"Messages must be a list, got {type(messages).__name__}. Give a list.")
+    if not messages:
+        raise RequestError("empty_prompt", "The conversation has no messages. Give one of the user at least.")
+    checked = [_check_message(message) for message in messages]
+    if not any(str(message.get("content") or "").strip() or message.get("tool_calls") for message in checked):
+        raise RequestError("empty_prompt", "The messages have no text in them. Fill in their content.")
+    return checked
+
+
+def resolve_options(defaults: GenerationOptions, request: Request) -> GenerationOptions:
+    """Return the options of a request over the defaults of the model.
+
+    Raises:
+        RequestError: If the two do not go together.
+    """
+    try:
+        options = request.options
+        return defaults.merged(GenerationOptions(**options) if isinstance(options, Mapping) else options)
+    except ValidationError as exc:
+        problems = "; ".join(_problem(error) for error in exc.errors())
+        raise RequestError("invalid_option", problems) from exc
+
+
+def fit_context(
+    token_ids: Sequence[int],
+    options: GenerationOptions,
+    context_length: int | None,
+    new_tokens: int,
+    can_cut: bool = True,
+) -> list[int] | None:
+    """Return the tokens of a prompt that fit the context together with the new tokens, or None to skip the request.
+
+    Args:
+        token_ids: Tokens of the whole prompt.
+        options: Options that say what to do with a prompt that is too long.
+        context_length: Tokens that prompt and answer may have together, or None for no limit.
+        new_tokens: Tokens of the context that the answer needs.
+        can_cut: Whether the prompt may be cut; one with images may not.
+
+    Raises:
+        RequestError: If the prompt is too long and must not be cut.
+    """
+    room = len(token_ids) if context_length is None else context_length - new_tokens
+    if len(token_ids) <= room:
+        return list(token_ids)
+    if options.context_overflow == "skip":
+        return None
+    if options.context_overflow == "error" or room < 1 or not can_cut:
+        raise RequestError(
+            "too_long",
+            f"The prompt has {len(token_ids)} tokens, and with {new_tokens} new ones it does not fit the "
+            f"context of {context_length} tokens. Shorten it, lower `max_new_tokens`, or set `context_overflow`.",
+            prompt_tokens=len(token_ids),
+        )
+    return list(token_ids[-room:] if options.context_overflow == "truncate_left" else token_ids[:room])
+
+
+def read_end_tokens(folder: Path, default: int = -1) -> tuple[int, ...]:
+    """Return the tokens that end an answer by the settings of a model folder, the main one first."""
+    for name in ("generation_config.json", "config.json"):
+        ends = read_json(folder / name).get("eos_token_id")
+        if isinstance(ends, int):
+            return (ends,)
+        if isinstance(ends, list) and ends:
+            return tuple(ends)
+    return (default,) if default >= 0 else ()
+
+
+def context_length_of(settings: Mapping[str, Any]) -> int | None:
+    """Return how many tokens prompt and answer may have together, or None where the configuration does not say."""
+    settings = {**settings, **(settings.get("text_config") or {})}
+    lengths = (settings.get(name) for name in CONTEXT_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def longrope_border(settings: Mapping[str, Any]) -> int | None:
+    """Return the number of tokens above which a longrope model counts positions in another way, None for other models."""
+    settings = {**settings, **(settings.get("text_config") or {})}
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su"):
+        return None
+    return rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"`{place}` is no option of a generation, got {error['input']!r}. Remove it."
+    return message if message.startswith("`") or not place else f"`{place}`, got {error['input']!r}: {message}."
+
+
+def _check_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RequestError(
+            "invalid_prompt",
+            f"A message must have a role and content, got {type(message).__name__}. "
+            "Give for example {'role': 'user', 'content': 'Hello'}.",
+        )
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(
+            "invalid_prompt", f"The role of a message must be one of {', '.join(ROLES)}, got {role!r}. Correct it."
+        )
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": ""}
+    text = _join_parts(content) if isinstance(content, Sequence) and not isinstance(content, str) else content
+    if not isinstance(text, str) or not _is_unicode(text):
+        raise RequestError(
+            "invalid_prompt", f"The content of a message must be text, got {type(content).__name__}. Give a string."
+        )
+    return {**message, "content": text}
+
+
+def _join_parts(parts: Sequence[Any]) -> str:
+    """Return the text of a message whose content is a list of parts."""
+    texts = []
+    for part in parts:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise RequestError(
+                "invalid_prompt",
+                f"The content of a message must be text for this model, got a part of type {kind!r}. Leave it out.",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,277 @@
+"""Images of requests: where in a conversation they stand, how they are read, and the prompts that hold their places.
+
+Images come from paths and from file, data, http and https URLs, read with Pillow (the extra `vision`) by threads of
+their own, so that a slow server holds nobody up.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib.util
+import io
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, Prompt, check_messages, check_text
+from prefect_huggingface.tasks.engines.request_state import RequestState
+from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.records import Request
+
+READERS = 4
+MAX_IMAGE_BYTES = 64 * 2**20
+TIMEOUT_SECONDS = 30.0
+SHOWN_CHARACTERS = 120
+IMAGE = {"type": "image"}
+
+
+@dataclass(slots=True)
+class MultimodalInput:
+    """What was read for one request.
+
+    Attributes:
+        messages: Conversation with parts as content.
+        images: Images in RGB, in the order of their places.
+        prepared: What the engine made of text and images.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Any] = field(default_factory=list)
+    prepared: Any = None
+
+
+class MultimodalInputProcessor(InputProcessor):
+    """Input processor of a model for images and text. Images are read before a request reaches its engine."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="images")
+        self._closed = False
+
+    def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
+        """Read the images of a request and hand it over; one that fails is handed over with its error."""
+        try:
+            self._readers.submit(self._read, state, hand_over)
+        except RuntimeError:
+            # The readers are gone after the engine was closed.
+            hand_over(state)
+
+    def close(self) -> None:
+        """Read nothing more. What is being read is handed over."""
+        self._closed = True
+        self._readers.shutdown(wait=False)
+
+    def _read(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
+        try:
+            if not self._closed and state.abort_reason is None:
+                messages, sources = read_conversation(state.request)
+                state.multimodal = MultimodalInput(messages, [read_image(source) for source in sources])
+        except RequestError as exc:
+            state.fail(exc.code, str(exc))
+        except Exception as exc:
+            state.fail("engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its images.")
+        hand_over(state)
+
+    @abstractmethod
+    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
+        """Put messages and tools into the template, with the places of images as the engine wants them."""
+
+    def _check_options(self, options: GenerationOptions) -> None:
+        super()._check_options(options)
+        if options.max_reasoning_tokens is not None:
+            raise RequestError(
+                "invalid_option",
+                f"`max_reasoning_tokens` does not work with images, got {options.max_reasoning_tokens}. Leave it out.",
+            )
+
+    def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
+        request = state.request
+        if request.prompt is not None:
+            prompt = self.write(replace(request, images=()), options)
+            if prompt.text == request.prompt:
+                return prompt
+        try:
+            text = self.render(
+                self._template_for_messages, state.multimodal.messages, request, options=options.template_options
+            )
+        except ChatTemplateError as exc:
+            raise RequestError("invalid_prompt", str(exc)) from exc
+        return Prompt((text,), add_special_tokens=False)
+
+    def _reasoning_of(self, prompt: Prompt) -> None:
+        return None
+
+
+def check_pillow() -> None:
+    """Check that images can be read at all.
+
+    Raises:
+        EngineError: If Pillow is not installed.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        raise EngineError(
+            "Models with images need Pillow, which is not installed. "
+            'Install it with pip install "prefect-huggingface[vision]".'
+        )
+
+
+def read_image(source: Any) -> Any:
+    """Return an image in RGB.
+
+    Args:
+        source: Path, or URL with the scheme file, data, http or https.
+
+    Raises:
+        RequestError: If there is no image that can be read. The error shows the source.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(source, (str, Path)):
+        raise RequestError(
+            "invalid_prompt", f"An image must be a path or a URL, got {type(source).__name__}. Give one."
+        )
+    try:
+        with Image.open(io.BytesIO(_read_bytes(str(source)))) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise _unreadable(source, "it is not an image of a known kind") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        raise _unreadable(source, reason) from None
+
+
+def _read_bytes(source: str) -> bytes:
+    # A path of Windows looks like a URL with a scheme of one letter.
+    scheme = urlsplit(source).scheme.lower()
+    if scheme in ("http", "https"):
+        return _download(source)
+    if scheme == "data":
+        return _decode(source)
+    path = Path(url2pathname(urlsplit(source).path)) if scheme == "file" else Path(source).expanduser()
+    if len(scheme) > 1 and scheme != "file":
+        raise ValueError(f"the scheme {scheme!r} is not one of file, data, http and https")
+    if path.is_file() and path.stat().st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"it has more than {MAX_IMAGE_BYTES // 2**20} MiB")
+    return path.read_bytes()
+
+
+def _decode(source: str) -> bytes:
+    header, _, data = source.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError("a data URL must be in base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as exc:
+        raise ValueError(f"its base64 is broken: {exc}") from None
+
+
+def _download(source: str) -> bytes:
+    import httpx
+
+    parts: list[bytes] = []
+    try:
+        with httpx.stream("GET", source, timeout=TIMEOUT_SECONDS, follow_redirects=True) as response:
+            if response.status_code != httpx.codes.OK:
+                raise ValueError(f"the server answers {response.status_code}")
+            for part in response.iter_bytes():
+                parts.append(part)
+                if sum(map(len, parts)) > MAX_IMAGE_BYTES:
+                    raise ValueError(f"it has more than {MAX_IMAGE_BYTES // 2**20} MiB")
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise ValueError(f"it cannot be fetched: {type(exc).__name__}: {exc}") from None
+    return b"".join(parts)
+
+
+def _unreadable(source: Any, reason: str) -> RequestError:
+    # The query of a URL may hold a signature, and a data URL is long.
+    shown = str(source).partition("?")[0] if str(source).lower().startswith("http") else str(source)
+    shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + "..."
+    return RequestError("invalid_prompt", f"The image {shown!r} cannot be read: {reason}. Correct its path or address.")
+
+
+def read_conversation(request: Request) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the messages of a request with parts as their content, and the sources of the images in their order.
+
+    A part is text or the place of an image. Images of the request fill the places that name no source of their own;
+    what is left over stands at the beginning of the last message of the user.
+
+    Raises:
+        RequestError: If there is no prompt, or images are missing.
+    """
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
+    if request.messages is None:
+        check_text(request.prompt)
+        messages: Any = [{"role": "user", "content": request.prompt}]
+    else:
+        messages = request.messages
+    # Roles and texts are checked without the images.
+    check_messages([_without_images(message) for message in messages] if _is_list(messages) else messages)
+    given = iter(request.images)
+    sources: list[str] = []
+    read = [_read_message(message, given, sources) for message in messages]
+    return _with_rest(read, list(given), sources)
+
+
+def _with_rest(
+    messages: list[dict[str, Any]], rest: list[str], sources: list[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Put the images that have no place at the beginning of the last message of the user."""
+    if not rest:
+        return messages, sources
+    last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise RequestError("invalid_prompt", "Images need a message of the user to stand in. Add one.")
+    before = sum(part == IMAGE for message in messages[:last] for part in message["content"])
+    messages[last]["content"] = [IMAGE] * len(rest) + messages[last]["content"]
+    return messages, [*sources[:before], *rest, *sources[before:]]
+
+
+def _read_message(message: Mapping[str, Any], given: Iterator[str], sources: list[str]) -> dict[str, Any]:
+    content = message.get("content") or ""
+    parts = []
+    for part in content if _is_list(content) else [content]:
+        if isinstance(part, str) or not _is_image(part):
+            parts.append({"type": "text", "text": part if isinstance(part, str) else part["text"]})
+            continue
+        source = _source_of(part) or next(given, None)
+        if source is None:
+            raise RequestError("invalid_prompt", "The messages have more places for images than there are. Add images.")
+        sources.append(source)
+        parts.append(IMAGE)
+    return {**message, "content": parts}
+
+
+def _source_of(part: Mapping[str, Any]) -> str | None:
+    nested = part.get("image_url")
+    for value in (
+        nested.get("url") if isinstance(nested, Mapping) else nested,
+        *map(part.get, ("url", "path", "image")),
+    ):
+        if value is not None:
+            return str(value)
+    return None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def _without_images(message: Any) -> Any:
+    if not isinstance(message, Mapping) or not _is_list(message.get("content")):
+        return message
+    rest = [part for part in message["content"] if not _is_image(part)]
+    return {**message, "content": rest or "image"}

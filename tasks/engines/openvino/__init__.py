@@ -1,1 +1,0 @@
-"""Engines on OpenVINO GenAI: a continuous batch that all callers share."""

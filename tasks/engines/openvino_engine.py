@@ -1,0 +1,345 @@
+"""Text generation with OpenVINO: one thread owns one continuous batch, which every caller of the process shares.
+
+A request that fails takes nobody with it. What is wrong with it is found before the model sees it, where that is
+possible. When a step fails nevertheless, the requests in it go back to the queue, and they run with fewer and fewer
+others until the one that makes steps fail is alone.
+
+In full precision (`openvino_runtime.EXACT_PROPERTIES`) the greedy text of a request is the same alone, in any batch and
+streamed. OpenVINO's own defaults round differently in different batches.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
+from prefect_huggingface.tasks.engines.inputs import (
+    InputProcessor,
+    Prompt,
+    context_length_of,
+    longrope_border,
+    read_end_tokens,
+)
+from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor, check_pillow
+from prefect_huggingface.tasks.engines.openvino_runtime import (
+    GenaiPipeline,
+    apply_tuning,
+    check_options,
+    choose_device,
+    compile_properties,
+    generation_config,
+    kv_cache_precision,
+    last_line,
+)
+from prefect_huggingface.tasks.engines.openvino_scheduler import ScheduledRequest, Scheduler, choose_sizes
+from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
+from prefect_huggingface.tasks.engines.worker import EngineWorker
+from prefect_huggingface.tasks.records import ErrorCode, Request
+
+logger = get_logger(__name__)
+
+# The pipeline keeps the interpreter to itself during a step. After a request has ended, callers get this long to react.
+REACTION_SECONDS = 0.002
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+class OpenVINOTextEngine(EngineWorker):
+    """Causal language model in one continuous batch."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model.
+
+        Args:
+            path: Folder of the OpenVINO model.
+            model: Settings.
+
+        Raises:
+            EngineError: If OpenVINO cannot load the model with these settings.
+        """
+        device, properties = choose_device(model), compile_properties(model)
+        self.sizes = choose_sizes(path, model.engine, kv_cache_precision(device, properties))
+        self._options = model.engine
+        with ThreadPoolExecutor(1) as beside:
+            # OpenVINO compiles on one core and lets other threads run meanwhile.
+            rust = beside.submit(RustTokenizer.of_folder, path)
+            self._pipeline = GenaiPipeline(path, device, properties, self.sizes, model.engine)
+        tokenizer: Tokenizer = rust.result() or GenaiTokenizer(self._pipeline.tokenizer)
+        inputs = self._make_inputs(path, model)
+        ends = read_end_tokens(path, int(self._pipeline.tokenizer.get_eos_token_id()))
+        settings = read_json(path / "config.json")
+        # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
+        inputs.bind(tokenizer, ends, longrope_border(settings) or context_length_of(settings))
+        inputs.check = lambda options: check_options(options, model.engine)
+        self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
+        self._scheduled: dict[RequestState, ScheduledRequest] = {}
+        # More than fit, so that a place that gets free is taken in the same step.
+        self.in_flight = self.sizes.sequences + max(self.sizes.sequences // 2, 8)
+        super().__init__(inputs)
+
+    @staticmethod
+    def tuned(model: LocalModel, folder: Path) -> LocalModel:
+        """Return the model with the settings that were found for it on this machine."""
+        return apply_tuning(model, folder)
+
+    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
+        return InputProcessor.of_folder(path, model.chat_template, model.options)
+
+    def add(self, state: RequestState) -> None:
+        """Put a request at the end of the queue."""
+        request = self._scheduled[state] = ScheduledRequest(state)
+        self._scheduler.append(request)
+
+    def remove(self, state: RequestState) -> None:
+        """Take a request out of the queue and out of the pipeline."""
+        request = self._scheduled.pop(state, None)
+        if request is not None:
+            self._scheduler.remove(request)
+            request.cancel()
+
+    def reset(self) -> None:
+        """Clear the pipeline; it is loaded again where that is not possible."""
+        self._scheduler.clear()
+        self._pipeline.clear()
+
+    def release(self) -> None:
+        """Let go of the model."""
+        del self._pipeline
+
+    def leftovers(self) -> list[str]:
+        """Return what is still in the scheduler."""
+        return [f"request {request.state.request.id!r}" for request in (*self._scheduled.values(), *self._scheduler.requests)]
+
+    def finished(self) -> None:
+        """Let callers react before the next step."""
+        limit = time.perf_counter() + REACTION_SECONDS
+        while self._inbox.empty() and not self._scheduler.waiting and time.perf_counter() < limit:
+            time.sleep(REACTION_SECONDS / 20)
+
+    def step(self) -> None:
+        """Let requests in, do one step of the model for all that run, and take the new tokens."""
+        for request in self._scheduler.admit():
+            self._start(request)
+        if self._pipeline.has_work:
+            try:
+                self._pipeline.step()
+            except Exception as exc:
+                self._recover(exc)
+                return
+        for request in list(self._scheduler.running):
+            request.stepped_once = True
+            if not self._collect(request):
+                self._run_alone(request)
+
+    def _start(self, request: ScheduledRequest) -> None:
+        sequences = request.state.sequences
+        try:
+            for sequence in sequences[:1] if request.state.options.num_beams > 1 else sequences:
+                request.handles.append(self._submit(request, sequence))
+        except Exception as exc:
+            # What the checks did not find, the pipeline refuses before it takes the request.
+            self._fail(request, "invalid_option", f"OpenVINO refuses the request: {last_line(exc)} Change its options.")
+
+    def _submit(self, request: ScheduledRequest, sequence: Sequence) -> Any:
+        """Put a sequence into the pipeline, from where it is, and return its handle."""
+        state = request.state
+        sequence.resubmit()
+        config = generation_config(
+            state.options,
+            state.end_ids,
+            self._options,
+            seed=sequence.seed,
+            new_tokens=sequence.tokens_left,
+            least_tokens=max(state.options.min_new_tokens - sequence.generated_tokens, 0),
+            response_format=sequence.response_format,
+        )
+        if state.multimodal is not None:
+            return self._pipeline.add_with_images(*state.multimodal.prepared, config)
+        return self._pipeline.add(sequence.context_ids, config)
+
+    def _collect(self, request: ScheduledRequest) -> bool:
+        """Give the sequences their tokens; return False where the pipeline gave the request up for want of cache."""
+        state = request.state
+        for place, handle in enumerate(request.handles):
+            sequences = state.sequences if state.options.num_beams > 1 else state.sequences[place : place + 1]
+            if not any(sequence.is_running for sequence in sequences):
+                continue
+            _read_handle(handle, sequences)
+            if handle.get_status().name == "IGNORED":
+                return False
+            if not any(sequence.is_running for sequence in sequences):
+                # A stop string or the end of a phase; the handle gives its room back in the next step.
+                handle.cancel()
+            if sequences[0].must_resubmit:
+                request.handles[place] = self._submit(request, sequences[0])
+        return True
+
+    def _run_alone(self, request: ScheduledRequest) -> None:
+        """Run a request again that the full cache has cut off: first with no other beside it, then no more."""
+        if request.runs_alone or len(self._scheduler.running) == 1:
+            capacity = self.sizes.cache_tokens
+            self._fail(
+                request,
+                "out_of_cache",
+                f"The request with {request.state.prompt_tokens} tokens and up to "
+                f"{request.state.options.max_new_tokens} new ones does not fit into the KV cache of "
+                f"{capacity or 'unknown'} tokens. Shorten it, lower `max_new_tokens`, or set a larger `cache_size_gb`.",
+            )
+            return
+        logger.warning("The KV cache is full; a request runs again with no other beside it.")
+        request.runs_alone = True
+        self._restart([request])
+
+    def _recover(self, error: Exception) -> None:
+        """Clear the pipeline after a failed step, and come closer to the request that it was."""
+        requests = list(self._scheduler.running)
+        fresh = [request for request in requests if not request.stepped_once]
+        logger.warning("A step with %d requests failed: %s", len(requests), last_line(error))
+        self._restart(requests)
+        self._pipeline.clear()
+        if len(requests) == 1:
+            self._blame(requests[0], error)
+        elif len(fresh) > 1:
+            self._scheduler.quarantine(fresh)
+        else:
+            # The one that was new is the likeliest; where none was, it may be any of them.
+            for request in fresh or requests:
+                request.runs_alone = True
+
+    def _restart(self, requests: list[ScheduledRequest]) -> None:
+        for request in requests:
+            request.cancel()
+            request.state.restart()
+            request.stepped_once = False
+        self._scheduler.put_back(requests)
+
+    def _blame(self, request: ScheduledRequest, error: Exception) -> None:
+        if request.state.options.response_format is not None:
+            message = f"The response format cannot be made a grammar: {last_line(error)} Write it in simpler terms."
+            self._fail(request, "invalid_option", message)
+        else:
+            self._fail(request, "engine_error", f"The request makes the model fail: {last_line(error)} Change it.")
+
+    def _fail(self, request: ScheduledRequest, code: ErrorCode, message: str) -> None:
+        request.state.fail(code, message)
+        self.remove(request.state)
+
+
+def _read_handle(handle: Any, sequences: list[Sequence]) -> None:
+    """Give the sequences what a handle holds, the best answer first."""
+    while handle.can_read():
+        outputs = sorted(handle.read().values(), key=lambda output: -output.score)
+        for sequence, output in zip(sequences, outputs, strict=False):
+            logprobs = output.generated_log_probs or [None] * len(output.generated_ids)
+            for token, logprob in zip(output.generated_ids, logprobs, strict=False):
+                sequence.append(token, logprob)
+            if sequence.is_running and output.finish_reason.name != "NONE":
+                sequence.finish("length" if output.finish_reason.name == "LENGTH" else "stop")
+
+
+class OpenVINOVisionEngine(OpenVINOTextEngine):
+    """Model for images and text in one continuous batch.
+
+    The number of prompt tokens is that of the text; OpenVINO GenAI does not tell how many tokens an image becomes.
+    """
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model.
+
+        Args:
+            path: Folder of the OpenVINO model.
+            model: Settings.
+
+        Raises:
+            EngineError: If OpenVINO cannot load the model with these settings, or Pillow is missing.
+        """
+        check_pillow()
+        self._view = link_preprocessor(path)
+        try:
+            super().__init__(self._view or path, model)
+        except BaseException:
+            self._remove_view()
+            raise
+
+    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
+        return OpenVINOVisionInputs.of_folder(path, model.chat_template, model.options)
+
+    def release(self) -> None:
+        """Let go of the model and of the folder of links."""
+        super().release()
+        self._remove_view()
+
+    def _remove_view(self) -> None:
+        if self._view is not None:
+            shutil.rmtree(self._view, ignore_errors=True)
+
+
+class OpenVINOVisionInputs(MultimodalInputProcessor):
+    """Prompts with the tags of OpenVINO GenAI in the places of the images."""
+
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        images = state.multimodal.images
+        state.multimodal.prepared = (prompt.text, [_tensor(image) for image in images])
+        text = prompt.text
+        for number in range(len(images)):
+            text = text.replace(f"<ov_genai_image_{number}>", "", 1)
+        return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+
+    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
+        """Put messages and tools into the template, with tags in the places of the images."""
+        tagged = _tagged(messages)
+        try:
+            text = template.render(tagged, request.tools, **more)
+            complete = all(part["text"] in text for message in tagged for part in message["content"])
+        except ChatTemplateError:
+            complete = False
+        if not complete:
+            # Some templates want parts, and some want plain text.
+            joined = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in tagged]
+            text = template.render(joined, request.tools, **more)
+        return text
+
+
+def _tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with a tag as text for each image."""
+    tagged, count = [], 0
+    for message in messages:
+        parts = []
+        for part in message["content"]:
+            is_image = part["type"] == "image"
+            # OpenVINO GenAI writes the line end after an image itself, for the models that want one.
+            parts.append({"type": "text", "text": f"<ov_genai_image_{count}>"} if is_image else part)
+            count += is_image
+        tagged.append({**message, "content": parts})
+    return tagged
+
+
+def link_preprocessor(path: Path) -> Path | None:
+    """Return a folder of links with the settings for images where OpenVINO GenAI looks for them, None where they are.
+
+    Newer versions of Transformers write them into the settings of the whole processor.
+    """
+    settings = read_json(path / "processor_config.json").get("image_processor")
+    if (path / PREPROCESSOR_FILE).is_file() or not settings:
+        return None
+    view = Path(tempfile.mkdtemp(prefix="prefect-huggingface-images-"))
+    for file in path.iterdir():
+        (view / file.name).symlink_to(file.resolve())
+    (view / PREPROCESSOR_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    return view
+
+
+def _tensor(image: Any) -> Any:
+    import numpy as np
+    from openvino import Tensor
+
+    return Tensor(np.asarray(image, dtype=np.uint8)[None])

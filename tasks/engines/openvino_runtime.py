@@ -1,0 +1,372 @@
+"""OpenVINO GenAI underneath the engines: devices, options of a generation, the continuous batch, and found settings.
+
+What OpenVINO GenAI cannot do is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ResponseFormat
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
+from prefect_huggingface.tasks.engines.structured import genai_grammar
+from prefect_huggingface.tasks.errors import EngineError
+
+logger = get_logger(__name__)
+
+# With these, a row's greedy text is the same alone, in any batch, and streamed. OpenVINO's own defaults compute in
+# bfloat16 where the processor has it, quantize activations to 8 bits by groups, and keep keys and values in 8 bits;
+# all three round differently for different batches.
+EXACT_PROPERTIES = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+# The size that OpenVINO GenAI takes for speculative decoding by default.
+DRAFT_TOKENS = 5
+LOOKUP_NGRAM = 3
+# A failed step leaves its requests half scheduled. Once they are cancelled, one step frees them.
+CLEARING_STEPS = 4
+# Settings that `tune_engine` finds for one model on one machine.
+TUNINGS_FOLDER = "tunings"
+ENGINE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens")
+
+
+def compile_properties(model: LocalModel) -> dict[str, Any]:
+    """Return the properties to compile a model with.
+
+    Full precision that is asked for (`INFERENCE_PRECISION_HINT` of f32, or `EXECUTION_MODE_HINT` of ACCURACY) is meant
+    for all of the model, so that the properties of `EXACT_PROPERTIES` go with it unless they are given.
+    """
+    return {**EXACT_PROPERTIES, **model.ov_config} if wants_full_precision(model.ov_config) else dict(model.ov_config)
+
+
+def wants_full_precision(properties: Mapping[str, Any]) -> bool:
+    """Return whether properties ask for full precision."""
+    precision, mode = properties.get("INFERENCE_PRECISION_HINT"), properties.get("EXECUTION_MODE_HINT")
+    return str(precision).lower() in ("f32", "fp32", "float32") or str(mode).upper() == "ACCURACY"
+
+
+def choose_device(model: LocalModel) -> str:
+    """Return OpenVINO's name of the device of a model.
+
+    Raises:
+        EngineError: If there is no such device.
+    """
+    device = "CPU" if model.device is None else model.device.upper()
+    if device.lstrip("-").isdigit():
+        device = "CPU" if int(device) < 0 else f"GPU.{device}"
+    if device == "CPU":
+        return device
+    from openvino import Core
+
+    available = Core().available_devices
+    first = device.split(":")[0].split(".")[0]
+    known = {name.split(".")[0] for name in available} | {"AUTO", "HETERO", "MULTI"}
+    if first not in known or (device.startswith("GPU.") and device not in available):
+        raise EngineError(
+            f"`device` must be one of {', '.join(available)} here, got {model.device!r}. Choose one of them.",
+            device=model.device,
+        )
+    return device
+
+
+def kv_cache_precision(device: str, properties: dict[str, Any]) -> str:
+    """Return the precision that keys and values are kept in, "u8" for instance."""
+    given = properties.get("KV_CACHE_PRECISION")
+    if given is not None:
+        return str(given).lower()
+    return "u8" if device == "CPU" else "f16"
+
+
+def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
+    """Load a model of Optimum on OpenVINO.
+
+    Raises:
+        EngineError: If OpenVINO cannot load the model with these settings.
+    """
+    device, properties = choose_device(model), compile_properties(model)
+    try:
+        from optimum import intel
+
+        return getattr(intel, auto_class).from_pretrained(
+            path,
+            device=device,
+            ov_config=properties,
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=True,
+            export=False,
+            compile=True,
+        )
+    except Exception as exc:
+        raise EngineError(
+            f"The OpenVINO model in {str(path)!r} could not be loaded for task {model.task!r}: "
+            f"{type(exc).__name__}: {exc}. Check the device, `ov_config`, and that the folder is complete."
+        ) from exc
+
+
+def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
+    """Refuse options that OpenVINO GenAI cannot honour.
+
+    Raises:
+        RequestError: With the option and what to do instead.
+    """
+    if options.no_repeat_ngram_size and options.num_beams == 1:
+        raise RequestError(
+            "invalid_option",
+            f"`no_repeat_ngram_size` works with beam search only on OpenVINO, got {options.no_repeat_ngram_size}. "
+            "Use `repetition_penalty`, `num_beams`, or the torch backend.",
+        )
+    if engine.draft_model is None:
+        return
+    # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
+    # https://github.com/openvinotoolkit/openvino.genai/issues/4190 and 4081
+    for name, is_given in (
+        ("do_sample", options.do_sample),
+        ("response_format", options.response_format is not None),
+        ("num_beams", options.num_beams > 1),
+    ):
+        if is_given:
+            raise RequestError(
+                "invalid_option",
+                f"`{name}` does not work with a `draft_model`, got {getattr(options, name)!r}. "
+                "Load the model without the draft, or with `prompt_lookup_tokens`.",
+            )
+
+
+def generation_config(
+    options: GenerationOptions,
+    end_ids: Collection[int],
+    engine: EngineOptions,
+    *,
+    seed: int,
+    new_tokens: int,
+    least_tokens: int,
+    response_format: ResponseFormat | None,
+) -> Any:
+    """Return the settings of OpenVINO GenAI for one sequence, or for all sequences of a beam search.
+
+    Args:
+        options: Options of the request, checked.
+        end_ids: Tokens that end a sequence.
+        engine: Options of the engine, for speculative decoding.
+        seed: Seed of the sequence.
+        new_tokens: Greatest number of tokens to come.
+        least_tokens: Number of tokens before an end token is allowed.
+        response_format: Form of what is to come.
+    """
+    from openvino_genai import GenerationConfig
+
+    config = GenerationConfig()
+    config.max_new_tokens = new_tokens
+    config.min_new_tokens = least_tokens
+    # Templates are applied before, exactly once.
+    config.apply_chat_template = False
+    config.ignore_eos = options.ignore_eos
+    if end_ids and not options.ignore_eos:
+        config.eos_token_id = min(end_ids)
+        config.stop_token_ids = set(end_ids)
+    config.repetition_penalty = options.repetition_penalty
+    config.presence_penalty = options.presence_penalty
+    config.frequency_penalty = options.frequency_penalty
+    config.logprobs = 1 if options.logprobs else 0
+    if options.do_sample:
+        config.do_sample = True
+        config.rng_seed = seed
+        config.temperature = 1.0 if options.temperature is None else options.temperature
+        for name in ("top_p", "top_k", "min_p"):
+            if (value := getattr(options, name)) is not None:
+                setattr(config, name, value)
+    elif options.num_beams > 1:
+        # Stop strings stay out: with them a beam search of OpenVINO GenAI 2026.4 fails or loses its best beams. Its
+        # answers are cut afterwards.
+        config.num_beams = options.num_beams
+        config.num_return_sequences = options.n
+        if options.no_repeat_ngram_size:
+            config.no_repeat_ngram_size = options.no_repeat_ngram_size
+    if response_format is not None:
+        config.structured_output_config = genai_grammar(response_format)
+    if engine.prompt_lookup_tokens is not None:
+        config.num_assistant_tokens = engine.prompt_lookup_tokens
+        config.max_ngram_size = LOOKUP_NGRAM
+    elif engine.draft_model is not None:
+        config.num_assistant_tokens = DRAFT_TOKENS
+    return config
+
+
+class GenaiPipeline:
+    """One `ContinuousBatchingPipeline`. Only one thread may use it."""
+
+    def __init__(
+        self, folder: Path, device: str, properties: dict[str, Any], sizes: SchedulerSizes, options: EngineOptions
+    ) -> None:
+        """Load a model.
+
+        Args:
+            folder: Folder of the OpenVINO model.
+            device: Device of OpenVINO.
+            properties: Properties to compile the model with.
+            sizes: Sizes of the batch.
+            options: Further options of the engine.
+
+        Raises:
+            EngineError: If OpenVINO cannot load the model.
+        """
+        self._folder, self._device, self._properties = folder, device, properties
+        self._sizes, self._options = sizes, options
+        self._next_id = 0
+        self._pipeline = self._load()
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of OpenVINO GenAI."""
+        return self._pipeline.get_tokenizer()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do."""
+        return bool(self._pipeline.has_non_finished_requests())
+
+    @property
+    def cache_usage(self) -> float:
+        """Percentage of the KV cache that is in use."""
+        return float(self._pipeline.get_metrics().cache_usage)
+
+    def add(self, tokens: Sequence[int], config: Any) -> Any:
+        """Add a prompt and return its handle."""
+        import numpy as np
+        from openvino import Tensor
+
+        self._next_id += 1
+        return self._pipeline.add_request(self._next_id, Tensor(np.asarray([tokens], dtype=np.int64)), config)
+
+    def add_with_images(self, text: str, images: Sequence[Any], config: Any) -> Any:
+        """Add a prompt with the tags of images and return its handle.
+
+        Args:
+            text: Prompt with a tag in the place of each image.
+            images: Tensors of [1, height, width, 3].
+            config: How to generate.
+        """
+        self._next_id += 1
+        return self._pipeline.add_request(self._next_id, text, list(images), config)
+
+    def step(self) -> None:
+        """Do one step of the model for everything that was added."""
+        self._pipeline.step()
+
+    def clear(self) -> None:
+        """Make the pipeline usable again after a failed step. All handles must be cancelled before."""
+        for _ in range(CLEARING_STEPS):
+            try:
+                if not self.has_work:
+                    return
+                self._pipeline.step()
+            except RuntimeError:
+                continue
+        logger.warning("The pipeline of %s cannot be cleared; loading the model again.", self._folder)
+        del self._pipeline
+        self._pipeline = self._load()
+
+    def _load(self) -> Any:
+        from openvino_genai import ContinuousBatchingPipeline
+
+        config = self._sizes.scheduler_config(self._options)
+        try:
+            return ContinuousBatchingPipeline(self._folder, config, self._device, self._all_properties())
+        except Exception as exc:
+            raise EngineError(
+                f"OpenVINO cannot load {str(self._folder)!r} on {self._device}: {last_line(exc)} "
+                "Check the folder, `device` and `ov_config`."
+            ) from exc
+
+    def _all_properties(self) -> dict[str, Any]:
+        if self._options.draft_model is not None:
+            from openvino_genai import draft_model
+
+            return {**self._properties, "draft_model": draft_model(self._options.draft_model, self._device)}
+        if self._options.prompt_lookup_tokens is not None:
+            return {**self._properties, "prompt_lookup": True}
+        return self._properties
+
+
+def last_line(error: Exception) -> str:
+    """Return what an exception of OpenVINO says, without the places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = re.sub(r"^(\[[0-9:]+\] )?\S+\.[ch](pp|c|h)?:\d+:? ?", "", lines[-1]) if lines else ""
+    said = said or type(error).__name__
+    return said if said.endswith((".", "!", "?")) else said + "."
+
+
+def machine_name() -> str:
+    """Return what tells machines apart that are fast in different ways."""
+    facts = [platform.machine(), _processor(), str(os.cpu_count()), version("openvino"), version("openvino-genai")]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def tuning_file(model: LocalModel, folder: Path) -> Path:
+    """Return the file for the settings of a model folder on this machine."""
+    weights = sorted((file.name, file.stat().st_size) for file in folder.glob("*.bin"))
+    mark = hashlib.sha256(json.dumps([folder.name, model.device, weights]).encode()).hexdigest()[:16]
+    return model.store_path / TUNINGS_FOLDER / f"{mark}-{machine_name()}.json"
+
+
+def read_settings(model: LocalModel, folder: Path) -> dict[str, Any]:
+    """Return the settings that were found, empty where there are none."""
+    found = read_json(tuning_file(model, folder)).get("settings")
+    return found if isinstance(found, dict) else {}
+
+
+def write_settings(model: LocalModel, folder: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    """Keep settings for this machine, with the facts that they rest on."""
+    path = tuning_file(model, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    unfinished.write_text(json.dumps({"settings": settings, **facts}, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def with_settings(model: LocalModel, settings: Mapping[str, Any]) -> LocalModel:
+    """Return a model with settings put under what its user gives.
+
+    Where the user asks for full precision, only the sizes are taken over.
+    """
+    sizes = {name: settings[name] for name in ENGINE_SETTINGS if name in settings}
+    properties = {name: value for name, value in settings.items() if name not in ENGINE_SETTINGS}
+    if wants_full_precision(model.ov_config):
+        properties = {}
+    given = {name: getattr(model.engine, name) for name in model.engine.model_fields_set}
+    given = {name: value for name, value in given.items() if value is not None or name not in ENGINE_SETTINGS}
+    return model.model_copy(
+        update={"engine": EngineOptions(**{**sizes, **given}), "ov_config": {**properties, **model.ov_config}}
+    )
+
+
+def apply_tuning(model: LocalModel, folder: Path) -> LocalModel:
+    """Return a model with what was found for it on this machine, unless it is told not to use it."""
+    if model.backend != "openvino" or model.task != "text-generation" or not model.engine.tuned:
+        return model
+    settings = read_settings(model, folder)
+    return with_settings(model, settings) if settings else model
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    facts = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    return "\n".join(facts)

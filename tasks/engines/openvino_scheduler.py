@@ -1,0 +1,272 @@
+"""Which requests run beside each other on OpenVINO, and which wait; and the sizes of the batch.
+
+A request is let in only where the KV cache has room for all that it can come to need. So the pipeline never runs out in
+the middle, which costs it computed tokens at best.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect_huggingface.blocks import EngineOptions
+from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.inputs import context_length_of
+from prefect_huggingface.tasks.engines.memory import available_bytes
+from prefect_huggingface.tasks.engines.request_state import RequestState
+
+GIB = 2**30
+# OpenVINO keeps the KV cache in blocks of this many tokens on a CPU.
+BLOCK_TOKENS = 32
+DEFAULT_SEQUENCES = 64
+DEFAULT_BATCHED_TOKENS = 512
+# Rows are seldom longer than this, also where the context of the model is.
+USUAL_ROW_TOKENS = 2048
+LARGEST_SHARE_OF_MEMORY = 0.3
+SMALLEST_CACHE_BYTES = GIB // 4
+PRECISION_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "u8": 1.125, "i8": 1.125, "u4": 0.625}
+# Requests that share this many tokens at their beginning wait until the first of them has computed it for all.
+SHARED_TOKENS = 2 * BLOCK_TOKENS
+MAX_PREFIXES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSizes:
+    """Sizes of one engine.
+
+    Attributes:
+        sequences: Number of answers that are generated side by side.
+        batched_tokens: Number of tokens that one step handles.
+        cache_bytes: Room for the KV cache. Memory is taken only as the cache fills.
+        kv_blocks: The same in blocks, or 0 where the size of a block is not known.
+    """
+
+    sequences: int
+    batched_tokens: int
+    cache_bytes: int
+    kv_blocks: int
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Number of tokens that the cache holds, or None where it is not known."""
+        return self.kv_blocks * BLOCK_TOKENS or None
+
+    def scheduler_config(self, options: EngineOptions) -> Any:
+        """Return the settings of OpenVINO GenAI for these sizes."""
+        from openvino_genai import SchedulerConfig
+
+        config = SchedulerConfig()
+        config.max_num_seqs = self.sequences
+        config.max_num_batched_tokens = self.batched_tokens
+        config.enable_prefix_caching = options.enable_prefix_caching
+        config.dynamic_split_fuse = True
+        if self.kv_blocks:
+            config.num_kv_blocks = self.kv_blocks
+        else:
+            config.cache_size = max(round(self.cache_bytes / GIB), 1)
+        return config
+
+
+def choose_sizes(folder: Path, options: EngineOptions, precision: str) -> SchedulerSizes:
+    """Return the sizes for a model.
+
+    Args:
+        folder: Folder of the OpenVINO model.
+        options: What the user gives; the rest is chosen.
+        precision: Precision of the KV cache, "u8" for instance.
+    """
+    sequences = options.max_num_seqs or DEFAULT_SEQUENCES
+    token_bytes = kv_bytes_per_token(folder, precision)
+    row_tokens = min(context_length_of(read_json(folder / "config.json")) or USUAL_ROW_TOKENS, USUAL_ROW_TOKENS)
+    if options.cache_size_gb is not None:
+        cache_bytes = int(options.cache_size_gb * GIB)
+    else:
+        wanted = int(2 * sequences * row_tokens * token_bytes) if token_bytes else GIB
+        cache_bytes = min(max(wanted, SMALLEST_CACHE_BYTES), int(LARGEST_SHARE_OF_MEMORY * available_bytes()))
+    kv_blocks = max(int(cache_bytes / (token_bytes * BLOCK_TOKENS)), 2) if token_bytes else 0
+    batched_tokens = options.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, sequences)
+    if kv_blocks:
+        # OpenVINO GenAI 2026.4 crashes when a step may take as many tokens as the cache holds, and the cache gets full.
+        batched_tokens = min(batched_tokens, (kv_blocks - 1) * BLOCK_TOKENS)
+    return SchedulerSizes(sequences, batched_tokens, cache_bytes, kv_blocks)
+
+
+def kv_bytes_per_token(folder: Path, precision: str) -> float:
+    """Return how many bytes of KV cache one token takes, or 0 where the model does not say."""
+    settings = read_json(folder / "config.json")
+    settings = {**settings, **(settings.get("text_config") or {})}
+    layers = settings.get("num_hidden_layers") or settings.get("n_layer")
+    heads = settings.get("num_attention_heads") or settings.get("n_head")
+    hidden = settings.get("hidden_size") or settings.get("n_embd")
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+        return 0.0
+    size = settings.get("head_dim") or hidden // heads
+    kv_heads = settings.get("num_key_value_heads") or heads
+    return 2.0 * layers * kv_heads * size * PRECISION_BYTES.get(precision, 2.0)
+
+
+@dataclass(slots=True, eq=False)
+class ScheduledRequest:
+    """A request in the scheduler.
+
+    Attributes:
+        state: The request.
+        handles: What the pipeline gave for each of its sequences, or one for all sequences of a beam search.
+        stepped_once: Whether the pipeline has made a step with it, so that it is not what makes a step fail.
+        runs_alone: Whether it is to run with no other beside it.
+        prompt: What is handed to the pipeline, where that is not the tokens of the prompt.
+    """
+
+    state: RequestState
+    handles: list[Any] = field(default_factory=list)
+    stepped_once: bool = False
+    runs_alone: bool = False
+    prompt: Any = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the prompt is computed and the first token is there."""
+        return any(sequence.tokens or sequence.finish_reason for sequence in self.state.sequences)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Number of tokens of the KV cache that it can come to need. Every sequence may leave a block unfilled."""
+        return self.state.most_tokens + self.state.num_seqs * BLOCK_TOKENS
+
+    def cancel(self) -> None:
+        """Take it out of the pipeline, which frees its room in the next step."""
+        for handle in self.handles:
+            handle.cancel()
+        self.handles = []
+
+
+class Scheduler:
+    """Requests in the order of their submission.
+
+    Attributes:
+        waiting: Requests that are not in the pipeline.
+        running: Requests that are in the pipeline.
+    """
+
+    def __init__(self, max_num_seqs: int, cache_tokens: int | None = None, shares_prefixes: bool = True) -> None:
+        """Start empty.
+
+        Args:
+            max_num_seqs: Number of sequences that may run side by side.
+            cache_tokens: Number of tokens that the KV cache holds, or None where it is not known.
+            shares_prefixes: Whether the pipeline keeps prefixes that it has computed.
+        """
+        self._max_num_seqs = max_num_seqs
+        self._cache_tokens = cache_tokens
+        self._shares_prefixes = shares_prefixes
+        self.waiting: deque[ScheduledRequest] = deque()
+        self.running: dict[ScheduledRequest, None] = {}
+        self._quarantined: set[ScheduledRequest] = set()
+        # Prefixes that were computed, by their hashes. A wrong one costs a little time and nothing else.
+        self._prefixes: dict[int, None] = {}
+
+    @property
+    def requests(self) -> list[ScheduledRequest]:
+        """All requests, the running ones first."""
+        return [*self.running, *self.waiting]
+
+    def append(self, request: ScheduledRequest) -> None:
+        """Put a request at the end."""
+        self.waiting.append(request)
+
+    def put_back(self, requests: Iterable[ScheduledRequest]) -> None:
+        """Put running requests back to the beginning of the queue."""
+        for request in reversed(list(requests)):
+            self.running.pop(request, None)
+            self.waiting.appendleft(request)
+
+    def remove(self, request: ScheduledRequest) -> None:
+        """Take a request out, wherever it is."""
+        self._quarantined.discard(request)
+        if request in self.running:
+            self._note_prefix(request)
+            del self.running[request]
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def clear(self) -> None:
+        """Take all requests out."""
+        self.waiting.clear()
+        self.running.clear()
+        self._quarantined.clear()
+
+    def quarantine(self, requests: Iterable[ScheduledRequest]) -> None:
+        """Have requests run for their first step with no other new one."""
+        self._quarantined.update(requests)
+
+    def admit(self) -> list[ScheduledRequest]:
+        """Move the requests that may run now from the waiting to the running ones and return them."""
+        if not self.waiting or any(request.runs_alone for request in self.running):
+            return []
+        self._quarantined.difference_update([request for request in self.running if request.stepped_once])
+        admitted = self._next_quarantined() if self._quarantined else self._next_requests()
+        self.running.update(dict.fromkeys(admitted))
+        return admitted
+
+    def _next_quarantined(self) -> list[ScheduledRequest]:
+        if any(not request.stepped_once for request in self.running):
+            return []
+        request = next(request for request in self.waiting if request in self._quarantined)
+        if not self._has_room(request, list(self.running)):
+            return []
+        self.waiting.remove(request)
+        return [request]
+
+    def _next_requests(self) -> list[ScheduledRequest]:
+        admitted: list[ScheduledRequest] = []
+        held: list[ScheduledRequest] = []
+        under_way = self._prefixes_under_way()
+        while self.waiting and self._has_room(self.waiting[0], [*self.running, *admitted]):
+            request = self.waiting.popleft()
+            prefix = self._prefix_of(request)
+            if prefix in under_way:
+                held.append(request)
+                continue
+            admitted.append(request)
+            if prefix is not None and prefix not in self._prefixes:
+                under_way.add(prefix)
+        self.waiting.extendleft(reversed(held))
+        return admitted
+
+    def _has_room(self, request: ScheduledRequest, others: list[ScheduledRequest]) -> bool:
+        """Return whether a request may run beside others. With none it always may."""
+        if not others:
+            return True
+        num_seqs = request.state.num_seqs + sum(other.state.num_seqs for other in others)
+        if request.runs_alone or others[-1].runs_alone or num_seqs > self._max_num_seqs:
+            return False
+        if self._cache_tokens is None:
+            return True
+        return sum(other.reserved_tokens for other in (request, *others)) <= self._cache_tokens
+
+    def _prefixes_under_way(self) -> set[int]:
+        """Return the prefixes that running requests are computing, and take note of those that they have computed."""
+        under_way = set()
+        for request in self.running:
+            self._note_prefix(request)
+            prefix = self._prefix_of(request)
+            if prefix is not None:
+                under_way.add(prefix)
+        return under_way - self._prefixes.keys()
+
+    def _note_prefix(self, request: ScheduledRequest) -> None:
+        """Take note of the prefix of a request if it is computed."""
+        prefix = self._prefix_of(request)
+        if prefix is not None and request.has_begun:
+            self._prefixes[prefix] = None
+            if len(self._prefixes) > MAX_PREFIXES:
+                del self._prefixes[next(iter(self._prefixes))]
+
+    def _prefix_of(self, request: ScheduledRequest) -> int | None:
+        prompt_ids = request.state.prompt_ids
+        if not self._shares_prefixes or len(prompt_ids) <= SHARED_TOKENS:
+            return None
+        return hash(tuple(prompt_ids[:SHARED_TOKENS]))

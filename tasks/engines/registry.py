@@ -1,0 +1,569 @@
+"""The engines of this process: one table for local models, pipelines that somebody made, and endpoints.
+
+An engine is loaded once and shared by all callers, who hold an `EngineHandle` with their own default options. Engines
+are kept in the order of their last use. Before a model is loaded, and after it, those that nobody uses are closed until
+the resident memory of the process is within the budget. The table belongs to this module and not to any task: Prefect
+sends tasks to workers by value, and what a task's own module holds would be copied with them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.tasks.engines.base import WAKE_SECONDS, Engine, OnText, RequestError
+from prefect_huggingface.tasks.engines.inputs import TemplateUse, resolve_options
+from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
+from prefect_huggingface.tasks.engines.request_state import RequestState
+from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
+from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.waiting import WaitNotice
+
+logger = get_logger(__name__)
+
+BUDGET_VARIABLE = "PREFECT_HUGGINGFACE_MEMORY_GB"
+DEFAULT_SHARE_OF_MEMORY = 0.8
+GIB = 2**30
+WEIGHT_SUFFIXES = (".bin", ".safetensors", ".pt", ".pth", ".xml", ".gguf")
+# What decides how a model is loaded. Options, template and credentials are matters of the caller.
+SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "offline", "allow_pickle")
+LOADING_FIELDS = (
+    "task", "backend", "device", "device_map", "dtype", "load_in", "attn_implementation", "ov_config", "engine",
+    "model_kwargs", "trust_remote_code", "allow_pickle",
+)  # fmt: skip
+
+_SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
+ENGINE_CLASSES = {
+    ("openvino", "text-generation"): "openvino_engine:OpenVINOTextEngine",
+    ("openvino", "image-text-to-text"): "openvino_engine:OpenVINOVisionEngine",
+    ("torch", "text-generation"): "torch_engine:TorchTextEngine",
+    ("torch", "image-text-to-text"): "torch_vision:TorchVisionEngine",
+    **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
+    **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
+}
+ENDPOINT_CLASS = "endpoints.engine:EndpointEngine"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKey:
+    """What an engine is known by.
+
+    Attributes:
+        engine: Module and name of its class.
+        source: Folder of its model, address of its endpoint, or name of its pipeline.
+        settings: Settings of its loading. The times of the weights are in them, so that a folder that was overwritten
+            is another model.
+    """
+
+    engine: str
+    source: str
+    settings: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What is known of a loaded engine, for those who look after a process.
+
+    Attributes:
+        model: Model id or folder that it was loaded for.
+        engine: Name of its class.
+        device: Device that was asked for, or None for the default.
+        memory_bytes: Resident memory that the loading took.
+        users: How many hold it.
+        requests: How many requests it works on.
+        loaded_at: Time of its loading, in seconds since the epoch.
+        used_at: Time of its last use, in seconds since the epoch.
+    """
+
+    model: str
+    engine: str
+    device: str | None
+    memory_bytes: int
+    users: int
+    requests: int
+    loaded_at: float
+    used_at: float
+
+
+class RegistryEntry:
+    """A loaded engine with its users and its lease of the model's folder."""
+
+    def __init__(self, key: EngineKey, name: str, load: Callable[[], Engine], device: str | None = None) -> None:
+        """Load the engine.
+
+        Args:
+            key: What the engine is known by.
+            name: Model id, folder or address that it is loaded for.
+            load: Loads it.
+            device: Device that was asked for.
+        """
+        self.key = key
+        self._name, self._device = name, device
+        self._lock = threading.Lock()
+        # Adding to and taking out of a dictionary need no lock: the garbage collector does it in any thread.
+        self._users: dict[int, None] = {}
+        self._requests = 0
+        before = resident_bytes()
+        self.engine = load()
+        self._memory_bytes = max(resident_bytes() - before, 0)
+        self._loaded_at = self._used_at = time.time()
+
+    @property
+    def state(self) -> EngineState:
+        """What is known of the engine now."""
+        return EngineState(
+            self._name, type(self.engine).__name__, self._device, self._memory_bytes, len(self._users), self._requests,
+            self._loaded_at, time.time() if self.in_use else self._used_at,
+        )  # fmt: skip
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody holds the engine, or waits for a request."""
+        return len(self._users) + self._requests > 0
+
+    def acquire(self, defaults: GenerationOptions, chat_template: TemplateUse | None) -> EngineHandle:
+        """Return a handle that counts as a use as long as it is held."""
+        handle = EngineHandle(self, defaults, chat_template)
+        number = id(handle)
+        self._users[number] = None
+        weakref.finalize(handle, self._forget_user, number).atexit = False
+        return handle
+
+    def submit(self, request: Request, on_text: OnText | None, on_reasoning: OnText | None) -> Future[Completion]:
+        """Hand a request to the engine."""
+        with self._lock:
+            self._requests += 1
+        future = self.engine.submit(request, on_text, on_reasoning)
+        future.add_done_callback(self._forget_request)
+        return future
+
+    def _forget_user(self, number: int) -> None:
+        self._users.pop(number, None)
+        self._used_at = time.time()
+
+    def _forget_request(self, future: Future[Completion]) -> None:
+        with self._lock:
+            self._requests -= 1
+            self._used_at = time.time()
+
+
+class EngineHandle(Engine):
+    """One caller's handle of an engine: with the caller's default options, and not to be closed by it."""
+
+    def __init__(self, entry: RegistryEntry, defaults: GenerationOptions, chat_template: TemplateUse | None) -> None:
+        self._entry = entry
+        self._defaults = defaults
+        self._chat_template = chat_template
+        self.in_flight = entry.engine.in_flight
+        self.inputs = entry.engine.inputs
+
+    @property
+    def unshared(self) -> Engine:
+        """The engine itself."""
+        return self._entry.engine
+
+    def submit(
+        self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
+    ) -> Future[Completion]:
+        """Queue a request with the caller's defaults and return the future of its completion."""
+        try:
+            if self._entry.engine.failure is not None:
+                raise RequestError("engine_error", self._entry.engine.failure)
+            options = resolve_options(self._defaults, request)
+        except RequestError as exc:
+            state = RequestState(request)
+            state.fail(exc.code, str(exc))
+            state.complete()
+            return state.future
+        template = request.chat_template or self._chat_template
+        return self._entry.submit(replace(request, options=options, chat_template=template), on_text, on_reasoning)
+
+    def close(self) -> None:
+        """Do nothing: others may use the engine. The registry closes it when its memory is needed."""
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, without special tokens."""
+        return self._entry.engine.count_tokens(text)
+
+    @property
+    def context_length(self) -> int | None:
+        """Number of tokens that prompt and answer may have together, or None where it is not known."""
+        return self._entry.engine.context_length
+
+
+class Registry:
+    """Engines of one process by what they run, the last used one last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Loading measures the memory, so that only one model is loaded at a time.
+        self._loading = threading.Lock()
+        self._entries: dict[EngineKey, RegistryEntry] = {}
+        # What is loaded needs no look into the store.
+        self._known: dict[str, EngineKey] = {}
+        self._preparing: dict[str, threading.Lock] = {}
+        self._budget: int | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """Resident memory that this process may take."""
+        if self._budget is not None:
+            return self._budget
+        given = os.environ.get(BUDGET_VARIABLE)
+        return int(float(given) * GIB) if given else int(DEFAULT_SHARE_OF_MEMORY * total_bytes())
+
+    def set_budget(self, size_bytes: int | None) -> None:
+        """Set the resident memory that this process may take, or None for the default."""
+        self._budget = size_bytes
+
+    def get(self, model: LocalModel) -> EngineHandle:
+        """Return a handle of the engine of a model; load it first where needed."""
+        source = fingerprint(model)
+        with self._lock:
+            lock = self._preparing.setdefault(source, threading.Lock())
+        with _held(lock, model.model_id):
+            known = self._known.get(source)
+            found = None if known is None else self._acquire(known, model.options, model.chat_template)
+            if found is not None:
+                return found
+            folder = model_folder(model)
+            key = self._known[source] = key_of(model, folder)
+            with _held(self._loading, "another model"):
+                return self._acquire(key, model.options, model.chat_template) or self._load(key, model, folder)
+
+    def get_endpoint(self, endpoint: InferenceEndpoint) -> EngineHandle:
+        """Return a handle of the engine of an endpoint. Endpoints that differ only in their options share one."""
+        key = EngineKey(ENDPOINT_CLASS, endpoint.base_url, _endpoint_settings(endpoint))
+        plain = endpoint.model_copy(update={"options": GenerationOptions()})
+        return self._get_or_add(key, lambda: engine_class(key)(plain), endpoint.options)
+
+    def get_pipeline(self, pipeline: Any) -> EngineHandle:
+        """Return a handle of the engine of a pipeline of Transformers; it is closed when the pipeline is gone."""
+        from prefect_huggingface.tasks.engines.torch_engine import engine_of_pipeline
+
+        key = EngineKey("torch_engine:engine_of_pipeline", f"pipeline {id(pipeline)}", "")
+
+        def load() -> Engine:
+            engine = engine_of_pipeline(pipeline)
+            weakref.finalize(pipeline, self._drop, key, engine).atexit = False
+            return engine
+
+        with _held(self._loading, "another model"):
+            return self._get_or_add(key, load, GenerationOptions())
+
+    def unload(self) -> int:
+        """Close all engines, also those in use, and return how many there were."""
+        with self._lock:
+            entries = list(self._entries.values())
+            self._entries.clear()
+        _close(entries)
+        return len(entries)
+
+    def unload_idle(self, seconds: float) -> int:
+        """Close the engines that nobody has used for so long, and return how many there were."""
+        oldest = time.time() - seconds
+        with self._lock:
+            idle = [entry for entry in list(self._entries.values()) if not entry.in_use and entry.state.used_at <= oldest]
+            for entry in idle:
+                self._entries.pop(entry.key, None)
+        _close(idle)
+        return len(idle)
+
+    def close(self) -> None:
+        """Close all engines, also one that is being loaded."""
+        with _held(self._loading, "a model that nobody waits for"):
+            self.unload()
+
+    def abandon(self, reason: str) -> None:
+        """Have all engines refuse their requests, without touching their threads."""
+        for entry in list(self._entries.values()):
+            entry.engine.abandon(reason)
+
+    def states(self) -> list[EngineState]:
+        """Return what is known of the loaded engines, the last used one last."""
+        return [entry.state for entry in list(self._entries.values())]
+
+    def check_integrity(self) -> None:
+        """Check that no engine holds anything of a request while nobody asks. For tests.
+
+        Raises:
+            AssertionError: With what is left over.
+        """
+        for entry in list(self._entries.values()):
+            assert entry.state.requests >= 0, f"{entry.key} has {entry.state.requests} requests"
+            if not entry.state.requests and hasattr(entry.engine, "check_integrity"):
+                entry.engine.check_integrity()
+
+    def _acquire(
+        self, key: EngineKey, defaults: GenerationOptions, chat_template: TemplateUse | None = None
+    ) -> EngineHandle | None:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is None:
+                return None
+            if entry.engine.failure is None:
+                # The last one in the dictionary is the last one used.
+                self._entries[key] = entry
+                return entry.acquire(defaults, chat_template)
+        _close([entry])
+        return None
+
+    def _get_or_add(self, key: EngineKey, load: Callable[[], Engine], defaults: GenerationOptions) -> EngineHandle:
+        """Return a handle of an engine that takes no memory of its own, and no time to load."""
+        found = self._acquire(key, defaults)
+        if found is not None:
+            return found
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = RegistryEntry(key, key.source, load)
+            return self._entries[key].acquire(defaults, None)
+
+    def _drop(self, key: EngineKey, engine: Engine) -> None:
+        # In the garbage collector, which runs in any thread: nothing here waits or takes a lock.
+        self._entries.pop(key, None)
+        engine.request_close()
+
+    def _load(self, key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
+        self._make_room(weight_bytes(folder), key)
+        cls = engine_class(key)
+        # The engine has no defaults of its own: callers with different options share it.
+        plain = cls.tuned(model.model_copy(update={"options": GenerationOptions()}), folder)
+
+        def load() -> Engine:
+            try:
+                lease = hold_export(folder)
+            except OSError as exc:
+                raise ModelSourceError(f"The folder {str(folder)!r} cannot be read: {exc}. Check its rights.") from exc
+            try:
+                engine = cls(folder, plain)
+            except BaseException:
+                lease.close()
+                raise
+            engine.on_close = lease.close
+            return engine
+
+        entry = RegistryEntry(key, model.model_id, load, model.device)
+        handle = entry.acquire(model.options, model.chat_template)
+        with self._lock:
+            self._entries[key] = entry
+        self._make_room(0, None)
+        return handle
+
+    def _make_room(self, needed: int, key: EngineKey | None) -> None:
+        """Close idle engines until the memory is within the budget.
+
+        Raises:
+            EngineError: If a model does not fit beside the engines that are in use.
+        """
+        while resident_bytes() + needed > self.budget_bytes:
+            entry = self._take_idle()
+            if entry is None:
+                break
+            logger.info("Closing the engine of %s to keep within the memory budget.", entry.key.source)
+            _close([entry])
+        else:
+            return
+        in_use = ", ".join(sorted({other.source for other in list(self._entries) if other != key}))
+        if key is None or not in_use:
+            logger.warning(
+                "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
+                (resident_bytes() + needed) / GIB, self.budget_bytes / GIB,
+            )  # fmt: skip
+            return
+        raise EngineError(
+            f"{key.source!r} needs about {needed / GIB:.2f} GiB, and with it the process would take more than its "
+            f"budget of {self.budget_bytes / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
+            f"raise {BUDGET_VARIABLE}."
+        )
+
+    def _take_idle(self) -> RegistryEntry | None:
+        """Take out the engine whose last use is the longest ago, of those that nobody uses."""
+        with self._lock:
+            idle = next((entry for entry in list(self._entries.values()) if not entry.in_use), None)
+            return None if idle is None else self._entries.pop(idle.key)
+
+
+def _close(entries: list[RegistryEntry]) -> None:
+    for entry in entries:
+        entry.engine.close()
+    if entries:
+        give_back_memory()
+
+
+@contextmanager
+def _held(lock: threading.Lock, model: str) -> Iterator[None]:
+    """Hold a lock, and say in the log of the run when that takes long."""
+    notice = WaitNotice(run_log(), f"Waiting until another run of this process has loaded {model}")
+    while not lock.acquire(timeout=WAKE_SECONDS):
+        notice.tell()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def model_folder(model: LocalModel) -> Path:
+    """Return the folder that the engine of a model loads; make it first where needed."""
+    if model.backend == "openvino":
+        from prefect_huggingface.tasks.storage.exports.publication import get_export
+
+        return get_export(model).path
+    from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+
+    return get_snapshot(model).path
+
+
+def key_of(model: LocalModel, folder: Path) -> EngineKey:
+    """Return the key of the engine of a model in a folder.
+
+    Raises:
+        EngineError: If there is no engine for its task on its backend.
+    """
+    name = ENGINE_CLASSES.get((model.backend, model.task))
+    if name is None:
+        raise EngineError(
+            f"There is no engine for task {model.task!r} with backend {model.backend!r}. Choose another backend."
+        )
+    key = EngineKey(name, str(folder), "")
+    tuned = engine_class(key).tuned(model, folder)
+    return replace(key, settings=json.dumps([_settings_of(tuned, LOADING_FIELDS), _weight_states(folder)]))
+
+
+def engine_class(key: EngineKey) -> type[Any]:
+    """Return the class of the engine of a key."""
+    module, name = key.engine.split(":")
+    try:
+        found: type[Any] = getattr(import_module(f"prefect_huggingface.tasks.engines.{module}"), name)
+    except ModuleNotFoundError as exc:
+        raise EngineError(f"The package {exc.name!r} is missing. Install it with pip.") from exc
+    return found
+
+
+def fingerprint(model: LocalModel) -> str:
+    """Return what tells whether two models lead to the same engine, without looking into the store.
+
+    The weights of a local folder are in it with their sizes and times, so that a replaced model is another one.
+    """
+    states = _weight_states(Path(model.model_id)) if model.is_local else []
+    return json.dumps([_settings_of(model, (*SOURCE_FIELDS, *LOADING_FIELDS)), str(model.store_path), states])
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the size of the weights in a folder."""
+    return sum(size for _, size, _ in _weight_states(path))
+
+
+def _weight_states(folder: Path) -> list[tuple[str, int, int]]:
+    files = sorted(file for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    states = ((file.name, file.stat()) for file in files)
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+
+
+def _settings_of(model: LocalModel, names: tuple[str, ...]) -> str:
+    return json.dumps(model.model_dump(mode="json", include=set(names)), sort_keys=True, default=str)
+
+
+def _endpoint_settings(endpoint: InferenceEndpoint) -> str:
+    """Return what tells whether two endpoints are the same, without the token in clear."""
+    fields = endpoint.model_dump(mode="json", exclude={"options", "credentials", "headers"})
+    secrets = [endpoint.get_token(), sorted(endpoint.get_headers().items())]
+    return hashlib.sha256(json.dumps([fields, secrets], sort_keys=True, default=str).encode()).hexdigest()
+
+
+_registry = Registry()
+
+
+def _start_anew_after_fork() -> None:
+    # The threads of the engines do not live in the child, and a lock may be held by a thread that is gone.
+    global _registry
+    _registry.abandon("The engine belongs to the process that was forked. Load it again in this one.")
+    _registry = Registry()
+
+
+def _close_at_exit() -> None:
+    # A thread that is in OpenVINO when the interpreter ends would crash the process.
+    _registry.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew_after_fork)
+atexit.register(_close_at_exit)
+
+
+def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
+    """Return the engine of a model. It is loaded once per process and shared by all callers.
+
+    The model is downloaded and exported first where needed. Models that differ only in their generation options share
+    an engine. Keep the result as long as it is used, and close nothing: an engine that nobody holds is closed when its
+    memory is needed. An engine that failed is loaded anew.
+
+    Args:
+        model: Model, backend, device and options; or an endpoint, which is asked nothing before the first request.
+
+    Raises:
+        ModelSourceError: If the model is a folder that is missing or holds no model.
+        DownloadError: If the model is on the Hub and cannot be had.
+        ExportError: If the OpenVINO export failed.
+        EngineError: If the model cannot be loaded with these settings, or does not fit into the memory.
+    """
+    return _registry.get_endpoint(model) if isinstance(model, InferenceEndpoint) else _registry.get(model)
+
+
+def load_pipeline(pipeline: Any) -> Engine:
+    """Return the engine of a pipeline object of Transformers, which all users of the pipeline share.
+
+    Raises:
+        SettingsError: If it is no pipeline whose model can be run.
+    """
+    return _registry.get_pipeline(pipeline)
+
+
+def unload_engines() -> int:
+    """Close all engines of this process, also those in use, and return how many there were."""
+    return _registry.unload()
+
+
+def unload_idle_engines(idle_seconds: float) -> int:
+    """Close the engines that nobody has used for so long, give their memory back, and return how many there were."""
+    return _registry.unload_idle(idle_seconds)
+
+
+def list_engines() -> list[EngineState]:
+    """Return what is known of the engines of this process, the last used one last."""
+    return _registry.states()
+
+
+def check_integrity() -> None:
+    """Check that no engine of this process holds anything of a request while nobody asks. For tests."""
+    _registry.check_integrity()
+
+
+def memory_budget() -> int:
+    """Return the resident memory that this process may take, in bytes."""
+    return _registry.budget_bytes
+
+
+def set_memory_budget(size_gb: float | None) -> None:
+    """Set how much resident memory this process may take.
+
+    Args:
+        size_gb: Size in units of 2^30 bytes. None for `PREFECT_HUGGINGFACE_MEMORY_GB`, or else 80 % of the machine.
+    """
+    _registry.set_budget(None if size_gb is None else int(size_gb * GIB))

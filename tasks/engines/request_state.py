@@ -1,0 +1,499 @@
+"""One request while it is worked on, on every backend: its sequences, their text, and what it comes to.
+
+A backend says which tokens (or which text, from an endpoint) came, and asks whether a sequence still runs. All else is
+decided here: stop strings, echo, reasoning, deadline, cancellation, streaming, response formats and the completion.
+
+A model that reasons may need *phases*: the thoughts are free, or limited by `max_reasoning_tokens`, and only the answer
+keeps to a grammar. At the border of two phases `Sequence.must_resubmit` is set: the backend takes the sequence out and
+goes on from its `context_ids`, which may end with tokens that were put there and not generated.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection
+from collections.abc import Sequence as Items
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Literal
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
+from prefect_huggingface.tasks.engines.base import OnText, RequestError
+from prefect_huggingface.tasks.engines.detokenizer import StopStrings, Tokenizer
+from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
+from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
+from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
+
+logger = get_logger(__name__)
+
+SEED_LIMIT = 2**63
+
+
+class RequestState:
+    """A request from its submission to its completion. Only the thread of its engine changes it.
+
+    Attributes:
+        future: Future of the completion. It is never marked as running, so that it can be cancelled at any time.
+        options: Options of the request over those of the model, once `begin` was called.
+        prompt_ids: Tokens of the prompt, as the model sees them; empty where a server makes them.
+        prompt_tokens: Number of tokens of the prompt, with those of images where known.
+        end_ids: Tokens that end a sequence.
+        sequences: The answers that are asked for, the first one first.
+        counted_tokens: Number of generated tokens as a server counts them, None to count here.
+        error: Why the request failed, or None.
+        restart_error: Code of the error when a second attempt differs from what was streamed already.
+        multimodal: What a reader of images has prepared for the engine, or None.
+    """
+
+    def __init__(self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None) -> None:
+        self.request = request
+        self.on_text, self.on_reasoning = on_text, on_reasoning
+        self.future: Future[Completion] = Future()
+        self.submitted_at = time.perf_counter()
+        self.options = GenerationOptions()
+        self.prompt_ids: list[int] = []
+        self.prompt_tokens = 0
+        self.end_ids: frozenset[int] = frozenset()
+        self.tokenizer: Tokenizer | None = None
+        self.echo = ""
+        self.reasoning: ReasoningFormat | None = None
+        self.tags: dict[int, str] = {}
+        self.sequences: list[Sequence] = []
+        self.counted_tokens: int | None = None
+        self.error: RequestError | None = None
+        self.restart_error: ErrorCode = "engine_error"
+        self.multimodal: Any = None
+        self._ended: FinishReason | None = None
+        self._deadline = float("inf")
+
+    def begin(
+        self,
+        options: GenerationOptions,
+        prompt_ids: Items[int],
+        tokenizer: Tokenizer | None,
+        end_ids: Collection[int] = (),
+        echo: str = "",
+        reasoning: ReasoningFormat | None = None,
+        prompt_tokens: int | None = None,
+    ) -> None:
+        """Make the sequences of a request that is understood.
+
+        Args:
+            options: Options of the request over those of the model.
+            prompt_ids: Tokens of the prompt.
+            tokenizer: Gives the text of tokens; None for an endpoint, which gives text.
+            end_ids: Tokens that end a sequence.
+            echo: Text to put before every answer.
+            reasoning: How the model marks its reasoning, None where it shows none.
+            prompt_tokens: Number of tokens of the prompt, where it is not that of `prompt_ids`.
+        """
+        self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
+        self.prompt_tokens = len(self.prompt_ids) if prompt_tokens is None else prompt_tokens
+        self.end_ids, self.echo, self.reasoning = frozenset(end_ids), echo, reasoning
+        # A request that is started again must draw the same tokens, so that every request has a seed.
+        self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
+        if options.deadline_seconds is not None:
+            self._deadline = self.submitted_at + options.deadline_seconds
+        marks = () if reasoning is None or tokenizer is None else reasoning.visible_marks
+        # Tags that are special tokens have no text of their own.
+        self.tags = {
+            token: mark for mark in marks if tokenizer and (token := tokenizer.special_id(mark)) is not None
+        }
+        self.sequences = [Sequence(self, index) for index in range(options.n)]
+        for sequence in self.sequences:
+            sequence.begin()
+
+    @property
+    def abort_reason(self) -> FinishReason | None:
+        """Why the request must end now, however far it is, or None."""
+        if self.future.cancelled():
+            return "cancelled"
+        return "deadline" if time.perf_counter() > self._deadline else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing more to generate."""
+        if self.error is not None or self._ended is not None:
+            return True
+        return bool(self.sequences) and all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the submission."""
+        return time.perf_counter() - self.submitted_at
+
+    @property
+    def generated_tokens(self) -> int:
+        """Number of tokens of all sequences."""
+        if self.counted_tokens is not None:
+            return self.counted_tokens
+        return sum(sequence.generated_tokens for sequence in self.sequences)
+
+    @property
+    def num_seqs(self) -> int:
+        """Number of sequences that the request takes in a batch."""
+        return max(self.options.num_beams, self.options.n)
+
+    @property
+    def most_tokens(self) -> int:
+        """Number of tokens of keys and values that the request can come to need, its sequences together."""
+        return self.num_seqs * (len(self.prompt_ids) + self.options.max_new_tokens)
+
+    def fail(self, code: ErrorCode, message: str) -> None:
+        """End the request with an error. The first error counts."""
+        self.error = self.error or RequestError(code, message)
+        for sequence in self.sequences:
+            sequence.finish_reason = "error"
+
+    def end(self, reason: FinishReason) -> None:
+        """End the sequences that still run."""
+        self._ended = reason
+        for sequence in self.sequences:
+            sequence.finish(reason)
+
+    def skip(self, prompt_tokens: int) -> None:
+        """End the request, whose prompt is too long and is to be skipped."""
+        self._ended, self.prompt_tokens = "skipped", prompt_tokens
+
+    def restart(self) -> None:
+        """Go back to the beginning, after the backend had to let go of the request.
+
+        What was streamed is not streamed again.
+        """
+        for sequence in self.sequences:
+            sequence.begin()
+
+    def complete(self) -> None:
+        """Set the result of the future, unless the caller cancelled it. It always gets one."""
+        if self.future.cancelled():
+            return
+        try:
+            completion = self._failed() if self.error is not None else self._completed()
+        except RequestError as exc:
+            self.fail(exc.code, str(exc))
+            completion = self._failed()
+        except Exception as exc:
+            logger.warning("The completion of request %r cannot be made.", self.request.id, exc_info=True)
+            self.fail("engine_error", f"The completion cannot be made: {type(exc).__name__}: {exc}. Change its options.")
+            completion = self._failed()
+        try:
+            self.future.set_result(completion)
+        except InvalidStateError:
+            if not self.future.cancelled():
+                raise
+
+    def _failed(self) -> Completion:
+        assert self.error is not None
+        return Completion(
+            "",
+            "error",
+            prompt_tokens=self.error.prompt_tokens or self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            seconds=self.seconds,
+            error=str(self.error),
+            error_code=self.error.code,
+            request_id=self.request.id,
+        )
+
+    def _completed(self) -> Completion:
+        first = self.sequences[0] if self.sequences else None
+        return Completion(
+            text=self.echo + first.text if first else "",
+            finish_reason=(first.finish_reason if first else self._ended) or "stop",
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            seconds=self.seconds,
+            request_id=self.request.id,
+            alternatives=tuple(self.echo + sequence.text for sequence in self.sequences[1:]),
+            logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
+            parsed=self._parse(),
+            reasoning=first.reasoning if first else None,
+        )
+
+    def _parse(self) -> Any:
+        """Check the form of the answers, and return the value of the first where it is JSON."""
+        form = self.options.response_format
+        if form is None or not self.sequences or self.sequences[0].finish_reason in ("deadline", "cancelled"):
+            return None
+        values = [validate_output(sequence.text, form) for sequence in self.sequences]
+        return values[0] if form.json_schema is not None else None
+
+
+class Sequence:
+    """One answer while it is generated. No method raises: what goes wrong is the error of the request.
+
+    Attributes:
+        tokens: Tokens that were generated, without the end token, and those that were put between two phases.
+        logprobs: Log probability (nats) of each generated one, where asked for.
+        finish_reason: Why it ended, or None while it goes on.
+        must_resubmit: Whether the backend must take it out and go on from `context_ids`.
+        text: The answer, once it has ended.
+        reasoning: Reasoning of the model once the sequence has ended, None where it shows none.
+        sampler: What a backend that samples itself keeps for this phase.
+    """
+
+    sampler: Any = None
+
+    def __init__(self, state: RequestState, index: int) -> None:
+        self.state, self.index = state, index
+        # Several answers cannot share one stream of text, so the first one has it.
+        self._text_out = _Delivery(state, state.on_text if index == 0 else None)
+        self._reasoning_out = _Delivery(state, state.on_reasoning if index == 0 else None)
+        self.finish_reason: FinishReason | None = None
+
+    def begin(self) -> None:
+        """Start from the prompt, for the first time or again."""
+        options, reasoning = self.state.options, self.state.reasoning
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason = None if self.state.error is None else "error"
+        self.must_resubmit = False
+        self.text, self.reasoning = "", None
+        self._inserted = 0
+        has_phases = options.response_format is not None or options.max_reasoning_tokens is not None
+        is_split = reasoning is not None and self.state.tokenizer is not None and options.num_beams == 1
+        self.phase: Literal["reasoning", "answer"] = "reasoning" if has_phases and is_split else "answer"
+        self._guarded(self._begin_text)
+        if self.phase == "reasoning" and options.max_reasoning_tokens == 0:
+            self._guarded(self._end_reasoning, 0)
+            self.must_resubmit = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the backend goes on with it as it is."""
+        return self.finish_reason is None and not self.must_resubmit
+
+    @property
+    def seed(self) -> int:
+        """Seed of what comes next."""
+        phase = 2**32 if self._inserted or self.phase == "reasoning" else 0
+        return (self.state.seed + self.index + phase) % SEED_LIMIT
+
+    @property
+    def context_ids(self) -> list[int]:
+        """Tokens to go on from: the prompt and the sequence so far."""
+        return [*self.state.prompt_ids, *self.tokens]
+
+    @property
+    def generated_tokens(self) -> int:
+        """Number of tokens that the model generated."""
+        return len(self.tokens) - self._inserted
+
+    @property
+    def tokens_left(self) -> int:
+        """Greatest number of tokens that are still to come."""
+        return self.state.options.max_new_tokens - self.generated_tokens
+
+    @property
+    def response_format(self) -> ResponseFormat | None:
+        """Form of what comes next, None where it is free."""
+        return None if self.phase == "reasoning" else self.state.options.response_format
+
+    def append(self, token: int, logprob: float | None = None) -> bool:
+        """Go on with the next token.
+
+        Returns:
+            Whether the sequence still runs. Tokens after its end are ignored.
+        """
+        if not self.is_running:
+            return False
+        if token in self.state.end_ids and not self.state.options.ignore_eos:
+            self.finish("stop")
+            return False
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if self._is_watched:
+            self._guarded(self._read, token)
+        if self.is_running and self.tokens_left <= 0:
+            self.finish("length")
+        return self.is_running
+
+    def append_text(self, text: str) -> bool:
+        """Go on with a piece of text, where the backend gives no tokens.
+
+        Returns:
+            Whether the sequence still runs.
+        """
+        if self.finish_reason is None and text:
+            self._guarded(self._read_text, text)
+            if self._stops.found:
+                self.finish("stop")
+        return self.finish_reason is None
+
+    def append_reasoning(self, text: str) -> None:
+        """Go on with a piece of reasoning that the backend keeps apart itself."""
+        if self.finish_reason is None:
+            self._guarded(self._add, text, "")
+
+    def resubmit(self) -> None:
+        """Note that the backend goes on from `context_ids`."""
+        self.must_resubmit = False
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the sequence."""
+        if self.finish_reason is not None:
+            return
+        self._guarded(self._read_rest, reason)
+        if self.finish_reason is None:
+            # The end of the text, held back until now, may hold a stop string.
+            self.finish_reason = "stop" if self._stops.found else reason
+            self.text = "".join(self._answer)
+            self.reasoning = "".join(self._reasoning).strip() if self._reasoning else None
+
+    def _guarded(self, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except RequestError as exc:
+            self.state.fail(exc.code, str(exc))
+        except Exception as exc:
+            logger.warning("The text of request %r cannot be made.", self.state.request.id, exc_info=True)
+            self.state.fail("engine_error", f"The text cannot be made: {type(exc).__name__}: {exc}. Report it.")
+
+    def _begin_text(self) -> None:
+        options, tokenizer, reasoning = self.state.options, self.state.tokenizer, self.state.reasoning
+        self._detokenizer = None if tokenizer is None else tokenizer.open_stream()
+        self._splitter = None if reasoning is None else ReasoningSplitter(reasoning)
+        self._tags = self.state.tags
+        self._stops = StopStrings(options.stop)
+        is_json = options.response_format is not None and options.response_format.json_schema is not None
+        self._guard = WhiteSpaceGuard() if is_json else None
+        self._raw: list[str] = []
+        self._answer: list[str] = []
+        self._reasoning: list[str] = []
+        self._settled = 0
+        self._text_out.restart()
+        self._reasoning_out.restart()
+        # Where nobody looks at the text before its end, it is cheaper to decode all of it at once.
+        self._is_watched = bool(
+            options.stop or self._text_out or self._reasoning_out or is_json or self._tags or self.phase == "reasoning"
+        )
+        self._text_out.push(self.state.echo)
+
+    def _read(self, token: int) -> None:
+        assert self._detokenizer is not None
+        text = self._detokenizer.step(token)
+        text = self._tags.get(token, text)
+        if text:
+            began = self._read_text(text)
+            if self._stops.found:
+                self.finish("stop")
+        if self.phase == "reasoning":
+            self._follow_reasoning(bool(text), bool(text) and began)
+
+    def _read_text(self, text: str) -> bool:
+        """Take in a piece of text, and return whether there is something of the answer in it."""
+        self._raw.append(text)
+        reasoning, answer = self._splitter.feed(text) if self._splitter is not None else ("", text)
+        self._add(reasoning, answer)
+        return bool(answer.strip())
+
+    def _add(self, reasoning: str, answer: str) -> None:
+        if reasoning:
+            self._reasoning.append(reasoning)
+            self._reasoning_out.push(reasoning)
+        self._emit(self._stops.feed(answer))
+
+    def _emit(self, text: str) -> None:
+        if not text:
+            return
+        if self._guard is not None:
+            self._guard.feed(text)
+        self._answer.append(text)
+        self._text_out.push(text)
+
+    def _read_rest(self, reason: FinishReason) -> None:
+        """Take in the end of the text, which was held back."""
+        if not self._stops.found:
+            known = "".join(self._raw)
+            whole = known if self.state.tokenizer is None or self._tags else self.state.tokenizer.decode(self.tokens)
+            if len(whole) > len(known) and whole.startswith(known):
+                self._read_text(whole[len(known) :])
+            if self._splitter is not None:
+                self._add(*self._splitter.finish())
+            if not self._stops.found:
+                self._emit(self._stops.finish())
+        if reason in ("deadline", "cancelled") and self._text_out.is_behind:
+            # An attempt that was ended early has not come as far as the one before it.
+            self._answer = [self._text_out.delivered[len(self.state.echo) :]]
+
+    def _follow_reasoning(self, has_text: bool, answer_began: bool) -> None:
+        options = self.state.options
+        if answer_began and options.response_format is None:
+            self.phase = "answer"
+        elif answer_began:
+            self._end_reasoning(self._settled)
+        elif options.max_reasoning_tokens is not None and len(self.tokens) >= options.max_reasoning_tokens:
+            self._end_reasoning(len(self.tokens))
+        elif has_text:
+            self._settled = len(self.tokens)
+
+    def _end_reasoning(self, count: int) -> None:
+        """Begin the phase of the answer after so many tokens; the reasoning is closed where it is still open."""
+        form, tokenizer = self.state.reasoning, self.state.tokenizer
+        assert form is not None and tokenizer is not None
+        kept = self.tokens[:count]
+        text = "".join(self._raw) if count == len(self.tokens) else "".join(self._raw[:-1])
+        is_open = form.starts_open or form.start in text
+        closing = ""
+        if form.end not in text and (is_open or count == len(self.tokens)):
+            closing = form.closing if is_open else form.start + form.closing
+        inserted = tokenizer.encode(closing, add_special_tokens=False) if closing else []
+        self.tokens, self.logprobs = [*kept, *inserted], self.logprobs[:count]
+        self._inserted = len(inserted)
+        self.phase, self.must_resubmit = "answer", True
+        self._begin_text()
+        self._is_watched = True
+        for token in self.tokens:
+            self._read(token)
+
+
+class _Delivery:
+    """Gives text to a receiver piece by piece, and each piece once, also when it comes again after a restart.
+
+    Attributes:
+        delivered: Text that was given out.
+    """
+
+    def __init__(self, state: RequestState, receiver: OnText | None) -> None:
+        self._state = state
+        self._receiver = receiver
+        self._position = 0
+        self.delivered = ""
+
+    def __bool__(self) -> bool:
+        return self._receiver is not None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether less has come since a restart than was given out before it."""
+        return self._position < len(self.delivered)
+
+    def restart(self) -> None:
+        """Expect the text from its beginning."""
+        self._position = 0
+
+    def push(self, text: str) -> None:
+        """Go on with a piece.
+
+        Raises:
+            RequestError: If it is not what was given out before, or the receiver fails.
+        """
+        if self._receiver is None or not text or self._state.future.done():
+            return
+        begin, self._position = self._position, self._position + len(text)
+        known = self.delivered[begin : self._position]
+        if not text.startswith(known):
+            raise RequestError(
+                self._state.restart_error,
+                "The answer had to be made a second time and came differently. Set a seed, or do not stream it.",
+            )
+        if len(text) == len(known):
+            return
+        self.delivered += text[len(known) :]
+        try:
+            self._receiver(text[len(known) :])
+        except Exception as exc:
+            raise RequestError("engine_error", f"`on_text` failed: {type(exc).__name__}: {exc}. Correct it.") from exc

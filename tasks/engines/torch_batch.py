@@ -1,0 +1,486 @@
+"""Batches of sequences on a torch model: one that sequences join and leave, whole ones, beam search; and their sizes.
+
+In the dense batch the rows are aligned on the right, `[pad, pad, a, b]` beside `[c, d, e, f]`, and the attention mask
+hides the padding. Whole batches go through `generate` of Transformers with our own sampling and our own ends: they are
+for models that sequences cannot join while they run (encoder-decoder models, images, a recurrent state).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prefect_huggingface.blocks import EngineOptions
+from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
+from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
+from prefect_huggingface.tasks.engines.torch_loading import input_device
+from prefect_huggingface.tasks.engines.torch_sampling import advance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Abort = Callable[[RequestState], None]
+"""Ends a request that must end, between two tokens of a whole batch."""
+
+# Models whose own preparation of the inputs does nothing that matters for a dynamic cache.
+PLAIN_PREPARATIONS = ("bloom", "phi3", "phimoe")
+ROOM_TOKENS = 64
+# What belongs to the model itself. All else of its generation settings is a matter of the request.
+MODEL_SETTINGS = (
+    "bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens",
+    "bad_words_ids", "use_cache", "cache_implementation",
+)  # fmt: skip
+CPU_SEQUENCES, CPU_STEP_TOKENS, CPU_MEMORY_SHARE = 64, 2048, 0.25
+GPU_SEQUENCES, GPU_STEP_TOKENS, GPU_MEMORY_SHARE = 128, 16384, 0.8
+# Share of the tokens of one joint prompt computation that must not be padding.
+LEAST_FILL = 0.75
+
+
+def can_join(model: Any) -> bool:
+    """Return whether sequences can join a running batch of this model: its only state are keys and values."""
+    from transformers.generation import GenerationMixin
+
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    is_plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+    rope = getattr(config, "rope_parameters", None) or {}
+    return bool(
+        (is_plain or (config.model_type in PLAIN_PREPARATIONS and rope.get("rope_type") != "longrope"))
+        and not model.config.is_encoder_decoder
+        and not getattr(model, "_is_stateful", False)
+        and model._supports_default_dynamic_cache()
+        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and "past_key_values" in inspect.signature(model.forward).parameters
+    )
+
+
+@functools.cache
+def _growing_layer() -> type:
+    """Return a layer of a key-value cache that grows in place.
+
+    The layer of Transformers copies all of its tokens at every step. This one has room for some more.
+    """
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            if self.keys.numel() == 0:
+                self.keys, self.values = key_states, value_states
+                return key_states, value_states
+            self.keys = self._extended("keys", key_states)
+            self.values = self._extended("values", value_states)
+            return self.keys, self.values
+
+        def _extended(self, name: str, new: Tensor) -> Tensor:
+            old, room = getattr(self, name), getattr(self, f"_room_of_{name}", None)
+            length = old.shape[-2] + new.shape[-2]
+            # The room is the memory of the old tensor only as long as nobody replaced that by another one.
+            if room is None or room.data_ptr() != old.data_ptr() or room.shape[-2] < length:
+                room = torch.empty(
+                    (*old.shape[:-2], length + ROOM_TOKENS, old.shape[-1]), dtype=old.dtype, device=old.device
+                )
+                room[..., : old.shape[-2], :] = old
+                setattr(self, f"_room_of_{name}", room)
+            room[..., old.shape[-2] : length, :] = new
+            return room[..., :length, :]
+
+    return GrowingLayer
+
+
+class DenseBatch:
+    """Sequences in one rectangle of keys and values.
+
+    Attributes:
+        sequences: The sequences, one per row.
+    """
+
+    def __init__(self, model: Any, pad_token: int) -> None:
+        self._model = model
+        self._pad = pad_token
+        self._device = input_device(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self._takes_last_only = "logits_to_keep" in parameters
+        self._cache: Any = None
+        self.sequences: list[Sequence] = []
+
+    @property
+    def columns(self) -> int:
+        """Number of columns: the tokens of the longest row that are in the cache."""
+        return int(self._cache.get_seq_length()) if self._cache is not None else 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token, 0 while there are none."""
+        tokens = self.columns * len(self.sequences)
+        if not tokens:
+            return 0
+        tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
+        return int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) // tokens)
+
+    def join(self, sequences: Items[Sequence]) -> Tensor:
+        """Compute the prompts of new sequences and put them under the rows that are there.
+
+        Sequences of one request that have no token yet share the work.
+
+        Returns:
+            Scores of the next token of the new sequences, [sequences, vocabulary].
+        """
+        import torch
+
+        shared = [index for index, new in enumerate(sequences) if not index or not _shares(sequences[index - 1], new)]
+        rows = [sequences[index].context_ids for index in shared]
+        cache = self._empty_cache()
+        mask = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[self._pad] * (mask.shape[1] - len(row)) + row for row in rows])
+        scores = self._forward(ids, mask, cache)
+        if len(shared) < len(sequences):
+            starts = set(shared)
+            repeats = torch.tensor([index in starts for index in range(len(sequences))]).cumsum(0) - 1
+            cache.batch_select_indices(repeats)
+            scores = scores[repeats.to(scores.device)]
+        self._cache = cache if self._cache is None else _stacked(self._cache, cache)
+        self.sequences.extend(sequences)
+        return scores
+
+    def step(self) -> Tensor:
+        """Go on by the newest token of every sequence.
+
+        Returns:
+            Scores of the next token, [sequences, vocabulary].
+        """
+        import torch
+
+        lengths = torch.tensor([len(sequence.state.prompt_ids) + len(sequence.tokens) for sequence in self.sequences])
+        mask = (torch.arange(self.columns + 1)[None] > self.columns - lengths[:, None]).long()
+        ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.sequences])
+        return self._forward(ids, mask, self._cache)
+
+    def leave(self, rows: Collection[int]) -> None:
+        """Take rows out, and the columns that are then empty."""
+        import torch
+
+        if not rows:
+            return
+        keep = [row for row in range(len(self.sequences)) if row not in rows]
+        self.sequences = [self.sequences[row] for row in keep]
+        if not keep:
+            self._cache = None
+            return
+        # The newest token of each sequence is not in the cache yet.
+        longest = max(len(sequence.state.prompt_ids) + len(sequence.tokens) for sequence in self.sequences) - 1
+        index = torch.tensor(keep)
+        for layer in self._cache.layers:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)
+                cut = tensor.shape[-2] - longest
+                setattr(layer, name, tensor[..., max(0, cut) :, :][index.to(tensor.device)])
+
+    def clear(self) -> list[Sequence]:
+        """Take all sequences out and return them."""
+        sequences, self.sequences, self._cache = self.sequences, [], None
+        return sequences
+
+    def _empty_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = _growing_layer()
+        return cache
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        device = self._device
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if self._takes_positions:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            inputs["position_ids"] = positions.to(device)
+        if self._takes_last_only:
+            inputs["logits_to_keep"] = 1
+        outputs = self._model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        scores: Tensor = outputs.logits[:, -1, :]
+        return scores
+
+
+def _shares(before: Sequence, sequence: Sequence) -> bool:
+    return before.state is sequence.state and not before.tokens and not sequence.tokens
+
+
+def _stacked(first: Any, second: Any) -> Any:
+    """Put the rows of one cache under those of another, filled up on the left."""
+    import torch
+    from torch.nn.functional import pad
+
+    columns = max(first.get_seq_length(), second.get_seq_length())
+    for above, below in zip(first.layers, second.layers, strict=True):
+        for name in ("keys", "values"):
+            parts = [getattr(layer, name) for layer in (above, below)]
+            filled = [pad(part, (0, 0, columns - part.shape[-2], 0)) for part in parts]
+            setattr(above, name, torch.cat(filled, dim=0))
+    return first
+
+
+def prepare_model(loaded: Any, pad_token: int) -> Any:
+    """Return a model that shares the weights of `loaded` and has no defaults for sampling, lengths and ends."""
+    from transformers import GenerationConfig
+
+    kept = {name: getattr(loaded.generation_config, name, None) for name in MODEL_SETTINGS}
+    prepared = copy.copy(loaded)
+    prepared.generation_config = GenerationConfig(
+        pad_token_id=pad_token, **{name: value for name, value in kept.items() if value is not None}
+    )
+    return prepared
+
+
+def run_whole_batch(model: Any, sequences: Items[Sequence], inputs: dict[str, Any], abort: Abort) -> None:
+    """Generate sequences, one per row, until none of them runs. A row that ends early is filled up.
+
+    Args:
+        model: Model of `prepare_model`.
+        sequences: One per row of the inputs.
+        inputs: Arguments of `generate`: token ids, attention mask, images.
+        abort: Ends a request that must end.
+    """
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    rows = _Rows(sequences, abort, model.generation_config.pad_token_id)
+    with torch.inference_mode():
+        model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max(sequence.tokens_left for sequence in sequences),
+            logits_processor=LogitsProcessorList([rows.sample]),
+            stopping_criteria=StoppingCriteriaList([rows.ended]),
+        )
+
+
+class _Rows:
+    """The two hooks of `generate`: sample the tokens of the rows, and say which rows have ended."""
+
+    def __init__(self, sequences: Items[Sequence], abort: Abort, pad_token: int) -> None:
+        self._sequences = sequences
+        self._states = {sequence.state: None for sequence in sequences}
+        self._abort = abort
+        self._pad = pad_token
+
+    def sample(self, input_ids: Any, scores: Any) -> Any:
+        """Return scores that leave one token for each row."""
+        import torch
+
+        live = [row for row, sequence in enumerate(self._sequences) if sequence.is_running]
+        if live:
+            advance([self._sequences[row] for row in live], scores[live])
+        chosen = torch.full((len(self._sequences), 1), self._pad, device=scores.device)
+        for row in live:
+            sequence = self._sequences[row]
+            # An end token is not among the tokens of a sequence, and what follows it is never seen.
+            chosen[row] = sequence.tokens[-1] if sequence.is_running else self._pad
+        return torch.full_like(scores, float("-inf")).scatter_(-1, chosen, 0.0)
+
+    def ended(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Return one truth value per row."""
+        import torch
+
+        for state in self._states:
+            self._abort(state)
+        return torch.tensor([not sequence.is_running for sequence in self._sequences], device=input_ids.device)
+
+
+def run_beams(model: Any, state: RequestState, inputs: dict[str, Any], tokenizer: Tokenizer, abort: Abort) -> None:
+    """Generate the sequences of one request by beam search. Their text comes at the end, in one piece.
+
+    Args:
+        model: Model of `prepare_model`.
+        state: Request with its sequences, the best one first.
+        inputs: Arguments of `generate` for one row.
+        tokenizer: Gives the text of tokens.
+        abort: Ends a request that must end.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    options = state.options
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        found = model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=options.num_beams,
+            num_return_sequences=options.n,
+            max_new_tokens=options.max_new_tokens,
+            min_new_tokens=options.min_new_tokens or None,
+            repetition_penalty=options.repetition_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            eos_token_id=None if options.ignore_eos else sorted(state.end_ids),
+            stopping_criteria=StoppingCriteriaList([_Interrupt(state, tokenizer, start)]),
+        )
+        logprobs = [_beam_logprobs(model, inputs, row, start) if options.logprobs else [] for row in found]
+    for sequence, row, values in zip(state.sequences, found[:, start:].tolist(), logprobs, strict=True):
+        for place, token in enumerate(row):
+            if sequence.is_running and token >= 0:
+                sequence.append(token, values[place] if values else None)
+    abort(state)
+    for sequence in state.sequences:
+        sequence.finish("length")
+
+
+def _beam_logprobs(model: Any, inputs: dict[str, Any], row: Tensor, start: int) -> list[float]:
+    """Return the log probability (nats) that the model gives to each token of a beam after its start."""
+    import torch
+
+    ids = row.clamp(min=0)[None]
+    if model.config.is_encoder_decoder:
+        logits = model(**inputs, decoder_input_ids=ids).logits
+    else:
+        logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+    logs = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1)
+    values: list[float] = logs.gather(-1, ids[0, start:, None])[:, 0].tolist()
+    return values
+
+
+class _Interrupt:
+    """Ends a beam at a stop string, and all of them when the request must end."""
+
+    def __init__(self, state: RequestState, tokenizer: Tokenizer, prompt_length: int) -> None:
+        self._state = state
+        self._tokenizer = tokenizer
+        self._prompt_length = prompt_length
+        # Every token but a special one has a byte or more.
+        self._tail = max((len(stop.encode()) for stop in state.options.stop), default=0) + 8
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        import torch
+
+        if self._state.abort_reason is not None:
+            return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        stops = self._state.options.stop
+        tails = input_ids[:, self._prompt_length :][:, -self._tail :].tolist() if stops else [[]] * len(input_ids)
+        ended = [any(stop in text for stop in stops) for text in map(self._tokenizer.decode, tails)]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def padded_inputs(rows: Items[Items[int]], model: Any, *, left: bool) -> dict[str, Any]:
+    """Return token ids and attention mask, [rows, longest], filled up on the left or on the right."""
+    import torch
+
+    longest, pad = max(map(len, rows)), model.generation_config.pad_token_id
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(0, len(row))
+        ids[index, place] = torch.tensor(row)
+        mask[index, place] = 1
+    device = input_device(model)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@dataclass(slots=True)
+class EngineSizes:
+    """Limits of one engine.
+
+    Attributes:
+        sequences: Number of sequences at once.
+        step_tokens: Number of prompt tokens, with padding, that are computed at once.
+        cache_bytes: Bytes of keys and values.
+        bytes_per_token: Bytes of keys and values of one token, as far as known.
+    """
+
+    sequences: int
+    step_tokens: int
+    cache_bytes: int
+    bytes_per_token: int
+
+    @classmethod
+    def of(cls, loaded: Any, options: EngineOptions) -> EngineSizes:
+        """Choose the sizes by the device of a loaded model, where the options leave them open."""
+        on_cpu = input_device(loaded).type == "cpu"
+        return cls(
+            sequences=options.max_num_seqs or (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES),
+            step_tokens=options.max_num_batched_tokens or (CPU_STEP_TOKENS if on_cpu else GPU_STEP_TOKENS),
+            cache_bytes=int(options.cache_size_gb * 2**30) if options.cache_size_gb else _free_memory(loaded),
+            bytes_per_token=_expected_bytes_per_token(loaded),
+        )
+
+    def lower(self, failed_with: int) -> None:
+        """Allow fewer sequences at once, after so many were too many."""
+        self.sequences = max(1, min(self.sequences, failed_with) // 2)
+
+    def room(self, running: Items[Sequence], waiting: Iterable[Sequence]) -> int:
+        """Return how many of the first waiting sequences may join the running ones now, at least one where none runs."""
+        count = longest = used = 0
+        columns = max(map(_final_columns, running), default=0)
+        for sequence in waiting:
+            length = len(sequence.context_ids)
+            longest, used = max(longest, length), used + length
+            columns = max(columns, _final_columns(sequence))
+            rows = len(running) + count + 1
+            is_first = rows == 1
+            fits = (
+                rows <= self.sequences
+                and rows * columns * self.bytes_per_token <= self.cache_bytes
+                and (
+                    not count
+                    or ((count + 1) * longest <= self.step_tokens and used >= LEAST_FILL * (count + 1) * longest)
+                )
+            )
+            if not (fits or is_first):
+                break
+            count += 1
+        return count
+
+
+def _final_columns(sequence: Sequence) -> int:
+    return len(sequence.context_ids) + sequence.tokens_left
+
+
+def _free_memory(loaded: Any) -> int:
+    device = input_device(loaded)
+    if device.type == "cuda":
+        import torch
+
+        return int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def _expected_bytes_per_token(loaded: Any) -> int:
+    """Estimate the bytes of keys and values of a token, until they are measured."""
+    config = loaded.config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", 1)
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // heads
+    return int(
+        2
+        * layers
+        * (getattr(config, "num_key_value_heads", None) or heads)
+        * size
+        * getattr(loaded.dtype, "itemsize", 4)
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of torch says that the memory ran out. On a CPU it has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_cached_memory() -> None:
+    """Give the memory that torch keeps for later back to the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,330 @@
+"""Text generation with a causal language model of Transformers, on the CPU or on GPUs.
+
+Requests join a running batch as soon as there is room and leave it when they end: a long answer holds up nobody.
+Models whose state is more than keys and values run in whole batches, and beam search runs request by request.
+
+In float32 a greedy answer does not depend on the requests beside it, but for scores that are equal up to rounding (about
+1e-6 of their size). In bfloat16 and float16 such near ties are common; `EngineOptions(max_num_seqs=1)` runs every
+request alone, which makes its text independent of the others at any precision.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from pathlib import Path
+from typing import Any, Self
+
+from prefect.logging import get_logger
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
+from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
+from prefect_huggingface.tasks.engines.structured import GrammarCompiler
+from prefect_huggingface.tasks.engines.torch_batch import (
+    DenseBatch,
+    EngineSizes,
+    can_join,
+    free_cached_memory,
+    is_out_of_memory,
+    padded_inputs,
+    prepare_model,
+    run_beams,
+    run_whole_batch,
+)
+from prefect_huggingface.tasks.engines.torch_loading import end_tokens, load_tokenizer, load_torch_model, pad_token
+from prefect_huggingface.tasks.engines.torch_sampling import Sampler, advance
+from prefect_huggingface.tasks.engines.worker import EngineWorker
+from prefect_huggingface.tasks.errors import SettingsError
+
+logger = get_logger(__name__)
+
+OUT_OF_MEMORY = (
+    "The memory of the device ran out. Shorten the prompt, lower `max_new_tokens`, or set "
+    "`EngineOptions(max_num_seqs=...)` to fewer requests at once."
+)
+
+
+class TorchEngine(EngineWorker):
+    """What the engines on Transformers have in common: sequences and beam searches that wait, and their samplers."""
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load a model.
+
+        Args:
+            path: Folder of the snapshot.
+            model: Settings.
+
+        Raises:
+            ModelSourceError: If the folder holds no weights that may be loaded.
+            EngineError: If the settings do not fit this machine or this model.
+        """
+        loaded, tokenizer = self._load(path, model)
+        self._start(loaded, tokenizer, self._make_inputs(path, model), model)
+
+    @classmethod
+    def of_loaded(cls, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> Self:
+        """Return an engine of a model and a tokenizer or processor that are loaded already. They are not changed."""
+        engine = cls.__new__(cls)
+        engine._start(loaded, tokenizer, inputs, model)
+        return engine
+
+    @abstractmethod
+    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
+        """Return the model and its tokenizer or processor."""
+
+    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
+        return InputProcessor.of_folder(path, model.chat_template, model.options)
+
+    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
+        """Take what is loaded, and start the thread."""
+        text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.tokenizer = TransformersTokenizer(text_tokenizer)
+        inputs.bind(self.tokenizer, end_tokens(loaded, text_tokenizer), context_length_of(loaded.config.to_dict()))
+        vocabulary = loaded.config.get_text_config(decoder=True).vocab_size
+        self._compiler = GrammarCompiler(text_tokenizer, vocabulary, inputs.end_ids)
+        self._model = prepare_model(loaded, pad_token(text_tokenizer, inputs.end_ids))
+        self._sizes = EngineSizes.of(loaded, model.engine)
+        self._waiting: deque[Sequence] = deque()
+        self._searches: deque[RequestState] = deque()
+        self.in_flight = max(2 * self._sizes.sequences, 16)
+        super().__init__(inputs)
+
+    def add(self, state: RequestState) -> None:
+        """Queue a beam search, or the sequences of a request."""
+        if state.options.num_beams > 1:
+            self._searches.append(state)
+            return
+        for sequence in state.sequences:
+            self._enqueue_sequence(sequence)
+
+    def remove(self, state: RequestState) -> None:
+        """Take a request out of the queues."""
+        if state in self._searches:
+            self._searches.remove(state)
+        if any(sequence.state is state for sequence in self._waiting):
+            self._waiting = deque(sequence for sequence in self._waiting if sequence.state is not state)
+
+    def reset(self) -> None:
+        """Drop all that waits."""
+        self._waiting.clear()
+        self._searches.clear()
+
+    def release(self) -> None:
+        """Let go of the model."""
+        del self._model
+
+    def leftovers(self) -> list[str]:
+        """Return what is still in the queues."""
+        states = [*self._searches, *(sequence.state for sequence in self._waiting)]
+        return [f"request {state.request.id!r}" for state in states]
+
+    def _enqueue_sequence(self, sequence: Sequence) -> None:
+        """Let a sequence wait, from where it is, with a sampler for what comes next."""
+        sequence.resubmit()
+        state, form = sequence.state, sequence.response_format
+        sequence.sampler = Sampler(
+            state.options,
+            sequence.context_ids if self.inputs.is_continued else (),
+            state.end_ids,
+            seed=sequence.seed,
+            grammar=None if form is None else self._compiler.compile(form),
+            least_tokens=max(state.options.min_new_tokens - sequence.generated_tokens, 0),
+        )
+        self._waiting.append(sequence)
+
+    def _resubmit(self, sequences: list[Sequence]) -> None:
+        """Let the sequences that begin another phase wait for it."""
+        for sequence in sequences:
+            if sequence.must_resubmit and sequence.finish_reason is None:
+                try:
+                    self._enqueue_sequence(sequence)
+                except RequestError as exc:
+                    sequence.state.fail(exc.code, str(exc))
+
+    def _inputs_of(self, state: RequestState) -> dict[str, Any]:
+        """Return the arguments of `generate` for one request."""
+        return padded_inputs([state.prompt_ids], self._model, left=self.inputs.is_continued)
+
+    def _search(self) -> None:
+        """Run the beam search that waits longest."""
+        state = self._searches.popleft()
+        try:
+            run_beams(self._model, state, self._inputs_of(state), self.tokenizer, self.abort_if_due)
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            free_cached_memory()
+            state.fail("out_of_cache", OUT_OF_MEMORY)
+
+    def _run_whole(self, sequences: list[Sequence], inputs: dict[str, Any]) -> None:
+        """Run sequences to their ends; after the memory ran out, those that have no token yet run with fewer others."""
+        try:
+            run_whole_batch(self._model, sequences, inputs, self.abort_if_due)
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            free_cached_memory()
+            self._sizes.lower(len(sequences))
+            for sequence in reversed(sequences):
+                if not sequence.is_running:
+                    continue
+                # What has begun may have been streamed, and it cannot be fed with its tokens again.
+                if len(sequences) > 1 and not sequence.tokens:
+                    self._waiting.appendleft(sequence)
+                else:
+                    sequence.state.fail("out_of_cache", OUT_OF_MEMORY)
+        self._resubmit(sequences)
+
+
+class TorchTextEngine(TorchEngine):
+    """Causal language model in one thread, with a batch that requests join and leave."""
+
+    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
+        return load_torch_model(path, model, "AutoModelForCausalLM"), load_tokenizer(path, model)
+
+    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
+        ends = end_tokens(loaded, tokenizer)
+        self._batch = DenseBatch(loaded, pad_token(tokenizer, ends))
+        self._joinable = can_join(loaded)
+        self._border = longrope_border(loaded.config.to_dict())
+        self._at_once = 0
+        super()._start(loaded, tokenizer, inputs, model)
+
+    def remove(self, state: RequestState) -> None:
+        """Take a request out of the queues and out of the batch."""
+        super().remove(state)
+        self._batch.leave({row for row, sequence in enumerate(self._batch.sequences) if sequence.state is state})
+
+    def reset(self) -> None:
+        """Drop all that waits and runs."""
+        super().reset()
+        self._batch.clear()
+
+    def release(self) -> None:
+        """Let go of the model."""
+        super().release()
+        del self._batch
+
+    def leftovers(self) -> list[str]:
+        """Return what is still in the queues and in the batch."""
+        return super().leftovers() + [f"sequence of {one.state.request.id!r}" for one in self._batch.sequences]
+
+    def step(self) -> None:
+        """Let sequences in, and give every sequence of the batch its next token."""
+        import torch
+
+        with torch.inference_mode():
+            if self._searches:
+                self._search()
+            try:
+                self._admit()
+                self._at_once = len(self._batch.sequences)
+                if self._batch.sequences:
+                    advance(self._batch.sequences, self._batch.step())
+                    self._leave()
+            except RuntimeError as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                self._make_room()
+
+    def _admit(self) -> None:
+        """Let as many sequences join as there is room for."""
+        while self._waiting:
+            if not self._joinable:
+                self._run_group()
+                continue
+            self._sizes.bytes_per_token = self._batch.bytes_per_token or self._sizes.bytes_per_token
+            room = self._sizes.room(self._batch.sequences, self._waiting)
+            if not room:
+                return
+            sequences = [self._waiting.popleft() for _ in range(room)]
+            self._at_once = len(self._batch.sequences) + room
+            try:
+                scores = self._batch.join(sequences)
+            except BaseException:
+                self._waiting.extendleft(one for one in reversed(sequences) if one not in self._batch.sequences)
+                raise
+            advance(sequences, scores)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Take out the sequences that have ended, or go on in another phase."""
+        gone = {row: one for row, one in enumerate(self._batch.sequences) if not one.is_running}
+        self._batch.leave(gone)
+        self._resubmit(list(gone.values()))
+
+    def _run_group(self) -> None:
+        """Run a whole batch of the first sequence that waits and those that can run beside it."""
+        first = self._waiting[0]
+        group = [one for one in self._waiting if one is first or self._goes_with(first, one)]
+        group = group[: self._sizes.room([], group)]
+        self._waiting = deque(one for one in self._waiting if one not in group)
+        self._at_once = len(group)
+        self._run_whole(group, padded_inputs([one.context_ids for one in group], self._model, left=True))
+
+    def _goes_with(self, first: Sequence, other: Sequence) -> bool:
+        """Return whether two sequences stay on the same side of the border of a longrope model."""
+        if self._border is None:
+            return True
+        sides = {self._side_of(first), self._side_of(other)}
+        return len(sides) == 1 and "across" not in sides
+
+    def _side_of(self, sequence: Sequence) -> str:
+        assert self._border is not None
+        begin = len(sequence.context_ids)
+        if begin > self._border:
+            return "above"
+        return "below" if begin + sequence.tokens_left <= self._border else "across"
+
+    def _make_room(self) -> None:
+        """Go on with fewer sequences at once after the memory ran out; the others go on from where they are later."""
+        sequences = self._batch.clear()
+        free_cached_memory()
+        self._waiting.extendleft(reversed(sequences))
+        if self._at_once > 1:
+            self._sizes.lower(self._at_once)
+            logger.warning("The memory ran out with %d sequences at once; going on with fewer.", self._at_once)
+        else:
+            self._waiting[0].state.fail(
+                "out_of_cache",
+                "The request does not fit into the memory of the device, even alone. "
+                "Shorten the prompt, lower `max_new_tokens`, or use a larger device.",
+            )
+
+
+def engine_of_pipeline(pipeline: Any) -> Engine:
+    """Return an engine that runs the model of a pipeline object, with its tokenizer and on its device.
+
+    The weights are shared. The pipeline itself is neither used nor changed; its settings for generation are not taken
+    over. Plain prompts are taken as they are, messages go through the chat template of the tokenizer.
+
+    Args:
+        pipeline: Pipeline of Transformers for text, or for images and text. Its model is one of torch, or one of
+            Optimum for OpenVINO.
+
+    Raises:
+        SettingsError: If it is no such pipeline.
+    """
+    loaded, tokenizer = getattr(pipeline, "model", None), getattr(pipeline, "tokenizer", None)
+    if loaded is None or tokenizer is None or not hasattr(loaded, "generate"):
+        raise SettingsError(
+            f"`pipeline` must be a text pipeline of Transformers, got {type(pipeline)!r}. "
+            "Make one with transformers.pipeline('text-generation', ...)."
+        )
+    # The block only carries the settings of the engine; the model is there already.
+    name = str(getattr(loaded, "name_or_path", None) or "").rstrip("/").rpartition("/")[2]
+    model = LocalModel.model_construct(model_id=name or "pipeline", backend="torch", task=pipeline.task)
+    processor = getattr(pipeline, "processor", None)
+    if pipeline.task == "image-text-to-text" and processor is not None:
+        from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine, TorchVisionInputs
+
+        return TorchVisionEngine.of_loaded(loaded, processor, TorchVisionInputs.of_tokenizer(processor), model)
+    inputs = InputProcessor.of_tokenizer(tokenizer)
+    if loaded.config.is_encoder_decoder:
+        from prefect_huggingface.tasks.engines.torch_seq2seq import Seq2SeqEngine
+
+        return Seq2SeqEngine.of_loaded(loaded, tokenizer, inputs, model)
+    return TorchTextEngine.of_loaded(loaded, tokenizer, inputs, model)
