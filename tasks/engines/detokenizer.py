@@ -46,6 +46,8 @@ class RustTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: place for place, token in added.items() if token.special}
 
     @classmethod
     def of_folder(cls, folder: Path) -> RustTokenizer | None:
@@ -78,9 +80,7 @@ class RustTokenizer:
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
-        token = self._tokenizer.token_to_id(text)
-        added = self._tokenizer.get_added_tokens_decoder() if token is not None else {}
-        return token if token in added and added[token].special else None
+        return self._special.get(text)
 
 
 class GenaiTokenizer:
@@ -128,9 +128,7 @@ class TransformersTokenizer:
         """Return the text of tokens, without special tokens and without any clean-up of spaces."""
         if self._rust is not None:
             return self._rust.decode(token_ids)
-        return str(
-            self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def open_stream(self) -> Detokenizer:
         """Return a detokenizer for a new sequence."""

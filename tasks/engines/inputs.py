@@ -150,7 +150,7 @@ class InputProcessor:
             self.tokenizer,
             self._end_ids_of(options),
             echo=prompt.text if options.echo else "",
-            reasoning=self._reasoning_of(prompt),
+            reasoning=self._reasoning_of(prompt, options),
         )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:
@@ -161,10 +161,10 @@ class InputProcessor:
         """
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
-        variables = options.template_options if options is not None else {}
+        options = options or self._defaults
         if request.messages is not None:
-            return self._from_messages(check_messages(request.messages), request.tools, variables)
-        return self._from_text(request.prompt, request.tools, request.chat_template or self._use, variables)
+            return self._from_messages(check_messages(request.messages), request.tools, options)
+        return self._from_text(request.prompt, request.tools, request.chat_template or self._use, options)
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         if state.request.images:
@@ -190,7 +190,8 @@ class InputProcessor:
         if options.num_beams > 1 and (form is not None or options.max_reasoning_tokens is not None):
             name = "response_format" if form is not None else "max_reasoning_tokens"
             raise RequestError(
-                "invalid_option", f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two."
+                "invalid_option",
+                f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two.",
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if options.num_beams > 1 and getattr(options, name):
@@ -208,16 +209,24 @@ class InputProcessor:
         stops = {token for text in options.stop if (token := self.tokenizer.special_id(text)) is not None}
         return self.end_ids.union(stops, options.stop_token_ids)
 
-    def _reasoning_of(self, prompt: Prompt) -> ReasoningFormat | None:
-        if self.template is None or not self.is_continued:
+    def _reasoning_of(self, prompt: Prompt, options: GenerationOptions) -> ReasoningFormat | None:
+        if not self.is_continued:
             return None
-        return find_reasoning_format(self.template.sources.values(), prompt.text)
+        tags = options.reasoning_tags
+        sources = self.template.sources.values() if self.template is not None else ()
+        return find_reasoning_format(sources, prompt.text, override=False if tags == [] else tags)
 
     def _from_messages(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], options: GenerationOptions
     ) -> Prompt:
         try:
-            chat = write_conversation(self._template_for_messages, messages, tools, options=variables)
+            chat = write_conversation(
+                self._template_for_messages,
+                messages,
+                tools,
+                options=options.template_options,
+                trusted_text=options.trusted_text,
+            )
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt(chat.segments, add_special_tokens=False)
@@ -233,7 +242,7 @@ class InputProcessor:
         return self.template
 
     def _from_text(
-        self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse, variables: Mapping[str, Any]
+        self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse, options: GenerationOptions
     ) -> Prompt:
         check_text(text)
         if self.template is None and use == "always":
@@ -243,7 +252,7 @@ class InputProcessor:
             )
         is_templated = self.template is not None and self.template.is_templated(text)
         if self.template is not None and (use == "always" or (use == "auto" and not is_templated)):
-            return self._from_messages([{"role": "user", "content": text}], tools, variables)
+            return self._from_messages([{"role": "user", "content": text}], tools, options)
         starts = bool(self._start_token) and text.startswith(self._start_token or "")
         # A templated text gets a start token only where the template itself writes one.
         writes_start = self.template is None or not is_templated or self.template.writes_start_token

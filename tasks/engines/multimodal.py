@@ -107,7 +107,7 @@ class MultimodalInputProcessor(InputProcessor):
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt((text,), add_special_tokens=False)
 
-    def _reasoning_of(self, prompt: Prompt) -> None:
+    def _reasoning_of(self, prompt: Prompt, options: GenerationOptions) -> None:
         return None
 
 

@@ -10,6 +10,7 @@ goes on from its `context_ids`, which may end with tokens that were put there an
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Collection
@@ -24,11 +25,14 @@ from prefect_huggingface.tasks.engines.base import OnText, RequestError
 from prefect_huggingface.tasks.engines.detokenizer import StopStrings, Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
 from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
+from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
 from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
 
 logger = get_logger(__name__)
 
 SEED_LIMIT = 2**63
+# Special tokens within the longer tags of some families.
+SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 
 
 class RequestState:
@@ -96,11 +100,10 @@ class RequestState:
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
             self._deadline = self.submitted_at + options.deadline_seconds
-        marks = () if reasoning is None or tokenizer is None else reasoning.visible_marks
-        # Tags that are special tokens have no text of their own.
-        self.tags = {
-            token: mark for mark in marks if tokenizer and (token := tokenizer.special_id(mark)) is not None
-        }
+        marks = (*(reasoning.visible_marks if reasoning else ()), *(TOOL_MARKS if self.request.tools else ()))
+        # Tags that are special tokens, or are made of some, have no text of their own.
+        parts = dict.fromkeys(part for mark in marks for part in (mark, *SPECIAL.findall(mark)))
+        self.tags = {token: part for part in parts if tokenizer and (token := tokenizer.special_id(part)) is not None}
         self.sequences = [Sequence(self, index) for index in range(options.n)]
         for sequence in self.sequences:
             sequence.begin()
@@ -176,7 +179,9 @@ class RequestState:
             completion = self._failed()
         except Exception as exc:
             logger.warning("The completion of request %r cannot be made.", self.request.id, exc_info=True)
-            self.fail("engine_error", f"The completion cannot be made: {type(exc).__name__}: {exc}. Change its options.")
+            self.fail(
+                "engine_error", f"The completion cannot be made: {type(exc).__name__}: {exc}. Change its options."
+            )
             completion = self._failed()
         try:
             self.future.set_result(completion)

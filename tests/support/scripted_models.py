@@ -36,6 +36,7 @@ def make_scripted_model(
     family: str | Family = "qwen-3",
     *,
     after: Mapping[str, str] | None = None,
+    letters: Mapping[str, str] | None = None,
     ends: bool = True,
     generation_eos: str | None = None,
 ) -> Path:
@@ -46,6 +47,7 @@ def make_scripted_model(
         answer: Text to say; what looks like a token of the family is that token.
         family: Name of a family, or the family.
         after: Texts to say where a certain text, which becomes one token, stands in the context. Later ones win.
+        letters: What follows two letters, for answers that a grammar makes letter by letter.
         ends: Whether the end token of a turn follows the answer. Otherwise the answer begins again and again.
         generation_eos: End token of the generation configuration, that of the tokenizer by default.
     """
@@ -60,7 +62,15 @@ def make_scripted_model(
     tokenizer = make_family_tokenizer(folder, family, pieces=sorted(pieces), added=added)
     ids = tokenizer.convert_tokens_to_ids
     vocabulary = {text: ids(text) for text in known} | {text: ids(_to_bytes(text)) for text in pieces}
-    _save_model(folder, scripts, vocabulary, len(tokenizer))
+    pairs = {
+        (vocabulary[before] if before else None, vocabulary[token]): vocabulary[following]
+        for script in scripts
+        for before, token, following in zip([None, *script.tokens], script.tokens, script.tokens[1:], strict=False)
+    }
+    for both, following in (letters or {}).items():
+        first, second, third = (ids(_to_bytes(letter)) for letter in (*both, following))
+        pairs[first, second] = third
+    _save_model(folder, scripts, pairs, vocabulary, len(tokenizer))
     eos = vocabulary[generation_eos or family.eos]
     bos = vocabulary[family.bos] if family.bos else None
     for name in ("config.json", "generation_config.json"):
@@ -142,16 +152,17 @@ def _to_bytes(text: str) -> str:
     return "".join(_byte_letters()[byte] for byte in text.encode())
 
 
-def _save_model(folder: Path, scripts: Sequence[_Script], ids: Mapping[str, int], vocabulary: int) -> None:
+def _save_model(
+    folder: Path,
+    scripts: Sequence[_Script],
+    pairs: Mapping[tuple[int | None, int], int],
+    ids: Mapping[str, int],
+    vocabulary: int,
+) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     triggers = [script.trigger for script in scripts if script.trigger is not None]
-    pairs = {
-        (ids[before] if before else None, ids[token]): ids[following]
-        for script in scripts
-        for before, token, following in zip([None, *script.tokens], script.tokens, script.tokens[1:], strict=False)
-    }
     # Parts of the hidden state: this token, the one before, the one to come, a constant, and one flag for each trigger.
     this, before, to_come = (slice(part * CODE, (part + 1) * CODE) for part in range(3))
     constant = 3 * CODE
@@ -203,7 +214,8 @@ def _save_model(folder: Path, scripts: Sequence[_Script], ids: Mapping[str, int]
             threshold += CODE
         gate[neuron, constant] = -threshold
         up[neuron, constant] = 1.0
-        down[to_come, neuron] = codes[following]
+        # A pair counts more than a first token alone.
+        down[to_come, neuron] = codes[following] * (0.2 if previous is None else 1.0)
     # Where no pair is known, the answer begins, or what follows the last trigger in the context.
     for number, script in enumerate(scripts):
         neuron = len(pairs) + number
