@@ -19,10 +19,14 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
-from prefect_huggingface.tasks.engines.registry import model_folder
-from prefect_huggingface.tasks.engines.openvino_runtime import EXACT_PROPERTIES
 from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
-from prefect_huggingface.tasks.engines.openvino_runtime import tuning_file, with_settings, write_settings
+from prefect_huggingface.tasks.engines.openvino_runtime import (
+    EXACT_PROPERTIES,
+    tuning_file,
+    with_settings,
+    write_settings,
+)
+from prefect_huggingface.tasks.engines.registry import model_folder
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.run_logs import run_log

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
-# Tokens before the new ones that are decoded with them: the text of a token may depend on those before it.
-CONTEXT_TOKENS = 6
 # A character has four bytes at most, so that more tokens without one are no beginning of a character.
 MAX_HELD_TOKENS = 12
 
@@ -148,32 +146,43 @@ class RustDetokenizer:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer = tokenizer
+        self._open = DecodeStream
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
 
     def step(self, token: int) -> str:
         """Return the text that a token completes, empty where a character is still incomplete."""
-        return self._stream.step(self._tokenizer, token) or ""
+        self._pending.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception:
+            # Some decoders take back a valid character when invalid bytes follow. What was given out stays.
+            self._stream = self._open(skip_special_tokens=True)
+            text = "".join(self._stream.step(self._tokenizer, one) or "" for one in self._pending)
+        if text:
+            self._pending.clear()
+        return text or ""
 
 
 class WindowDetokenizer:
-    """Detokenizer for any tokenizer that decodes: new tokens are decoded together with a few before them."""
+    """Detokenizer for any tokenizer: new tokens are decoded together with those of the last piece of text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._known = ""
-        self._held = 0
+        self._settled = 0
 
     def step(self, token: int) -> str:
         """Return the text that a token completes, empty where a character is still incomplete."""
         self._window.append(token)
-        self._held += 1
         text = self._tokenizer.decode(self._window)
-        if len(text) <= len(self._known) or (text.endswith(REPLACEMENT) and self._held <= MAX_HELD_TOKENS):
+        held = len(self._window) - self._settled
+        if len(text) <= len(self._known) or (text.endswith(REPLACEMENT) and held <= MAX_HELD_TOKENS):
             return ""
         new = text[len(self._known) :]
-        self._held = 0
-        self._window = self._window[-CONTEXT_TOKENS:]
+        self._window = self._window[self._settled :]
+        self._settled = len(self._window)
         self._known = self._tokenizer.decode(self._window)
         return new
 

@@ -60,11 +60,12 @@ class InputProcessor:
     Attributes:
         template: Chat template, or None where the model has none.
         tokenizer: Tokenizer of the model, set by `bind`.
-        end_ids: Tokens that end an answer: those of the model, its end token, and what the template writes after a turn.
+        end_ids: Tokens that end an answer, that of the tokenizer and what the template writes after a turn among them.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
         prefix: Words that the model wants before a prompt.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
+        defaults: Options of the model.
     """
 
     tokenizer: Tokenizer
@@ -91,9 +92,10 @@ class InputProcessor:
         """
         self.template = template
         self._use = use
-        self._defaults = defaults or GenerationOptions()
+        self.defaults = defaults or GenerationOptions()
         self._tokens = dict(template.tokens if template else tokens or {})
         self._start_token = self._tokens.get("bos_token")
+        self._other_templates: dict[str, ChatTemplate] = {}
 
     @classmethod
     def of_folder(
@@ -104,7 +106,7 @@ class InputProcessor:
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> InputProcessor:
-        """Return the input processor of a tokenizer or processor of Transformers. Plain prompts are taken as they are."""
+        """Return the input processor of a tokenizer or processor of Transformers; plain prompts stay as they are."""
         named = getattr(tokenizer, "tokenizer", tokenizer)
         tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(named, name, None))}
         source = getattr(tokenizer, "chat_template", None)
@@ -135,7 +137,7 @@ class InputProcessor:
         Raises:
             RequestError: If the request cannot be worked on.
         """
-        options = resolve_options(self._defaults, state.request)
+        options = resolve_options(self.defaults, state.request)
         self._check_options(options)
         prompt = self._write(state, options)
         ids = self._tokenize(state, prompt)
@@ -163,8 +165,8 @@ class InputProcessor:
             raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
         options = options or self._defaults
         if request.messages is not None:
-            return self._from_messages(check_messages(request.messages), request.tools, options)
-        return self._from_text(request.prompt, request.tools, request.chat_template or self._use, options)
+            return self._from_messages(request, check_messages(request.messages), options)
+        return self._from_text(request, options)
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         if state.request.images:
@@ -176,7 +178,8 @@ class InputProcessor:
         prompt = self.write(state.request, options)
         if not self.prefix or prompt.text.startswith(self.prefix):
             return prompt
-        return Prompt((self.prefix, *prompt.segments), prompt.add_special_tokens)
+        first, *rest = prompt.segments
+        return Prompt((self.prefix + first, *rest), prompt.add_special_tokens)
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         first, *rest = prompt.segments
@@ -216,20 +219,28 @@ class InputProcessor:
         sources = self.template.sources.values() if self.template is not None else ()
         return find_reasoning_format(sources, prompt.text, override=False if tags == [] else tags)
 
-    def _from_messages(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], options: GenerationOptions
-    ) -> Prompt:
+    def _from_messages(self, request: Request, messages: list[dict[str, Any]], options: GenerationOptions) -> Prompt:
+        template = self._template_for_messages if request.template is None else self._other_template(request.template)
         try:
             chat = write_conversation(
-                self._template_for_messages,
+                template,
                 messages,
-                tools,
+                request.tools,
                 options=options.template_options,
                 trusted_text=options.trusted_text,
             )
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt(chat.segments, add_special_tokens=False)
+
+    def _other_template(self, source: str) -> ChatTemplate:
+        """Return the template of a request; a caller has few of them, and each learns what it writes only once."""
+        known = self._other_templates.get(source)
+        if known is None:
+            base = self.template or ChatTemplate("", self._tokens)
+            known = ChatTemplate(source, base.tokens, base.special_texts, base.added_texts)
+            self._other_templates = {source: known}
+        return known
 
     @property
     def _template_for_messages(self) -> ChatTemplate:
@@ -241,22 +252,32 @@ class InputProcessor:
             )
         return self.template
 
-    def _from_text(
-        self, text: Any, tools: Sequence[Mapping[str, Any]], use: TemplateUse, options: GenerationOptions
-    ) -> Prompt:
-        check_text(text)
+    def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
+        text = request.prompt or ""
+        if self._takes_template(request):
+            return self._from_messages(request, [{"role": "user", "content": text}], options)
+        starts = bool(self._start_token) and text.startswith(self._start_token or "")
+        # A templated text gets a start token only where the template itself writes one.
+        is_templated = self.template is not None and self.template.is_templated(text)
+        writes_start = self.template is None or not is_templated or self.template.writes_start_token
+        return Prompt((text,), add_special_tokens=not starts and writes_start)
+
+    def _takes_template(self, request: Request) -> bool:
+        """Return whether a plain prompt is put into the chat template.
+
+        Raises:
+            RequestError: If it is no prompt, or the model has no template to put it into.
+        """
+        check_text(request.prompt)
+        use = request.chat_template or self._use
         if self.template is None and use == "always":
             raise RequestError(
                 "invalid_prompt",
                 "The model has no chat template to put the prompt into. Set `chat_template` to 'auto' or 'never'.",
             )
-        is_templated = self.template is not None and self.template.is_templated(text)
-        if self.template is not None and (use == "always" or (use == "auto" and not is_templated)):
-            return self._from_messages([{"role": "user", "content": text}], tools, options)
-        starts = bool(self._start_token) and text.startswith(self._start_token or "")
-        # A templated text gets a start token only where the template itself writes one.
-        writes_start = self.template is None or not is_templated or self.template.writes_start_token
-        return Prompt((text,), add_special_tokens=not starts and writes_start)
+        if self.template is None or use == "never":
+            return False
+        return use == "always" or not self.template.is_templated(request.prompt or "")
 
 
 def check_text(text: Any) -> None:
@@ -307,7 +328,7 @@ def fit_context(
     token_ids: Sequence[int],
     options: GenerationOptions,
     context_length: int | None,
-    new_tokens: int,
+    new_tokens: int | None = None,
     can_cut: bool = True,
 ) -> list[int] | None:
     """Return the tokens of a prompt that fit the context together with the new tokens, or None to skip the request.
@@ -316,12 +337,13 @@ def fit_context(
         token_ids: Tokens of the whole prompt.
         options: Options that say what to do with a prompt that is too long.
         context_length: Tokens that prompt and answer may have together, or None for no limit.
-        new_tokens: Tokens of the context that the answer needs.
+        new_tokens: Tokens of the context that the answer needs, None for `max_new_tokens`.
         can_cut: Whether the prompt may be cut; one with images may not.
 
     Raises:
         RequestError: If the prompt is too long and must not be cut.
     """
+    new_tokens = options.max_new_tokens if new_tokens is None else new_tokens
     room = len(token_ids) if context_length is None else context_length - new_tokens
     if len(token_ids) <= room:
         return list(token_ids)
@@ -356,7 +378,7 @@ def context_length_of(settings: Mapping[str, Any]) -> int | None:
 
 
 def longrope_border(settings: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens above which a longrope model counts positions in another way, None for other models."""
+    """Return the number of tokens above which a longrope model counts positions differently, None for others."""
     settings = {**settings, **(settings.get("text_config") or {})}
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type")) not in ("longrope", "su"):

@@ -13,7 +13,7 @@ import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -95,10 +95,8 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         request = state.request
-        if request.prompt is not None:
-            prompt = self.write(replace(request, images=()), options)
-            if prompt.text == request.prompt:
-                return prompt
+        if request.prompt is not None and not self._takes_template(request):
+            return self._from_text(request, {})
         try:
             text = self.render(
                 self._template_for_messages, state.multimodal.messages, request, options=options.template_options

@@ -117,7 +117,10 @@ class OpenVINOTextEngine(EngineWorker):
 
     def leftovers(self) -> list[str]:
         """Return what is still in the scheduler."""
-        return [f"request {request.state.request.id!r}" for request in (*self._scheduled.values(), *self._scheduler.requests)]
+        return [
+            f"request {request.state.request.id!r}"
+            for request in (*self._scheduled.values(), *self._scheduler.requests)
+        ]
 
     def finished(self) -> None:
         """Let callers react before the next step."""
@@ -304,7 +307,9 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
             complete = False
         if not complete:
             # Some templates want parts, and some want plain text.
-            joined = [{**message, "content": "".join(part["text"] for part in message["content"])} for message in tagged]
+            joined = [
+                {**message, "content": "".join(part["text"] for part in message["content"])} for message in tagged
+            ]
             text = template.render(joined, request.tools, **more)
         return text
 

@@ -182,6 +182,19 @@ def generation_config(
     config.presence_penalty = options.presence_penalty
     config.frequency_penalty = options.frequency_penalty
     config.logprobs = 1 if options.logprobs else 0
+    _set_search(config, options, seed)
+    if response_format is not None:
+        config.structured_output_config = genai_grammar(response_format)
+    if engine.prompt_lookup_tokens is not None:
+        config.num_assistant_tokens = engine.prompt_lookup_tokens
+        config.max_ngram_size = LOOKUP_NGRAM
+    elif engine.draft_model is not None:
+        config.num_assistant_tokens = DRAFT_TOKENS
+    return config
+
+
+def _set_search(config: Any, options: GenerationOptions, seed: int) -> None:
+    """Set how tokens are chosen: at random, by beams, or else the likeliest."""
     if options.do_sample:
         config.do_sample = True
         config.rng_seed = seed
@@ -196,14 +209,6 @@ def generation_config(
         config.num_return_sequences = options.n
         if options.no_repeat_ngram_size:
             config.no_repeat_ngram_size = options.no_repeat_ngram_size
-    if response_format is not None:
-        config.structured_output_config = genai_grammar(response_format)
-    if engine.prompt_lookup_tokens is not None:
-        config.num_assistant_tokens = engine.prompt_lookup_tokens
-        config.max_ngram_size = LOOKUP_NGRAM
-    elif engine.draft_model is not None:
-        config.num_assistant_tokens = DRAFT_TOKENS
-    return config
 
 
 class GenaiPipeline:

@@ -280,7 +280,9 @@ class Registry:
         """Close the engines that nobody has used for so long, and return how many there were."""
         oldest = time.time() - seconds
         with self._lock:
-            idle = [entry for entry in list(self._entries.values()) if not entry.in_use and entry.state.used_at <= oldest]
+            idle = [
+                entry for entry in list(self._entries.values()) if not entry.in_use and entry.state.used_at <= oldest
+            ]
             for entry in idle:
                 self._entries.pop(entry.key, None)
         _close(idle)

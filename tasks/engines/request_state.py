@@ -22,7 +22,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
 from prefect_huggingface.tasks.engines.base import OnText, RequestError
-from prefect_huggingface.tasks.engines.detokenizer import StopStrings, Tokenizer
+from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, StopStrings, Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
 from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
 from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
@@ -368,7 +368,8 @@ class Sequence:
         self._raw: list[str] = []
         self._answer: list[str] = []
         self._reasoning: list[str] = []
-        self._settled = 0
+        # Tokens that went into the detokenizer, those whose text came out, and those before the answer began.
+        self._fed = self._decoded = self._settled = 0
         self._text_out.restart()
         self._reasoning_out.restart()
         # Where nobody looks at the text before its end, it is cheaper to decode all of it at once.
@@ -379,9 +380,11 @@ class Sequence:
 
     def _read(self, token: int) -> None:
         assert self._detokenizer is not None
+        self._fed += 1
         text = self._detokenizer.step(token)
         text = self._tags.get(token, text)
         if text:
+            self._decoded = self._fed
             began = self._read_text(text)
             if self._stops.found:
                 self.finish("stop")
@@ -412,10 +415,7 @@ class Sequence:
     def _read_rest(self, reason: FinishReason) -> None:
         """Take in the end of the text, which was held back."""
         if not self._stops.found:
-            known = "".join(self._raw)
-            whole = known if self.state.tokenizer is None or self._tags else self.state.tokenizer.decode(self.tokens)
-            if len(whole) > len(known) and whole.startswith(known):
-                self._read_text(whole[len(known) :])
+            self._decode_rest()
             if self._splitter is not None:
                 self._add(*self._splitter.finish())
             if not self._stops.found:
@@ -423,6 +423,21 @@ class Sequence:
         if reason in ("deadline", "cancelled") and self._text_out.is_behind:
             # An attempt that was ended early has not come as far as the one before it.
             self._answer = [self._text_out.delivered[len(self.state.echo) :]]
+
+    def _decode_rest(self) -> None:
+        """Take in the text of the tokens that have none yet."""
+        tokenizer = self.state.tokenizer
+        if tokenizer is None or self._decoded == len(self.tokens):
+            return
+        whole = tokenizer.decode(self.tokens)
+        if not self._is_watched and REPLACEMENT in whole:
+            # The text of invalid bytes must not depend on whether somebody looks at it.
+            for token in self.tokens:
+                self._read(token)
+        known = "".join(self._raw)
+        rest = whole[len(known) :] if whole.startswith(known) else tokenizer.decode(self.tokens[self._decoded :])
+        if rest and not self._stops.found:
+            self._read_text(rest)
 
     def _follow_reasoning(self, has_text: bool, answer_began: bool) -> None:
         options = self.state.options
@@ -438,7 +453,8 @@ class Sequence:
     def _end_reasoning(self, count: int) -> None:
         """Begin the phase of the answer after so many tokens; the reasoning is closed where it is still open."""
         form, tokenizer = self.state.reasoning, self.state.tokenizer
-        assert form is not None and tokenizer is not None
+        assert form is not None
+        assert tokenizer is not None
         kept = self.tokens[:count]
         text = "".join(self._raw) if count == len(self.tokens) else "".join(self._raw[:-1])
         is_open = form.starts_open or form.start in text

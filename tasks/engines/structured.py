@@ -239,9 +239,7 @@ def _grammar_text(response_format: ResponseFormat) -> str:
     from llguidance import LLMatcher
 
     if response_format.json_schema is not None:
-        text: str = LLMatcher.grammar_from_json_schema(
-            json.dumps(response_format.json_schema), overrides=JSON_SETTINGS
-        )
+        text: str = LLMatcher.grammar_from_json_schema(json.dumps(response_format.json_schema), overrides=JSON_SETTINGS)
     elif response_format.regex is not None:
         text = LLMatcher.grammar_from_regex(response_format.regex)
     else:

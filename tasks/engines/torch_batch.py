@@ -418,7 +418,7 @@ class EngineSizes:
         self.sequences = max(1, min(self.sequences, failed_with) // 2)
 
     def room(self, running: Items[Sequence], waiting: Iterable[Sequence]) -> int:
-        """Return how many of the first waiting sequences may join the running ones now, at least one where none runs."""
+        """Return how many of the first waiting sequences may join now, at least one where none runs."""
         count = longest = used = 0
         columns = max(map(_final_columns, running), default=0)
         for sequence in waiting:

@@ -3,9 +3,9 @@
 Requests join a running batch as soon as there is room and leave it when they end: a long answer holds up nobody.
 Models whose state is more than keys and values run in whole batches, and beam search runs request by request.
 
-In float32 a greedy answer does not depend on the requests beside it, but for scores that are equal up to rounding (about
-1e-6 of their size). In bfloat16 and float16 such near ties are common; `EngineOptions(max_num_seqs=1)` runs every
-request alone, which makes its text independent of the others at any precision.
+In float32 a greedy answer does not depend on the requests beside it, but for scores that are equal up to rounding
+(about 1e-6 of their size). In bfloat16 and float16 such near ties are common; `EngineOptions(max_num_seqs=1)` runs
+every request alone, which makes its text independent of the others at any precision.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class TorchEngine(EngineWorker):
     def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
         """Take what is loaded, and start the thread."""
         text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        inputs.defaults = model.options
         self.tokenizer = TransformersTokenizer(text_tokenizer)
         inputs.bind(self.tokenizer, end_tokens(loaded, text_tokenizer), context_length_of(loaded.config.to_dict()))
         vocabulary = loaded.config.get_text_config(decoder=True).vocab_size

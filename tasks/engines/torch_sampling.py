@@ -1,7 +1,7 @@
 """Samples the next token of each sequence of a torch batch, by the options of that sequence alone.
 
-A random sequence depends on its own seed and scores only, not on the rows beside it: every sequence draws from a generator
-of its own.
+A random sequence depends on its own seed and scores only, not on the rows beside it: every sequence draws from a
+generator of its own.
 """
 
 from __future__ import annotations

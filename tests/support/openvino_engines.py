@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.records import Completion, Request
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}

@@ -10,8 +10,8 @@ import pytest
 
 from prefect_huggingface.blocks import EngineOptions, LocalModel, ModelStore
 from prefect_huggingface.tasks import tuning
-from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.engines.openvino_runtime import read_settings, tuning_file, with_settings, write_settings
+from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import PlanError
 
 

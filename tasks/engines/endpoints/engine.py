@@ -19,6 +19,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
 from prefect_huggingface.tasks.engines.answer_forms import check_form
 from prefect_huggingface.tasks.engines.answers import Submission
+from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.engines.endpoints.answers import EndpointAnswer
 from prefect_huggingface.tasks.engines.endpoints.calls import make_call
 from prefect_huggingface.tasks.engines.endpoints.failures import EndpointFailure
@@ -26,7 +27,6 @@ from prefect_huggingface.tasks.engines.endpoints.patience import Circuit, wait_a
 from prefect_huggingface.tasks.engines.endpoints.service import EndpointService
 from prefect_huggingface.tasks.engines.failures import RequestError, failed
 from prefect_huggingface.tasks.engines.prompts import resolve_options
-from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs

@@ -16,8 +16,8 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel
 from prefect_huggingface.tasks.engines import registry
-from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines, weight_bytes
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
+from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines, weight_bytes
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
 from support.openvino_engines import ask, openvino_model

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, ResponseFormat
-from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.engines.endpoints.engine import EndpointEngine
+from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import EngineError, GenerationError
 from prefect_huggingface.tasks.records import Request
 from support.text_models import TextModel

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.multimodal import read_conversation
 from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.multimodal import read_conversation
 from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")

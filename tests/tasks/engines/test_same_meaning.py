@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
 from prefect_huggingface.tasks.records import Completion, Request
 from support.tiny_models import SAMPLE_TEXTS

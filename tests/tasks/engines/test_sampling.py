@@ -56,7 +56,9 @@ def test_a_row_chooses_the_same_beside_any_other_rows(data):
     )
     chosen = data.draw(st.lists(options, min_size=1, max_size=6))
     scores = torch.randn(len(chosen), 12, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 50))))
-    alone = [sample_tokens([Sampler(row, [1, 2], [0], row.seed)], scores[[place]])[0] for place, row in enumerate(chosen)]
+    alone = [
+        sample_tokens([Sampler(row, [1, 2], [0], row.seed)], scores[[place]])[0] for place, row in enumerate(chosen)
+    ]
     assert sample_tokens([Sampler(row, [1, 2], [0], row.seed) for row in chosen], scores) == alone
 
 

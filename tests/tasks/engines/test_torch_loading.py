@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.torch_loading import available_devices, resolve_device
 from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
+from prefect_huggingface.tasks.engines.torch_loading import available_devices, resolve_device
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Request
 from support.tiny_models import copy_with_own_code
