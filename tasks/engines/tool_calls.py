@@ -258,7 +258,9 @@ class ToolCallParser:
         if end is None:
             if not self._final:
                 raise _Wait()
-            return len(self._buffer), InvalidCall(self._buffer[place:], "The call is cut off.")
+            tags = [at for tag in TAGS if (at := self._buffer.find(tag, place)) >= 0]
+            end = min(tags, default=len(self._buffer))
+            return end, InvalidCall(self._buffer[place:end], "The call is cut off.")
         try:
             return end, json.loads(self._buffer[place:end], strict=False)
         except ValueError as exc:
@@ -274,7 +276,8 @@ class ToolCallParser:
     def _read_marked(self, place: int) -> _Found:
         """Read JSON after a mark that says that it is a call."""
         end, value = self._read_value(place)
-        return _Found(end, [self._as_call(one) for one in (value if isinstance(value, list) else [value])])
+        values = value if isinstance(value, list) and value else [value]
+        return _Found(end, [self._as_call(one) for one in values])
 
     def _read_json(self, place: int) -> _Found:
         """Read JSON that is a call only where it names a tool."""

@@ -314,9 +314,7 @@ async def acomplete(engine: Engine, request: Request) -> Completion:
     return checked(await asyncio.wrap_future(future))
 
 
-async def acomplete_all(
-    engine: Engine, requests: Sequence[Request], in_flight: int | None = None
-) -> list[Completion]:
+async def acomplete_all(engine: Engine, requests: Sequence[Request], in_flight: int | None = None) -> list[Completion]:
     """Return the completions of requests in their order.
 
     Raises:

@@ -86,7 +86,7 @@ def test_a_schema_holds_for_the_answer_only(tmp_path: Path) -> None:
     engine = engine_of(make_scripted_model(tmp_path, text, "qwen-3", letters=letters))
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     found = answer(engine, response_format=ResponseFormat(json_schema=schema))
-    assert (found.parsed, found.reasoning) == ({"a": 4}, 'Is it [2]?')
+    assert (found.parsed, found.reasoning) == ({"a": 4}, "Is it [2]?")
 
 
 def test_tags_can_be_overridden(tmp_path: Path) -> None:

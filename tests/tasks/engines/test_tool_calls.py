@@ -2,12 +2,21 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_huggingface.tasks.engines.tool_calls import InvalidCall, ToolCall, ToolCallParser, find_calls
+from prefect_huggingface.tasks.engines.tool_calls import (
+    InvalidCall,
+    ToolCall,
+    ToolCallParser,
+    call_schema,
+    choose_tools,
+    find_calls,
+)
+from prefect_huggingface.tasks.errors import SettingsError
 
 PARAMETERS = {
     "type": "object",
@@ -183,3 +192,39 @@ def test_long_arguments_take_time_in_proportion() -> None:
     items = [item for start in range(0, len(body), 5) for item in parser.feed(body[start : start + 5])]
     assert time.perf_counter() - begin < 5
     assert calls_of([*items, *parser.finish()]) == [("get_weather", {"city": "word " * 40_000})]
+
+
+@pytest.mark.parametrize("inner", ['{"name": "now", "arguments": {"a": 1', "[]"])
+def test_a_broken_call_has_its_text(inner: str) -> None:
+    found = find_calls(f"<tool_call>{inner}</tool_call>", TOOLS)
+    assert (found.text, found.calls, found.invalid[0].text) == ("", [], inner)
+    assert found.invalid[0].error
+
+
+def tool(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "chosen"),
+    [
+        (None, []), ("auto", []), ("none", []), (False, []), (True, ["add", "weather"]), ("any", ["add", "weather"]),
+        ("required", ["add", "weather"]), ("add", ["add"]),
+        ({"type": "function", "function": {"name": "add"}}, ["add"]),
+    ],
+)  # fmt: skip
+def test_choices_of_tools(choice: Any, chosen: list[str]) -> None:
+    tools = [tool("add"), tool("weather")]
+    assert [one["function"]["name"] for one in choose_tools(tools, choice)] == chosen
+
+
+def test_a_choice_that_is_no_tool_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"\['add'\], got 'subtract'"):
+        choose_tools([tool("add")], "subtract")
+
+
+def test_schema_of_a_forced_call() -> None:
+    numbers = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    one = call_schema([tool("add", **numbers)])
+    assert one["properties"] == {"name": {"type": "string", "enum": ["add"]}, "arguments": numbers}
+    assert len(call_schema([tool("add", **numbers), tool("weather")])["anyOf"]) == 2
