@@ -134,9 +134,6 @@ def _problem(row: int, problem: RowProblem) -> tuple[Any, ...]:
 
 
 def _details(completion: Completion) -> str | None:
-    if completion.parsed is None and not completion.alternatives and completion.logprobs is None:
-        return None
-    details = {
-        "parsed": completion.parsed, "alternatives": completion.alternatives, "logprobs": completion.logprobs,
-    }  # fmt: skip
-    return json.dumps({name: value for name, value in details.items() if value}, ensure_ascii=False, default=str)
+    names = ("parsed", "alternatives", "logprobs", "reasoning")
+    details = {name: value for name in names if (value := getattr(completion, name))}
+    return json.dumps(details, ensure_ascii=False, default=str) if details else None

@@ -163,7 +163,7 @@ class InputProcessor:
         """
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
-        options = options or self._defaults
+        options = options or self.defaults
         if request.messages is not None:
             return self._from_messages(request, check_messages(request.messages), options)
         return self._from_text(request, options)

@@ -90,7 +90,8 @@ class EngineLLM(BaseLLM):
         if call.get("images"):
             fields["images"] = read_images(call["images"])
         request = Request(prompt, **fields)
-        return replace(request, options=fit_options(self.read_call(call, stop), partial(_count, engine, request)))
+        generation = self.read_call(call, stop)
+        return replace(request, options=fit_options(generation, partial(_count, engine, request, generation)))
 
     def read_call(self, call: Mapping[str, Any], stop: Sequence[str] | None = None) -> Generation:
         """Return the generation settings of a call, over those of the LLM.
@@ -409,9 +410,9 @@ def _to_chunk(piece: Piece) -> GenerationChunk | None:
     return GenerationChunk(text="", generation_info=generation_info(piece))
 
 
-def _count(engine: Engine, request: Request) -> int:
+def _count(engine: Engine, request: Request, generation: Generation) -> int:
     """Return the number of tokens of the prompt of a request."""
     messages: Sequence[Message] | None = request.messages
     if engine.inputs is not None and messages is not None:
-        return engine.count_tokens(engine.inputs.write(request).text)
+        return engine.count_tokens(engine.inputs.write(request, generation.options).text)
     return engine.count_tokens(request.prompt or "\n".join(str(message["content"]) for message in messages or ()))

@@ -74,7 +74,10 @@ class OpenAIBatchWriter:
             "object": "chat.completion" if chat else "text_completion",
             "created": self._created,
             "model": line["body"].get("model"),
-            "choices": [_choice(index, text, reason, chat) for index, text in enumerate(texts)],
+            "choices": [
+                _choice(index, text, reason, chat, None if index else details.get("reasoning"))
+                for index, text in enumerate(texts)
+            ],
             "usage": {
                 "prompt_tokens": answer["prompt_tokens"],
                 "completion_tokens": answer["generated_tokens"],
@@ -83,8 +86,12 @@ class OpenAIBatchWriter:
         }
 
 
-def _choice(index: int, text: str, reason: str, chat: bool) -> dict[str, Any]:
-    content = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+def _choice(index: int, text: str, reason: str, chat: bool, thoughts: str | None) -> dict[str, Any]:
+    content: dict[str, Any] = {"text": text}
+    if chat:
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if thoughts:
+            content["message"]["reasoning_content"] = thoughts
     return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 

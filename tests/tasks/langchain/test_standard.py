@@ -55,7 +55,9 @@ class Suite:
 
 
 class TestUnit(Suite, ChatModelUnitTests):
-    @pytest.mark.xfail(reason="A class of this library holds an engine and is not serialized by LangChain.", strict=False)
+    @pytest.mark.xfail(
+        reason="A class of this library holds an engine and is not serialized by LangChain.", strict=False
+    )
     def test_serdes(self, *args: Any, **kwargs: Any) -> None:
         super().test_serdes(*args, **kwargs)
 
