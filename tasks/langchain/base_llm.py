@@ -231,7 +231,7 @@ class EngineLLM(BaseLLM):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params["ls_provider"] = "huggingface"
-        params["ls_model_name"] = self._model_name
+        params["ls_model_name"] = str(kwargs.get("model", self._model_name))
         return params
 
 

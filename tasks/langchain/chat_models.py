@@ -18,6 +18,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_huggingface.blocks import ResponseFormat
@@ -185,7 +186,7 @@ class ChatHuggingFace(BaseChatModel):
         Args:
             schema: Pydantic class, typed dictionary, function in the form of OpenAI, or JSON schema. None means any
                 JSON object, with the method "json_mode".
-            method: All methods constrain the engine by the schema; "json_mode" by nothing but JSON.
+            method: All methods constrain the engine by the schema, if there is one.
             include_raw: Whether to return `raw`, `parsed` and `parsing_error` in place of the value, also for an answer
                 that has not the form asked for.
             strict: Whether objects have all properties of the schema and no others.
@@ -198,10 +199,11 @@ class ChatHuggingFace(BaseChatModel):
             raise SettingsError(f"`method` must be 'function_calling', 'json_schema' or 'json_mode', got {method!r}.")
         if schema is None and method != "json_mode":
             raise SettingsError(f"`schema` must be given with method {method!r}, got None. Give a schema.")
-        json_schema = {"type": "object"} if method == "json_mode" else schema_of(schema)
+        json_schema = {"type": "object"} if schema is None else schema_of(schema)
+        traced = json_schema if schema is None else dict(convert_to_json_schema(schema))
         bound = self.bind(
             response_format=ResponseFormat(json_schema=_closed(json_schema) if strict else json_schema),
-            ls_structured_output_format={"kwargs": {"method": method}, "schema": json_schema},
+            ls_structured_output_format={"kwargs": {"method": method}, "schema": traced},
             **({"keep_invalid": True} if include_raw else {}),
             **kwargs,
         )
@@ -374,7 +376,9 @@ class ChatHuggingFace(BaseChatModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
-        return LangSmithParams(**{**params, "ls_provider": "huggingface", "ls_model_name": str(self.model_id)})
+        return LangSmithParams(
+            **{**params, "ls_provider": "huggingface", "ls_model_name": str(kwargs.get("model", self.model_id))}
+        )
 
 
 def schema_of(schema: Any) -> dict[str, Any]:
@@ -386,7 +390,7 @@ def schema_of(schema: Any) -> dict[str, Any]:
 
 def parser_of(schema: Any) -> BaseOutputParser[Any]:
     """Return the parser that makes the value of a schema from text."""
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
+    if is_basemodel_subclass(schema):
         return PydanticOutputParser(pydantic_object=schema)
     return JsonOutputParser()
 

@@ -61,10 +61,15 @@ class Generation(NamedTuple):
     min_length: int | None = None
 
 
-def read_generation(given: Mapping[str, Any], task: str = "text-generation") -> Generation:
+def read_generation(given: Mapping[str, Any], task: str = "text-generation", *, warn: bool = True) -> Generation:
     """Return the generation settings that a dictionary of LangChain code means.
 
     A temperature of 0 means greedy text, and a sampling setting alone means sampling.
+
+    Args:
+        given: Settings by the names of LangChain and Hugging Face.
+        task: Task of the model.
+        warn: Whether to warn of settings that contradict one another.
 
     Raises:
         SettingsError: If a setting is unknown.
@@ -84,7 +89,7 @@ def read_generation(given: Mapping[str, Any], task: str = "text-generation") -> 
         lengths = {}
     if "response_format" in options:
         options["response_format"] = read_response_format(options["response_format"])
-    return Generation(GenerationOptions(**_decide_sampling(options)), **lengths)
+    return Generation(GenerationOptions(**_decide_sampling(options, warn)), **lengths)
 
 
 def read_response_format(value: Any) -> Any:
@@ -154,12 +159,12 @@ def _check_length(name: str, value: Any) -> int:
     return value
 
 
-def _decide_sampling(options: dict[str, Any]) -> dict[str, Any]:
+def _decide_sampling(options: dict[str, Any], warn: bool) -> dict[str, Any]:
     """Switch sampling on or off as the sampling settings mean it."""
     # These values of the original switch the filter off.
     options = {name: value for name, value in options.items() if (name, value) not in (("top_k", 0), ("top_p", 1.0))}
     if options.get("temperature") == 0:
-        if options.get("do_sample"):
+        if options.get("do_sample") and warn:
             warnings.warn("`temperature` is 0, so that `do_sample` has no effect.", UserWarning, stacklevel=2)
         options = {name: value for name, value in options.items() if name not in SAMPLING_FIELDS}
         options["do_sample"] = False

@@ -77,7 +77,8 @@ def read_settings(
     given = _join({"device": device, "device_map": device_map}, model_kwargs or {}, pipeline_kwargs or {})
     _check_placement(given)
     batch_size, images = given.pop("batch_size", None), read_images(given.pop("images", ()))
-    generation = read_generation({name: given.pop(name) for name in list(given) if name in GENERATION_NAMES}, task)
+    settings = {name: given.pop(name) for name in list(given) if name in GENERATION_NAMES}
+    generation = read_generation(settings, task, warn=False)  # whoever generates with them warns
     fields = _read_fields(given, backend)
     fields |= {"model_id": model_id, "task": check_task(task), "backend": backend, "chat_template": template_use(task)}
     return Settings(LocalModel(**fields, options=generation.options), generation, batch_size, images)
