@@ -14,7 +14,9 @@ from prefect_huggingface.blocks.model import REPO_ID
 from prefect_huggingface.blocks.options import GenerationOptions
 
 Protocol = Literal["auto", "openai", "tgi"]
-ExtraOption = Literal["top_k", "repetition_penalty", "min_new_tokens", "ignore_eos"]
+ExtraOption = Literal[
+    "top_k", "min_p", "repetition_penalty", "min_new_tokens", "ignore_eos", "stop_token_ids", "template_options"
+]
 
 DEFAULT_ROUTER = "https://router.huggingface.co"
 CHAT_ROUTE = "/chat/completions"

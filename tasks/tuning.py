@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
@@ -117,11 +118,12 @@ def find_settings(model: LocalModel, prompts: Sequence[str] | None = None) -> Tu
             f"Only text generation on OpenVINO is tuned, got task {model.task!r} with backend {model.backend!r}. "
             "Use the settings of the block."
         )
-    search = _Search(model, list(prompts or PROMPTS))
-    for name, values in GRID:
-        if name not in model.ov_config and getattr(model.engine, name, None) is None:
-            search.try_values(name, values)
-    return search.finish()
+    with closing(_Search(model, list(prompts or PROMPTS))) as search:
+        search.begin()
+        for name, values in GRID:
+            if name not in model.ov_config and getattr(model.engine, name, None) is None:
+                search.try_values(name, values)
+        return search.finish()
 
 
 class _Search:
@@ -136,8 +138,13 @@ class _Search:
         self._settings: dict[str, Any] = {}
         self._trials: list[TuningTrial] = []
         self._speed_up = 1.0
-        with self._load(EXACT_PROPERTIES) as exact:
-            self._wanted = _answer(exact, self._compared)
+        self._engines: list[OpenVINOTextEngine] = []
+
+    def begin(self) -> None:
+        """Take the exact answers, and the engine with its default settings as the best one so far."""
+        exact = self._load(EXACT_PROPERTIES)
+        self._wanted = _answer(exact, self._compared)
+        exact.close()
         self._best = self._load({})
         self._defaults = _agreements(_answer(self._best, self._compared), self._wanted)
 
@@ -155,9 +162,13 @@ class _Search:
                 time.perf_counter() - started,
             )  # fmt: skip
 
+    def close(self) -> None:
+        """Close all engines, also after an interruption."""
+        for engine in self._engines:
+            engine.close()
+
     def finish(self) -> Tuning:
         """Write the settings and return them."""
-        self._best.close()
         trials = [
             {"setting": trial.setting, "value": trial.value, "speed_up": round(trial.speed_up, 3),
              "agreement": round(trial.agreement, 3), "kept": trial.kept, "problem": trial.problem}
@@ -169,7 +180,8 @@ class _Search:
         return Tuning(dict(self._settings), self._speed_up, tuple(self._trials), str(path))
 
     def _load(self, settings: Mapping[str, Any]) -> OpenVINOTextEngine:
-        return OpenVINOTextEngine(self._folder, with_settings(self._model, settings))
+        self._engines.append(OpenVINOTextEngine(self._folder, with_settings(self._model, settings)))
+        return self._engines[-1]
 
     def _try(self, name: str, value: Any) -> TuningTrial:
         settings = {**self._settings, name: value}

@@ -16,6 +16,7 @@ from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
 from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -128,6 +129,9 @@ def run_requests(
     """Yield what has finished, like `Engine.generate`, until there is no more or it has to stop.
 
     It looks for a stop also while every request takes long. Closing the iterator cancels those under way.
+
+    Raises:
+        EngineError: If the engine was closed, or can be used no more.
     """
     finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
     pending: set[Future[Completion]] = set()
@@ -147,10 +151,23 @@ def run_requests(
             while not finished.empty():
                 done.append(finished.get())
             pending.difference_update(done)
-            yield [future.result() for future in done]
+            yield from _finished_rows(engine, [future.result() for future in done])
     finally:
         for future in pending:
             future.cancel()
+
+
+def _finished_rows(engine: Engine, completions: list[Completion]) -> Iterator[list[Completion]]:
+    """Yield what is finished; what an engine that was closed, or failed for good, leaves undone is for the next run."""
+    finished = [
+        one
+        for one in completions
+        if one.error_code != "cancelled" and not (engine.failure is not None and one.error == engine.failure)
+    ]
+    if finished:
+        yield finished
+    if len(finished) < len(completions):
+        raise EngineError(f"{engine.failure or 'The engine was closed while the batch ran.'} Run it again.")
 
 
 class _StopCheck:

@@ -26,6 +26,7 @@ from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.structured import check_format
+from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
 from prefect_huggingface.tasks.records import Request
 
 TemplateUse = Literal["auto", "always", "never"]
@@ -146,13 +147,18 @@ class InputProcessor:
         if fitting is None:
             state.skip(len(ids))
             return
+        reasoning = self._reasoning_of(prompt, options)
         state.begin(
             options,
             fitting,
             self.tokenizer,
             self._end_ids_of(options),
             echo=prompt.text if options.echo else "",
-            reasoning=self._reasoning_of(prompt, options),
+            reasoning=reasoning,
+            visible_marks=(
+                *(reasoning.visible_marks if reasoning is not None else ()),
+                *(TOOL_MARKS if state.request.tools else ()),
+            ),
         )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:

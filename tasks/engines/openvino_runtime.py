@@ -1,6 +1,7 @@
 """OpenVINO GenAI underneath the engines: devices, options of a generation, the continuous batch, and found settings.
 
-What OpenVINO GenAI cannot do is refused, never ignored.
+What OpenVINO GenAI cannot do is refused, never ignored. Its penalties of presence and frequency are those of other
+engines as long as the scores of a model are above zero; scores below zero it moves the other way (2026.4).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ EXACT_PROPERTIES = {
 # The size that OpenVINO GenAI takes for speculative decoding by default.
 DRAFT_TOKENS = 5
 LOOKUP_NGRAM = 3
+NO_TOKEN = 2**31 - 1
 # A failed step leaves its requests half scheduled. Once they are cancelled, one step frees them.
 CLEARING_STEPS = 4
 # Settings that `tune_engine` finds for one model on one machine.
@@ -129,6 +131,12 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
             f"`no_repeat_ngram_size` works with beam search only on OpenVINO, got {options.no_repeat_ngram_size}. "
             "Use `repetition_penalty`, `num_beams`, or the torch backend.",
         )
+    if options.min_new_tokens and options.num_beams > 1:
+        raise RequestError(
+            "invalid_option",
+            f"`min_new_tokens` does not work with beam search on OpenVINO, got {options.min_new_tokens}. "
+            "Use `ignore_eos`, one beam, or the torch backend.",
+        )
     if engine.draft_model is None:
         return
     # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
@@ -175,9 +183,10 @@ def generation_config(
     # Templates are applied before, exactly once.
     config.apply_chat_template = False
     config.ignore_eos = options.ignore_eos
-    if end_ids and not options.ignore_eos:
-        config.eos_token_id = min(end_ids)
-        config.stop_token_ids = set(end_ids)
+    # Where none is given, the pipeline takes the end tokens of the model, which end beams all the same.
+    ends = {NO_TOKEN} if options.ignore_eos else set(end_ids)
+    if ends:
+        config.eos_token_id, config.stop_token_ids = min(ends), ends
     config.repetition_penalty = options.repetition_penalty
     config.presence_penalty = options.presence_penalty
     config.frequency_penalty = options.frequency_penalty

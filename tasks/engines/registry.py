@@ -58,7 +58,7 @@ ENGINE_CLASSES = {
     **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
 }
-ENDPOINT_CLASS = "endpoints.engine:EndpointEngine"
+ENDPOINT_CLASS = "endpoint_engine:EndpointEngine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +179,18 @@ class EngineHandle(Engine):
         """The engine itself."""
         return self._entry.engine
 
+    @property
+    def failure(self) -> str | None:  # type: ignore[override]
+        """Why the engine can be used no more, or None."""
+        return self._entry.engine.failure
+
     def submit(
         self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
     ) -> Future[Completion]:
         """Queue a request with the caller's defaults and return the future of its completion."""
         try:
-            if self._entry.engine.failure is not None:
-                raise RequestError("engine_error", self._entry.engine.failure)
+            if self.failure is not None:
+                raise RequestError("engine_error", self.failure)
             options = resolve_options(self._defaults, request)
         except RequestError as exc:
             state = RequestState(request)

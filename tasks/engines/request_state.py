@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Literal
@@ -25,14 +25,11 @@ from prefect_huggingface.tasks.engines.base import OnText, RequestError
 from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, StopStrings, Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
 from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
-from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
 from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
 
 logger = get_logger(__name__)
 
 SEED_LIMIT = 2**63
-# Special tokens within the longer tags of some families.
-SPECIAL = re.compile(r"<\|[^<>|]+\|>")
 
 
 class RequestState:
@@ -81,6 +78,7 @@ class RequestState:
         echo: str = "",
         reasoning: ReasoningFormat | None = None,
         prompt_tokens: int | None = None,
+        visible_marks: Iterable[str] = (),
     ) -> None:
         """Make the sequences of a request that is understood.
 
@@ -92,6 +90,7 @@ class RequestState:
             echo: Text to put before every answer.
             reasoning: How the model marks its reasoning, None where it shows none.
             prompt_tokens: Number of tokens of the prompt, where it is not that of `prompt_ids`.
+            visible_marks: Texts that decoding keeps even where they are, or consist of, special tokens.
         """
         self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
         self.prompt_tokens = len(self.prompt_ids) if prompt_tokens is None else prompt_tokens
@@ -100,10 +99,10 @@ class RequestState:
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
             self._deadline = self.submitted_at + options.deadline_seconds
-        marks = (*(reasoning.visible_marks if reasoning else ()), *(TOOL_MARKS if self.request.tools else ()))
-        # Tags that are special tokens, or are made of some, have no text of their own.
-        parts = dict.fromkeys(part for mark in marks for part in (mark, *SPECIAL.findall(mark)))
-        self.tags = {token: part for part in parts if tokenizer and (token := tokenizer.special_id(part)) is not None}
+        # Special tokens have no text of their own.
+        parts = {part for mark in visible_marks for part in (mark, *re.findall(r"<[^<>]+>|\[[^\[\]]+\]", mark))}
+        ids = {part: tokenizer.special_id(part) for part in parts} if tokenizer is not None else {}
+        self.tags = {token: part for part, token in ids.items() if token is not None}
         self.sequences = [Sequence(self, index) for index in range(options.n)]
         for sequence in self.sequences:
             sequence.begin()

@@ -83,3 +83,13 @@ def copy_with_own_code(source: Path, folder: Path, code: str) -> Path:
     config["auto_map"] = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def copy_with_end_tokens(source: Path, folder: Path, end_tokens: list[int]) -> Path:
+    """Copy a checkpoint or an export, with other tokens that end an answer."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            settings = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({**settings, "eos_token_id": end_tokens}))
+    return folder

@@ -12,7 +12,7 @@ from email.utils import formatdate
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint
-from prefect_huggingface.tasks.engines.endpoints.engine import EndpointEngine
+from prefect_huggingface.tasks.engines.endpoint_engine import EndpointEngine
 from prefect_huggingface.tasks.records import Completion, Request
 from support.tgi_server import TgiServer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel, ResponseFormat
-from prefect_huggingface.tasks.engines.endpoints.engine import EndpointEngine
+from prefect_huggingface.tasks.engines.endpoint_engine import EndpointEngine
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request

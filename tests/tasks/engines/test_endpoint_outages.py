@@ -8,7 +8,7 @@ import time
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
-from prefect_huggingface.tasks.engines.endpoints.engine import EndpointEngine
+from prefect_huggingface.tasks.engines.endpoint_engine import EndpointEngine
 from prefect_huggingface.tasks.records import Completion, Request
 from support.tgi_server import TgiServer
 

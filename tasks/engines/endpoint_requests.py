@@ -1,4 +1,4 @@
-"""Translates a request and its options into the arguments of an endpoint. What an endpoint cannot honour is refused."""
+"""Translates a request and its options into the JSON of an endpoint. What an endpoint cannot honour is refused."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import base64
 import mimetypes
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, ResponseFormat
-from prefect_huggingface.tasks.engines.failures import RequestError
-from prefect_huggingface.tasks.engines.prompts import check_messages, check_text
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.inputs import check_messages, check_text
 from prefect_huggingface.tasks.records import Request
-
-Dialect = Literal["openai", "tgi"]
 
 # Servers take four at most. The further ones still end the text, on this side.
 MAX_STOP_STRINGS = 4
+# A server of one model ignores the name; the clients of Hugging Face send this one.
+UNNAMED_MODEL = "dummy"
+# Options outside OpenAI's protocol, under the names that most servers give them.
 EXTRA_NAMES = {
     "top_k": "top_k",
+    "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
     "min_new_tokens": "min_tokens",
     "ignore_eos": "ignore_eos",
+    "stop_token_ids": "stop_token_ids",
+    "template_options": "chat_template_kwargs",
 }
-NOWHERE = ("num_beams", "no_repeat_ngram_size")
-NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n")
+NOWHERE = ("num_beams", "no_repeat_ngram_size", "max_reasoning_tokens")
+NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n", "min_p", "stop_token_ids", "template_options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,85 +40,81 @@ class Server:
     Attributes:
         dialect: Protocol that it speaks.
         context_length: Number of tokens of prompt and answer together, or None where it does not say.
+        model: Name of the model in a request, or None where the server names none.
     """
 
-    dialect: Dialect
+    dialect: Literal["openai", "tgi"]
     context_length: int | None = None
+    model: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What is asked of the client.
-
-    Attributes:
-        is_chat: Whether it goes to the chat route.
-        arguments: Arguments of `text_generation` or `chat_completion`.
-        payload: Fields of the JSON for which the client has no argument, or one with another meaning.
-    """
-
-    is_chat: bool
-    arguments: Mapping[str, Any]
-    payload: Mapping[str, Any] = field(default_factory=dict)
-
-
-def make_call(request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> Call:
-    """Return what to ask of the client for a request.
+def is_chat(request: Request, endpoint: InferenceEndpoint, server: Server) -> bool:
+    """Return whether a request goes to the chat route, and not as raw text.
 
     Raises:
-        RequestError: If the request is none, or has an option that this endpoint cannot honour.
+        RequestError: If it lacks a prompt or messages, has both, or must go a way that the server does not know.
     """
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
-    if request.prompt is not None:
-        check_text(request.prompt)
-    for name in NOWHERE:
-        _refuse_set(name, options)
-    if request.messages is None and _goes_as_text(request, endpoint, server):
-        return _text_call(request, options, endpoint, server)
-    return _chat_call(request, options, endpoint, server)
-
-
-def _goes_as_text(request: Request, endpoint: InferenceEndpoint, server: Server) -> bool:
-    """Tell whether a plain prompt goes to the route for raw text, and not as a message of a chat."""
+    if request.prompt is None:
+        return True
+    check_text(request.prompt)
     wishes = {"always": "chat", "never": "text"}
     wish = wishes.get(request.chat_template or "auto", endpoint.send_prompts_as)
     if wish == "text" and server.dialect != "tgi":
         raise refusal("send_prompts_as", "text", "speaks OpenAI's chat protocol", "Set it to 'chat'")
-    return wish != "chat" and server.dialect == "tgi"
+    return wish == "chat" or server.dialect != "tgi"
 
 
-def _text_call(request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> Call:
-    for name in NOT_ON_TGI:
+def text_body(
+    request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server
+) -> dict[str, Any]:
+    """Return the JSON for TGI's text route.
+
+    Raises:
+        RequestError: If the request has an option that the endpoint cannot honour.
+    """
+    for name in (*NOWHERE, *NOT_ON_TGI, "presence_penalty"):
         _refuse_set(name, options)
     if request.images or request.tools:
         raise refusal("images" if request.images else "tools", "some", "takes plain text", "Send messages")
-    arguments: dict[str, Any] = {
-        "prompt": request.prompt,
+    parameters: dict[str, Any] = {
         "details": True,
         "return_full_text": False,
         "max_new_tokens": options.max_new_tokens,
         "stop": options.stop[:MAX_STOP_STRINGS] or None,
         "truncate": _truncation(options, server),
-        "grammar": _tgi_form(options.response_format, "json"),
+        "grammar": _tgi_format(options.response_format, "json"),
+        "repetition_penalty": options.repetition_penalty if options.repetition_penalty != 1.0 else None,
+        "frequency_penalty": options.frequency_penalty or None,
     }
-    if options.repetition_penalty != 1.0:
-        arguments["repetition_penalty"] = options.repetition_penalty
     if options.do_sample:
         # TGI takes no top_p of 1, which is the default.
         top_p = options.top_p if options.top_p != 1.0 else None
-        arguments |= {"do_sample": True, "temperature": options.temperature, "top_p": top_p, "top_k": options.top_k}
-        arguments["seed"] = options.seed
-    return Call(False, arguments, {"parameters": endpoint.extra_parameters} if endpoint.extra_parameters else {})
+        parameters |= {"do_sample": True, "temperature": options.temperature, "top_p": top_p, "top_k": options.top_k}
+        parameters["seed"] = options.seed
+    return {"inputs": request.prompt, "parameters": {**_given(parameters), **endpoint.extra_parameters}}
 
 
-def _chat_call(request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> Call:
+def chat_body(
+    request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server
+) -> dict[str, Any]:
+    """Return the JSON for the chat route.
+
+    Raises:
+        RequestError: If the request has an option that the endpoint cannot honour.
+    """
+    for name in NOWHERE:
+        _refuse_set(name, options)
     if options.context_overflow not in ("error", "skip"):
         raise refusal("context_overflow", options.context_overflow, "cannot truncate a chat", "Use 'error' or 'skip'")
     if options.echo and request.messages is not None:
         raise refusal("echo", True, "returns no conversation", "Leave it out")
-    arguments: dict[str, Any] = {
+    if server.dialect == "tgi":
+        _refuse_set("n", options)
+    body = {
         "messages": messages_of(request),
-        "model": endpoint.model_name,
+        "model": endpoint.model_name or server.model or UNNAMED_MODEL,
         "max_tokens": options.max_new_tokens,
         "stop": options.stop[:MAX_STOP_STRINGS] or None,
         "tools": [dict(tool) for tool in request.tools] or None,
@@ -124,19 +124,16 @@ def _chat_call(request: Request, options: GenerationOptions, endpoint: Inference
         "temperature": (1.0 if options.temperature is None else options.temperature) if options.do_sample else 0.0,
         "top_p": options.top_p,
         "seed": options.seed,
+        "presence_penalty": options.presence_penalty or None,
+        "frequency_penalty": options.frequency_penalty or None,
+        "response_format": _chat_format(options.response_format, server),
+        **_extra_options(options, endpoint),
     }
-    payload = _extra_payload(options, endpoint, server)
-    form = options.response_format
-    if form is not None:
-        payload["response_format"] = (
-            _openai_form(form) if server.dialect == "openai" else _tgi_form(form, "json_object")
-        )
-    return Call(True, arguments, payload)
+    return {**_given(body), **endpoint.extra_parameters}
 
 
-def _extra_payload(options: GenerationOptions, endpoint: InferenceEndpoint, server: Server) -> dict[str, Any]:
-    """Return the options outside OpenAI's protocol, under the names that most servers give them."""
-    payload: dict[str, Any] = dict(endpoint.extra_parameters)
+def _extra_options(options: GenerationOptions, endpoint: InferenceEndpoint) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, sent_name in EXTRA_NAMES.items():
         if not _is_set(name, options):
             continue
@@ -145,13 +142,15 @@ def _extra_payload(options: GenerationOptions, endpoint: InferenceEndpoint, serv
             raise refusal(
                 name, getattr(options, name), "speaks OpenAI's chat protocol, which has no such option", action
             )
-        payload[sent_name] = getattr(options, name)
+        found[sent_name] = getattr(options, name)
+    return found
+
+
+def _chat_format(form: ResponseFormat | None, server: Server) -> dict[str, Any] | None:
+    if form is None:
+        return None
     if server.dialect == "tgi":
-        _refuse_set("n", options)
-    return payload
-
-
-def _openai_form(form: ResponseFormat) -> dict[str, Any]:
+        return _tgi_format(form, "json_object")
     if form.json_schema is None:
         kind = "regex" if form.regex is not None else "choices"
         raise refusal(
@@ -160,7 +159,7 @@ def _openai_form(form: ResponseFormat) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.json_schema, "strict": True}}
 
 
-def _tgi_form(form: ResponseFormat | None, name: str) -> dict[str, Any] | None:
+def _tgi_format(form: ResponseFormat | None, name: str) -> dict[str, Any] | None:
     if form is None:
         return None
     if form.json_schema is not None:
@@ -184,7 +183,7 @@ def messages_of(request: Request) -> list[dict[str, Any]]:
     """Return the conversation of a request, with its images in the last message.
 
     Raises:
-        RequestError: If a message is none, or an image cannot be read.
+        RequestError: If a message is malformed, or an image cannot be read.
     """
     if request.messages is None:
         messages: list[dict[str, Any]] = [{"role": "user", "content": request.prompt}]
@@ -222,9 +221,13 @@ def refusal(name: str, value: Any, reason: str, action: str) -> RequestError:
     return RequestError("invalid_option", f"`{name}` cannot be {value!r} here: this endpoint {reason}. {action}.")
 
 
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _is_set(name: str, options: GenerationOptions) -> bool:
     value = getattr(options, name)
-    return value is not None and value != type(options).model_fields[name].default
+    return bool(value is not None and value != type(options).model_fields[name].get_default(call_default_factory=True))
 
 
 def _refuse_set(name: str, options: GenerationOptions) -> None:

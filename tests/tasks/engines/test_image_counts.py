@@ -1,0 +1,23 @@
+"""Prompts with many images are counted as the model sees them."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.engine_families import Family
+
+
+@pytest.mark.parametrize("name", ["torch-images", pytest.param("openvino-images", marks=pytest.mark.slow)])
+def test_forty_images_fit_where_the_model_has_room_for_them(family_of, name):
+    family, torch = family_of(name), family_of("torch-images")
+    for count in (1, 10, 40):
+        found, counted = (
+            Family(each.name, each.model, each.images * count).ask("What is this?", max_new_tokens=2)
+            for each in (family, torch)
+        )
+        assert (found.error, counted.error) == (None, None)
+        assert found.prompt_tokens == counted.prompt_tokens
+    # Four tokens and a line end for each.
+    assert counted.prompt_tokens < 256
+    many = Family(family.name, family.model, family.images * 60).ask("What is this?", max_new_tokens=2)
+    assert many.error_code == "too_long"
