@@ -65,3 +65,17 @@ def test_openai_lines_give_the_reasoning(tmp_path: Path) -> None:
     answer = json.loads((tmp_path / "out.jsonl").read_text())
     message = answer["response"]["body"]["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == ("It is 4.", "Two and two?")
+
+
+def test_what_the_template_cannot_take_is_found_before_the_first_row(tmp_path: Path) -> None:
+    from prefect_huggingface.tasks.errors import BatchError
+
+    model = model_of(tmp_path / "model", "clean", "gemma-2")
+    source = write(tmp_path / "in.jsonl", {"q": "hi"})
+    options = GenerationOptions(max_new_tokens=20)
+    batch_inference(model, source, str(tmp_path / "out.jsonl"), "{q}", system="Be brief.", options=options)
+    assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] == "clean"
+    wrong = GenerationOptions(max_new_tokens=20, template_options={"enable_thinking": False})
+    with pytest.raises(BatchError, match="no variable 'enable_thinking'"):
+        batch_inference(model, source, str(tmp_path / "no.jsonl"), "{q}", options=wrong)
+    assert not (tmp_path / "no.jsonl").exists()
