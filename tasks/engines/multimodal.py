@@ -96,7 +96,7 @@ class MultimodalInputProcessor(InputProcessor):
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         request = state.request
         if request.prompt is not None and not self._takes_template(request):
-            return self._from_text(request, {})
+            return self._from_text(request, options)
         try:
             text = self.render(
                 self._template_for_messages, state.multimodal.messages, request, options=options.template_options

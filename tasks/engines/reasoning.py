@@ -86,7 +86,7 @@ def find_reasoning_format(
     if override is False:
         return None
     if override is not None:
-        chosen = override if isinstance(override, ReasoningFormat) else ReasoningFormat(*override)
+        chosen = override if isinstance(override, ReasoningFormat) else ReasoningFormat(override[0], override[1])
         # A format that is given as open is open, whatever the prompt looks like.
         return chosen if chosen.starts_open else chosen.after(prompt)
     source = "\n".join([template] if isinstance(template, str) else template or ())

@@ -78,7 +78,7 @@ hf = HuggingFacePipeline(pipeline=pipe)
 
 # Usage of Gated Model
 model_id = "microsoft/Phi-3-mini-4k-instruct"
-your_huggingface_token = ""
+your_huggingface_token = "{token}"
 tokenizer = AutoTokenizer.from_pretrained(model_id, token=your_huggingface_token)
 model = AutoModelForCausalLM.from_pretrained(
     model_id,
@@ -157,7 +157,7 @@ print(len([one for one in warned if "temperature" in str(one.message)]), "warnin
 
 
 def test_langchain_open_tutorial_huggingface_pipeline(run) -> None:
-    lines = run(LANGCHAIN_OPEN_TUTORIAL, typed=f"{TOKEN}\nn\n")
+    lines = run(LANGCHAIN_OPEN_TUTORIAL.replace("{token}", TOKEN), typed=f"{TOKEN}\nn\n")
     answers = [line for line in lines if line.endswith(ANSWER)]
     # The stream, the chat chain, and the chain of the pipeline.
     assert len(answers) >= 3
