@@ -122,6 +122,15 @@ class GenerationOptions(BaseModel):
         title="Template options",
         description="Variables of the chat template, `enable_thinking` for instance.",
     )
+    trusted_text: bool = Field(
+        default=False, title="Trusted text",
+        description="Whether special tokens in the text of messages are special. Otherwise they are text.",
+    )  # fmt: skip
+    reasoning_tags: list[str] | None = Field(
+        default=None, title="Reasoning tags",
+        description="Opening and closing tag of the reasoning, in place of those that the chat template shows. "
+        "An empty list leaves the reasoning in the text.",
+    )  # fmt: skip
     echo: bool = Field(default=False, title="Echo", description="Put the prompt before the answer.")
     context_overflow: Literal["error", "truncate_left", "truncate_right", "skip"] = Field(
         default="error",
@@ -157,6 +166,13 @@ class GenerationOptions(BaseModel):
         if isinstance(stops, list) and "" in stops:
             raise ValueError("`stop` must hold no empty text, got ''. Remove it.")
         return stops
+
+    @field_validator("reasoning_tags")
+    @classmethod
+    def _tags_are_a_pair(cls, value: list[str] | None) -> list[str] | None:
+        if value and (len(value) != 2 or not all(value)):
+            raise ValueError(f"`reasoning_tags` must be an opening and a closing tag, got {value!r}. Give two texts.")
+        return value
 
     @field_validator("min_new_tokens")
     @classmethod

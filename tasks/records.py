@@ -82,6 +82,7 @@ class Request:
         images: Paths or URLs of images, for image-text-to-text models.
         tools: Functions that the model may call, as JSON schemas in the form of OpenAI; the chat template shows them.
         chat_template: Whether a plain prompt is put into the chat template, where the model's setting does not fit.
+        template: Text of a chat template in place of the model's.
     """
 
     prompt: str | None = None
@@ -91,6 +92,7 @@ class Request:
     images: Sequence[str] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     chat_template: Literal["auto", "always", "never"] | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

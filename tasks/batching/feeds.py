@@ -134,10 +134,6 @@ def _problem(row: int, problem: RowProblem) -> tuple[Any, ...]:
 
 
 def _details(completion: Completion) -> str | None:
-    details = {
-        "parsed": completion.parsed, "alternatives": completion.alternatives, "logprobs": completion.logprobs,
-        "reasoning": completion.reasoning,
-    }  # fmt: skip
-    if completion.parsed is None and not any(details.values()):
-        return None
-    return json.dumps({name: value for name, value in details.items() if value}, ensure_ascii=False, default=str)
+    names = ("parsed", "alternatives", "logprobs", "reasoning")
+    details = {name: value for name in names if (value := getattr(completion, name))}
+    return json.dumps(details, ensure_ascii=False, default=str) if details else None

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Output:
         prefix: Put before the names of the columns that are added.
         timings: Whether the column `seconds` is filled. Times differ from run to run.
         fields: Columns for the values of structured answers, with their JSON types.
+        reasoning: Column for the reasoning of the model, None where no row has any.
     """
 
     destination: str
@@ -51,11 +53,13 @@ class Output:
     prefix: str = ""
     timings: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
+    reasoning: str | None = None
 
     @property
     def added(self) -> tuple[str, ...]:
         """Names of the columns that are added."""
-        return tuple(self.prefix + name for name in (*OUTPUT_COLUMNS, *self.fields))
+        reasoning = () if self.reasoning is None else (self.reasoning,)
+        return tuple(self.prefix + name for name in (*OUTPUT_COLUMNS, *reasoning, *self.fields))
 
 
 @dataclass(slots=True)
@@ -127,6 +131,11 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
     check_unchanged(job.table)
     publication = Publication()
     place = Place.of(output.destination)
+    if job.table.format != "openai" and _has_reasoning(job, journal):
+        kept = job.table.columns if output.columns is None else output.columns
+        taken = {*kept, *output.added}
+        names = ("reasoning", "completion_reasoning")
+        output = replace_fields(output, reasoning=next(name for name in names if output.prefix + name not in taken))
     with ExitStack() as stack:
         stack.enter_context(rare_collections())
         path = stack.enter_context(place.published(replace))
@@ -142,6 +151,17 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
             write(chunk, answers)
     journal.write_published({"sha256": hash_place(place)})
     return publication
+
+
+def _has_reasoning(job: BatchJob, journal: Journal) -> bool:
+    """Return whether any row has reasoning, looking at one segment at a time."""
+    import pyarrow.compute as pc
+
+    for name in journal.names():
+        found = pc.match_substring(journal.load(name, job.key)["details"], '"reasoning": ')
+        if pc.any(found).as_py():
+            return True
+    return False
 
 
 def _answered(job: BatchJob, journal: Journal) -> Iterator[tuple[Chunk, Any]]:
@@ -178,7 +198,8 @@ def _added_schema(output: Output) -> Any:
 
     kinds = {"prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64()}
     json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
-    own = [(output.prefix + name, kinds.get(name, pa.string())) for name in OUTPUT_COLUMNS]
+    names = (*OUTPUT_COLUMNS, *([output.reasoning] if output.reasoning else []))
+    own = [(output.prefix + name, kinds.get(name, pa.string())) for name in names]
     fields = [(output.prefix + name, json_kinds.get(kind, pa.string())) for name, kind in output.fields.items()]
     return pa.schema([*own, *fields])
 
@@ -189,8 +210,12 @@ def _added_columns(answers: Any, output: Output) -> dict[str, Any]:
     columns = {output.prefix + name: answers[name].combine_chunks() for name in OUTPUT_COLUMNS}
     if not output.timings:
         columns[f"{output.prefix}seconds"] = pa.nulls(answers.num_rows, pa.float64())
-    if output.fields:
-        values = [_parsed(details) for details in answers["details"].to_pylist()]
+    if output.fields or output.reasoning:
+        details = [json.loads(one) if one else {} for one in answers["details"].to_pylist()]
+        if output.reasoning:
+            thoughts = [one.get("reasoning") for one in details]
+            columns[output.prefix + output.reasoning] = pa.array(thoughts, pa.string())
+        values = [_parsed(one) for one in details]
         schema = _added_schema(output)
         for name in output.fields:
             kind = schema.field(output.prefix + name).type
@@ -198,8 +223,8 @@ def _added_columns(answers: Any, output: Output) -> dict[str, Any]:
     return columns
 
 
-def _parsed(details: str | None) -> Mapping[str, Any]:
-    parsed = json.loads(details).get("parsed") if details else None
+def _parsed(details: Mapping[str, Any]) -> Mapping[str, Any]:
+    parsed = details.get("parsed")
     return parsed if isinstance(parsed, dict) else {}
 
 

@@ -10,13 +10,14 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
+from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.feeds import RowFeed
 from prefect_huggingface.tasks.batching.garbage import rare_collections
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.openai_requests import OpenAIRows
 from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
-from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.errors import BatchError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -95,6 +96,7 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
     began = time.time()
     record = journal.read_job() or {}
     job = BatchJob.from_dict(record)
+    check_template(engine, job)
     names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
     should_stop = _StopCheck(journal, shard.attempt)
     done = _Done(JournalRows(journal, job.key, names), shard.retry_before, should_stop)
@@ -116,6 +118,22 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
         for completions in stack.enter_context(closing(finished_requests)):
             feed.finish(completions)
     return ShardResult(shard.start, shard.stop, finished + done.rows, began, time.time())
+
+
+def check_template(engine: Engine, job: BatchJob) -> None:
+    """Refuse a system message, or variables of the template, that the model cannot take, before the first row.
+
+    Raises:
+        BatchError: With what the template says.
+    """
+    if engine.inputs is None or (job.system is None and not job.options.get("template_options")):
+        return
+    system = [{"role": "system", "content": "Be brief."}] if job.system is not None else []
+    probe = Request(messages=[*system, {"role": "user", "content": "Hello"}], options=GenerationOptions(**job.options))
+    try:
+        engine.inputs.write(probe, probe.options)
+    except RequestError as exc:
+        raise BatchError(f"No row can be asked: {exc}") from None
 
 
 def make_requests(job: BatchJob) -> RequestMaker:

@@ -44,6 +44,8 @@ class RustTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: place for place, token in added.items() if token.special}
 
     @classmethod
     def of_folder(cls, folder: Path) -> RustTokenizer | None:
@@ -76,9 +78,7 @@ class RustTokenizer:
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
-        token = self._tokenizer.token_to_id(text)
-        added = self._tokenizer.get_added_tokens_decoder() if token is not None else {}
-        return token if token in added and added[token].special else None
+        return self._special.get(text)
 
 
 class GenaiTokenizer:

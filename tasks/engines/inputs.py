@@ -26,6 +26,7 @@ from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.structured import check_format
+from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
 from prefect_huggingface.tasks.records import Request
 
 TemplateUse = Literal["auto", "always", "never"]
@@ -95,6 +96,7 @@ class InputProcessor:
         self.defaults = defaults or GenerationOptions()
         self._tokens = dict(template.tokens if template else tokens or {})
         self._start_token = self._tokens.get("bos_token")
+        self._other_templates: dict[str, ChatTemplate] = {}
 
     @classmethod
     def of_folder(
@@ -145,7 +147,7 @@ class InputProcessor:
         if fitting is None:
             state.skip(len(ids))
             return
-        reasoning = self._reasoning_of(prompt)
+        reasoning = self._reasoning_of(prompt, options)
         state.begin(
             options,
             fitting,
@@ -153,7 +155,10 @@ class InputProcessor:
             self._end_ids_of(options),
             echo=prompt.text if options.echo else "",
             reasoning=reasoning,
-            visible_marks=reasoning.visible_marks if reasoning is not None else (),
+            visible_marks=(
+                *(reasoning.visible_marks if reasoning is not None else ()),
+                *(TOOL_MARKS if state.request.tools else ()),
+            ),
         )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:
@@ -164,10 +169,10 @@ class InputProcessor:
         """
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
-        variables = options.template_options if options is not None else {}
+        options = options or self.defaults
         if request.messages is not None:
-            return self._from_messages(check_messages(request.messages), request.tools, variables)
-        return self._from_text(request, variables)
+            return self._from_messages(request, check_messages(request.messages), options)
+        return self._from_text(request, options)
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         if state.request.images:
@@ -213,19 +218,35 @@ class InputProcessor:
         stops = {token for text in options.stop if (token := self.tokenizer.special_id(text)) is not None}
         return self.end_ids.union(stops, options.stop_token_ids)
 
-    def _reasoning_of(self, prompt: Prompt) -> ReasoningFormat | None:
-        if self.template is None or not self.is_continued:
+    def _reasoning_of(self, prompt: Prompt, options: GenerationOptions) -> ReasoningFormat | None:
+        if not self.is_continued:
             return None
-        return find_reasoning_format(self.template.sources.values(), prompt.text)
+        tags = options.reasoning_tags
+        sources = self.template.sources.values() if self.template is not None else ()
+        return find_reasoning_format(sources, prompt.text, override=False if tags == [] else tags)
 
-    def _from_messages(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-    ) -> Prompt:
+    def _from_messages(self, request: Request, messages: list[dict[str, Any]], options: GenerationOptions) -> Prompt:
+        template = self._template_for_messages if request.template is None else self._other_template(request.template)
         try:
-            chat = write_conversation(self._template_for_messages, messages, tools, options=variables)
+            chat = write_conversation(
+                template,
+                messages,
+                request.tools,
+                options=options.template_options,
+                trusted_text=options.trusted_text,
+            )
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt(chat.segments, add_special_tokens=False)
+
+    def _other_template(self, source: str) -> ChatTemplate:
+        """Return the template of a request; a caller has few of them, and each learns what it writes only once."""
+        known = self._other_templates.get(source)
+        if known is None:
+            base = self.template or ChatTemplate("", self._tokens)
+            known = ChatTemplate(source, base.tokens, base.special_texts, base.added_texts)
+            self._other_templates = {source: known}
+        return known
 
     @property
     def _template_for_messages(self) -> ChatTemplate:
@@ -237,10 +258,10 @@ class InputProcessor:
             )
         return self.template
 
-    def _from_text(self, request: Request, variables: Mapping[str, Any]) -> Prompt:
+    def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
         text = request.prompt or ""
         if self._takes_template(request):
-            return self._from_messages([{"role": "user", "content": text}], request.tools, variables)
+            return self._from_messages(request, [{"role": "user", "content": text}], options)
         starts = bool(self._start_token) and text.startswith(self._start_token or "")
         # A templated text gets a start token only where the template itself writes one.
         is_templated = self.template is not None and self.template.is_templated(text)

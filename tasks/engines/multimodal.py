@@ -96,7 +96,7 @@ class MultimodalInputProcessor(InputProcessor):
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         request = state.request
         if request.prompt is not None and not self._takes_template(request):
-            return self._from_text(request, {})
+            return self._from_text(request, options)
         try:
             text = self.render(
                 self._template_for_messages, state.multimodal.messages, request, options=options.template_options
@@ -105,7 +105,7 @@ class MultimodalInputProcessor(InputProcessor):
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt((text,), add_special_tokens=False)
 
-    def _reasoning_of(self, prompt: Prompt) -> None:
+    def _reasoning_of(self, prompt: Prompt, options: GenerationOptions) -> None:
         return None
 
 

@@ -395,6 +395,10 @@ class Sequence:
         """Take in a piece of text, and return whether there is something of the answer in it."""
         self._raw.append(text)
         reasoning, answer = self._splitter.feed(text) if self._splitter is not None else ("", text)
+        if self.phase == "reasoning" and self.state.options.response_format is not None:
+            # The answer begins again in its own phase, where it keeps to its form.
+            self._add(reasoning, "")
+            return bool(answer.strip())
         self._add(reasoning, answer)
         return bool(answer.strip())
 

@@ -1,21 +1,34 @@
-"""Translates LangChain's messages into those that chat templates understand."""
+"""LangChain's messages and those of chat templates: the conversation in, the answer out, whole or streamed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import (
     AIMessage,
+    AIMessageChunk,
     BaseMessage,
     ChatMessage,
     HumanMessage,
     SystemMessage,
     ToolMessage,
 )
+from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from prefect_huggingface.tasks.engines.tool_calls import InvalidCall, Tool, ToolCall, ToolCallParser, find_calls
 from prefect_huggingface.tasks.errors import SettingsError
-from prefect_huggingface.tasks.records import Message
+from prefect_huggingface.tasks.langchain.base_llm import (
+    Piece,
+    Reasoning,
+    generation_info,
+    llm_output,
+    usage_metadata,
+    usage_of,
+)
+from prefect_huggingface.tasks.records import Completion, Message
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_OF: tuple[tuple[type[BaseMessage], str], ...] = (
@@ -48,6 +61,9 @@ def _read_message(message: BaseMessage) -> Message:
             {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
             for call in message.tool_calls
         ]
+    if isinstance(message, AIMessage) and message.additional_kwargs.get("reasoning_content"):
+        # Templates decide themselves which thoughts the model sees again.
+        read["reasoning_content"] = message.additional_kwargs["reasoning_content"]
     if isinstance(message, ToolMessage):
         read["tool_call_id"] = message.tool_call_id
         read |= {"name": message.name} if message.name else {}
@@ -93,3 +109,77 @@ def _image_of(block: Mapping[str, Any]) -> str:
     if not isinstance(place, str):
         raise SettingsError(f"An image of a message must have a `url` or `base64`, got {sorted(block)!r}. Add one.")
     return place
+
+
+def chat_result(completion: Completion, tools: Sequence[Tool], model_name: str, most_calls: int | None) -> ChatResult:
+    """Return the result of a call: the answer and its alternatives, with their tool calls.
+
+    Args:
+        completion: What the engine gave.
+        tools: Tools whose calls are looked for.
+        model_name: Name of the model.
+        most_calls: Greatest number of calls of one answer, None for any number.
+    """
+    info = {**generation_info(completion), "model_name": model_name}
+    info.pop("reasoning", None)
+    generations = []
+    for index, text in enumerate((completion.text, *completion.alternatives)):
+        found = find_calls(text, tools)
+        message = AIMessage(
+            content=found.text,
+            additional_kwargs=_thoughts(completion.reasoning if index == 0 else None),
+            tool_calls=[
+                tool_call(name=call.name, args=call.arguments, id=call.id) for call in found.calls[:most_calls]
+            ],
+            invalid_tool_calls=[invalid_tool_call(args=call.text, error=call.error) for call in found.invalid],
+            usage_metadata=usage_metadata(completion),
+        )
+        generations.append(ChatGeneration(message=message, generation_info=info))
+    return ChatResult(generations=generations, llm_output=llm_output([usage_of(completion)], model_name))
+
+
+class ChunkMaker:
+    """Makes the chunks of one stream. Text goes on at once, unless it may become a tool call."""
+
+    def __init__(self, tools: Sequence[Tool], model_name: str, with_usage: bool, most_calls: int | None) -> None:
+        """Take the tools, the model's name, whether token counts end the stream, and how many calls it may have."""
+        self._parser = ToolCallParser(tools)
+        self._model_name, self._with_usage, self._most_calls = model_name, with_usage, most_calls
+        self._calls = 0
+
+    def chunks(self, piece: Piece) -> Iterator[ChatGenerationChunk]:
+        """Yield the chunks of a piece. The last one has the finish reason and the token counts."""
+        if isinstance(piece, Reasoning):
+            yield _chunk(additional_kwargs=_thoughts(piece.text))
+        elif isinstance(piece, str):
+            yield from self._take(self._parser.feed(piece))
+        else:
+            yield from self._take(self._parser.finish())
+            info = {**generation_info(piece), "model_name": self._model_name}
+            info.pop("reasoning", None)
+            usage = usage_metadata(piece) if self._with_usage else None
+            message = AIMessageChunk(content="", usage_metadata=usage, chunk_position="last")
+            yield ChatGenerationChunk(message=message, generation_info=info)
+
+    def _take(self, items: Sequence[str | ToolCall | InvalidCall]) -> Iterator[ChatGenerationChunk]:
+        for item in items:
+            if isinstance(item, str):
+                yield _chunk(content=item)
+            elif self._most_calls is None or self._calls < self._most_calls:
+                yield _chunk(tool_call_chunks=[_call_chunk(item, self._calls)])
+                self._calls += 1
+
+
+def _chunk(content: str = "", **fields: Any) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=AIMessageChunk(content=content, **fields))
+
+
+def _call_chunk(call: ToolCall | InvalidCall, index: int) -> ToolCallChunk:
+    if isinstance(call, InvalidCall):
+        # LangChain makes an invalid call of arguments that are not JSON.
+        return tool_call_chunk(args=call.text, index=index)
+    return tool_call_chunk(name=call.name, args=json.dumps(call.arguments), id=call.id, index=index)
+
+
+def _thoughts(reasoning: str | None) -> dict[str, Any]:
+    return {"reasoning_content": reasoning} if reasoning else {}

@@ -130,6 +130,8 @@ def _split(text: str, known: Iterable[str], pieces: set[str]) -> list[str]:
         if part in known:
             tokens.append(part)
             continue
+        if part and part in pieces:
+            raise ValueError(f"The text {part!r} stands alone twice. Change one of the places.")
         while part:
             size = next((size for size in range(2, len(part) + 1) if part[:size] not in pieces), len(part))
             # What is left over must be a new piece as well.

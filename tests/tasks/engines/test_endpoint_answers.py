@@ -8,7 +8,7 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
 from prefect_huggingface.tasks import load_engine, unload_engines
-from prefect_huggingface.tasks.langchain.tool_calls import find_calls
+from prefect_huggingface.tasks.engines.tool_calls import find_calls
 from prefect_huggingface.tasks.records import Completion, Request
 from support.scripted_server import ScriptedServer
 
@@ -53,8 +53,8 @@ def test_several_answers_are_each_cut_at_their_stop_string():
 def test_calls_of_tools_are_written_as_models_write_them():
     message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": CALL}]}
     found = read({"choices": [{"message": message, "finish_reason": "tool_calls"}]})
-    calls = find_calls(found.text, {"get_weather"}).calls
-    assert [(call["name"], call["args"]) for call in calls] == [("get_weather", {"city": "Paris"})]
+    calls = find_calls(found.text, [{"function": {"name": "get_weather"}}]).calls
+    assert [(call.name, call.arguments) for call in calls] == [("get_weather", {"city": "Paris"})]
     assert found.finish_reason == "stop"
 
 
@@ -62,8 +62,8 @@ def test_calls_of_tools_come_together_from_the_pieces_of_a_stream():
     parts = [("get_", None), ("weather", '{"city"'), (None, ': "Paris"}')]
     events = [delta(tool_calls=[{"index": 0, "function": {"name": a, "arguments": b}}]) for a, b in parts]
     found = read([*events, delta("tool_calls")], on_text=[].append)
-    calls = find_calls(found.text, {"get_weather"}).calls
-    assert [(call["name"], call["args"]) for call in calls] == [("get_weather", {"city": "Paris"})]
+    calls = find_calls(found.text, [{"function": {"name": "get_weather"}}]).calls
+    assert [(call.name, call.arguments) for call in calls] == [("get_weather", {"city": "Paris"})]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5])

@@ -191,7 +191,7 @@ def test_settings_of_the_chat_model_reach_the_engine(torch_chat: ChatHuggingFace
     [
         {"temperature": -1},
         {"top_p": 2},
-        {"frequency_penalty": 1.0},
+        {"frequency_penalty": 9},
         {"model_kwargs": {"top_q": 1}},
         {"llm": "gpt2"},
         {"stopp": "x"},
@@ -262,9 +262,12 @@ def test_tools_are_shown_to_the_model_and_results_come_back(tool_model: Path) ->
     assert bound.invoke(conversation).content
 
 
-def test_a_template_without_tools_is_an_error_with_the_remedy(torch_chat: ChatHuggingFace) -> None:
-    with pytest.raises(SettingsError, match="knows no tools"):
-        torch_chat.bind_tools([add]).invoke("What is 1 + 2?")
+def test_a_template_without_tools_gets_them_as_text(torch_chat: ChatHuggingFace) -> None:
+    plain = torch_chat.invoke("What is 1 + 2?").usage_metadata
+    shown = torch_chat.bind_tools([add]).invoke("What is 1 + 2?").usage_metadata
+    assert plain is not None
+    assert shown is not None
+    assert shown["input_tokens"] > plain["input_tokens"] + 50
 
 
 def test_a_tool_that_must_be_called_is_called(answering_chat: ChatHuggingFace) -> None:

@@ -6,15 +6,20 @@ place, with the meaning it was given for; what is not known is refused, because 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any, NamedTuple, get_args
 
-from prefect_huggingface.blocks import LocalModel, ModelStore
+from pydantic import SecretStr
+
+from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore, QuantizationOptions
 from prefect_huggingface.blocks.model import PLACEMENT_KEYS, Task
+from prefect_huggingface.blocks.quantization import WeightFormat
 from prefect_huggingface.tasks.errors import SettingsError
-from prefect_huggingface.tasks.langchain.generation_settings import GENERATION_NAMES, Generation, read_generation
-from prefect_huggingface.tasks.langchain.weights import credentials_of, read_quantization
+from prefect_huggingface.tasks.langchain.base_llm import read_images
+from prefect_huggingface.tasks.langchain.generation_kwargs import GENERATION_NAMES, Generation, read_generation
 
 BACKENDS = {"default": "torch", "torch": "torch", "openvino": "openvino"}
 TASKS = get_args(Task)
@@ -38,6 +43,11 @@ TOKEN_NAMES = ("token", "use_auth_token")
 # How the libraries below do their work; the loaded model is the same with and without them.
 WITHOUT_EFFECT = frozenset({"export", "low_cpu_mem_usage", "use_fast", "use_cache", "use_safetensors", "_commit_hash"})
 
+BIT_FORMATS = {8: "int8", 4: "int4"}
+EIGHT_BIT_VALUES = (("group_size", -1), ("ratio", 1.0))
+# Optimum Intel gives these settings the same names.
+RECIPE_NAMES = frozenset(QuantizationOptions.model_fields) - {"awq", "quant_mode"}
+
 
 class Settings(NamedTuple):
     """What the arguments of a LangChain constructor come to: the model, and settings that only this layer knows."""
@@ -45,6 +55,7 @@ class Settings(NamedTuple):
     model: LocalModel
     generation: Generation
     batch_size: int | None
+    images: tuple[str, ...] = ()
 
 
 def read_settings(
@@ -65,11 +76,12 @@ def read_settings(
     backend = check_backend(backend)
     given = _join({"device": device, "device_map": device_map}, model_kwargs or {}, pipeline_kwargs or {})
     _check_placement(given)
-    batch_size = given.pop("batch_size", None)
-    generation = read_generation({name: given.pop(name) for name in list(given) if name in GENERATION_NAMES}, task)
+    batch_size, images = given.pop("batch_size", None), read_images(given.pop("images", ()))
+    settings = {name: given.pop(name) for name in list(given) if name in GENERATION_NAMES}
+    generation = read_generation(settings, task, warn=False)  # whoever generates with them warns
     fields = _read_fields(given, backend)
     fields |= {"model_id": model_id, "task": check_task(task), "backend": backend, "chat_template": template_use(task)}
-    return Settings(LocalModel(**fields, options=generation.options), generation, batch_size)
+    return Settings(LocalModel(**fields, options=generation.options), generation, batch_size, images)
 
 
 def template_use(task: str) -> str:
@@ -111,10 +123,16 @@ def _join(*sources: Mapping[str, Any]) -> dict[str, Any]:
     joined: dict[str, Any] = {}
     for source in sources:
         for name, value in _flat(source):
-            if name in joined and name not in GENERATION_NAMES and joined[name] != value:
+            if name in joined and name not in GENERATION_NAMES and not _is_same(name, joined[name], value):
                 raise SettingsError(f"`{name}` is given twice, with two values. Give it once.")
             joined[name] = value
     return joined
+
+
+def _is_same(name: str, first: Any, second: Any) -> bool:
+    if name == "device" and {str(first).lower(), str(second).lower()} <= {"-1", "cpu"}:
+        return True
+    return bool(first == second)
 
 
 def _flat(source: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -157,3 +175,73 @@ def _refuse_unknown(names: set[str]) -> None:
     if names:
         known = sorted({*FIELDS, *LOADING, *QUANTIZATION, *TOKEN_NAMES, "cache_dir", *GENERATION_NAMES})
         raise SettingsError(f"{sorted(names)!r} are no known settings. Remove them, or choose from {known!r}.")
+
+
+def credentials_of(token: Any) -> HuggingFaceCredentials | None:
+    """Return the credentials that a `token` argument means, None where everything is as usual.
+
+    They are for the Hub in `HF_ENDPOINT`, as they are for LangChain, or for the default Hub.
+
+    Args:
+        token: A token, True for the token of the machine, False for none. An empty text and None mean the default.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT")
+    fields: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+    if isinstance(token, bool):
+        fields["use_ambient_token"] = token
+    elif token is not None:
+        text = token.get_secret_value() if isinstance(token, SecretStr) else str(token)
+        # A token that was pasted or read from a file often ends in a line break.
+        fields |= {"token": SecretStr(text.strip())} if text.strip() else {}
+    return HuggingFaceCredentials(**fields) if fields else None
+
+
+def read_quantization(given: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """Return the fields of the block that `load_in_8bit`, `load_in_4bit` and `quantization_config` mean.
+
+    Raises:
+        SettingsError: If the configuration has a setting that the backend does not know.
+    """
+    fields: dict[str, Any] = {}
+    for name, bits in (("load_in_8bit", 8), ("load_in_4bit", 4)):
+        if given.get(name):
+            fields |= {"weight_format": BIT_FORMATS[bits]} if backend == "openvino" else {"load_in": f"{bits}bit"}
+    if backend == "openvino" and given.get("load_in_8bit") is False and not fields:
+        fields["weight_format"] = "fp32"
+    if "quantization_config" in given:
+        config = _as_dict(given["quantization_config"])
+        if backend == "openvino":
+            return {**fields, **_openvino_recipe(config)}
+        fields["model_kwargs"] = {"quantization_config": config}
+    return fields
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration object as a dictionary of plain values, which can be compared, hashed and saved."""
+    if not isinstance(config, Mapping):
+        if not hasattr(config, "to_dict"):
+            raise SettingsError(f"`quantization_config` must be a configuration or a dictionary, got {config!r}.")
+        config = config.to_dict()
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in config.items()}
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+def _openvino_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return weight format and quantization options of a configuration in the form of Optimum Intel."""
+    settings = {name: value for name, value in config.items() if value not in (None, False, {}, [])}
+    bits = settings.pop("bits", 8)
+    weight_format = settings.pop("dtype", None) or BIT_FORMATS.get(bits)
+    if weight_format not in get_args(WeightFormat):
+        raise SettingsError(f"`bits` of `quantization_config` must be 8 or 4, got {bits!r}. Choose one of them.")
+    recipe: dict[str, Any] = {"awq": True} if settings.get("quant_method") == "awq" else {}
+    if settings.get("quant_method") in ("awq", "default"):
+        del settings["quant_method"]
+    recipe |= {name: settings.pop(name) for name in list(settings) if name in RECIPE_NAMES}
+    if bits == 8:
+        # Weights of 8 bits have one scale per channel; these are their only values.
+        recipe = {name: value for name, value in recipe.items() if (name, value) not in EIGHT_BIT_VALUES}
+    if settings:
+        raise SettingsError(
+            f"{sorted(settings)!r} of `quantization_config` are no known settings. Use `quantization` of `LocalModel`."
+        )
+    return {"weight_format": weight_format, "quantization": QuantizationOptions(**recipe) if recipe else None}

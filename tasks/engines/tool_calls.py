@@ -1,0 +1,488 @@
+"""Tool calls in the text of an answer: in the formats of all families, whole or as the text comes.
+
+A call begins with a mark of its family, with a fence, or as bare JSON at the beginning of a line. What only looks like
+a call stays text. Reasoning must be taken away before: a call that is drafted there is no call.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import secrets
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from prefect_huggingface.tasks.errors import SettingsError
+
+Tool = Mapping[str, Any]
+
+# Special tokens in calls, which decoding must keep for an answer that may have calls.
+TOOL_MARKS = (
+    "<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "<|tool_call_start|>", "<|tool_call_end|>",
+    "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<|START_ACTION|>", "<|END_ACTION|>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_calls_section_end|>",
+    "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>",
+)  # fmt: skip
+# What may follow a call and belongs to it, each once.
+TAGS = (
+    "</tool_call>", "<|/tool_call|>", "<|tool_call_end|>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+    "<|END_ACTION|>", "<|tool_calls_section_end|>", "<|call|>", "<|eom_id|>", "</function>",
+)  # fmt: skip
+SEPARATORS, FENCE = (";", ","), "```"
+NAME_KEYS = ("name", "tool_name", "function")
+ARGUMENT_KEYS = ("arguments", "parameters", "args")
+KEYS = (*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_id")
+FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>\w*)(?P<end>"?)\s*(?P<colon>:)?)?')
+NAME = r"[A-Za-z_][\w.\-]*"
+ALPHABET = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model asks for.
+
+    Attributes:
+        name: Name of the tool.
+        arguments: Values of its parameters.
+        id: Nine letters and digits, which every chat template accepts.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = field(default_factory=lambda: "".join(secrets.choice(ALPHABET) for _ in range(9)))
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidCall:
+    """Text in the place of a call that cannot be understood."""
+
+    text: str
+    error: str
+
+
+Item = str | ToolCall | InvalidCall
+
+
+class ToolCalls(NamedTuple):
+    """The text beside the calls, the calls, and those that cannot be understood."""
+
+    text: str
+    calls: list[ToolCall]
+    invalid: list[InvalidCall]
+
+
+def find_calls(text: str, tools: Sequence[Tool]) -> ToolCalls:
+    """Find the calls of tools in a whole answer."""
+    parser = ToolCallParser(tools)
+    items = [*parser.feed(text), *parser.finish()]
+    return ToolCalls(
+        "".join(item for item in items if isinstance(item, str)),
+        [item for item in items if isinstance(item, ToolCall)],
+        [item for item in items if isinstance(item, InvalidCall)],
+    )
+
+
+class _Found(NamedTuple):
+    """A place that was read up to `end`, with the calls in it and what may follow them."""
+
+    end: int
+    items: Sequence[ToolCall | InvalidCall] = ()
+    closers: Sequence[str] = TAGS
+
+
+class _Wait(Exception):
+    """More text decides."""
+
+
+class _NoCall(Exception):
+    """The place holds no call, so that it is text."""
+
+
+class ToolCallParser:
+    """Finds calls in a text that comes in pieces. Text goes on at once unless it may become a call."""
+
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        """Take the tools that may be called, in the form of OpenAI."""
+        functions = [tool.get("function", tool) for tool in tools]
+        self._schemas = {str(function.get("name")): function.get("parameters") or {} for function in functions}
+        self._buffer = ""
+        self._final = False
+        self._holds = False
+        self._line_begins = True
+        self._closers: list[str] | None = None  # after a call
+        self._gap = ""
+        self._has_text = self._has_calls = False
+        self._readers: dict[str, Callable[[int], _Found]] = {
+            "<tool_call>": self._read_tagged,
+            "<function=": lambda place: self._read_function(place - len("<function=")),
+            "<|tool_call|>": self._read_marked,
+            "<|python_tag|>": self._read_json,
+            "<|START_ACTION|>": self._read_marked,
+            "<|tool_call_start|>": self._read_pythonic,
+            "[TOOL_CALLS]": self._read_mistral,
+            "<｜tool▁calls▁begin｜>": lambda place: self._expect(place, "<｜tool▁call▁begin｜>"),
+            "<｜tool▁call▁begin｜>": self._read_deepseek,
+            "<|tool_calls_section_begin|>": lambda place: self._expect(place, "<|tool_call_begin|>"),
+            "<|tool_call_begin|>": self._read_kimi,
+            "<|start|>assistant": lambda place: self._expect(place, "<|channel|>commentary"),
+            "<|channel|>commentary": self._read_harmony,
+            "Action:": self._read_action,
+            "```": self._read_fence,
+        }
+        marks = "|".join(re.escape(mark) for mark in sorted(self._readers, key=len, reverse=True))
+        self._opener = re.compile(rf"(?P<mark>{marks})|(?P<bare>^[ \t]*[\[{{])", re.MULTILINE)
+
+    def feed(self, text: str) -> list[Item]:
+        """Return the pieces of text and the calls that are certain after another piece of the answer."""
+        self._buffer += text
+        # A call that has begun ends with one of these, so that long arguments are not read again and again.
+        if self._holds and not any(char in "]})>`\n" for char in text):
+            return []
+        return list(self._scan())
+
+    def finish(self) -> list[Item]:
+        """Return what was held back, at the end of the answer."""
+        self._final = True
+        items = list(self._scan())
+        if not self._has_calls and self._gap:
+            items.append(self._gap)
+        return items
+
+    def _scan(self) -> Iterator[Item]:
+        if not self._schemas:
+            text, self._buffer = self._buffer, ""
+            yield from [text] if text else []
+            return
+        self._holds = False
+        begin = 0
+        while self._closers is None or self._skip_closers():
+            found = self._opener.search(self._buffer, begin)
+            if found is None:
+                yield from self._pass(len(self._buffer) - self._begun_mark())
+                return
+            if found["bare"] and not self._stands_at_line(found.start()):
+                begin = found.end()
+                continue
+            try:
+                read = self._readers[found["mark"]](found.end()) if found["mark"] else self._read_bare(found.end() - 1)
+            except _Wait:
+                yield from self._pass(found.start())
+                self._holds = True
+                return
+            except _NoCall:
+                begin = found.end()
+                continue
+            yield from self._pass(found.start())
+            self._buffer, begin = self._buffer[read.end - found.start() :], 0
+            if read.items:
+                self._closers, self._has_calls = list(read.closers), True
+                yield from read.items
+
+    def _pass(self, end: int) -> Iterator[str]:
+        """Let the text up to a place go; whitespace waits for what follows it."""
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        if not text:
+            return
+        self._line_begins = text.endswith("\n")
+        text = self._gap + text
+        if self._has_calls and not self._has_text:
+            text = text.lstrip()
+        kept = text.rstrip()
+        self._gap = text[len(kept) :]
+        if kept:
+            self._has_text = True
+            yield kept
+
+    def _skip_closers(self) -> bool:
+        """Take away what belongs to the last call; return False where more text decides."""
+        closers = self._closers or []
+        rest = self._buffer.lstrip()
+        while closer := next((mark for mark in closers if rest.startswith(mark)), None):
+            closers.remove(closer)
+            self._buffer = rest[len(closer) :]
+            rest = self._buffer.lstrip()
+        if not self._final and any(mark.startswith(rest) for mark in closers):
+            return False
+        self._gap = (self._gap or "\n") if self._has_text else ""
+        self._buffer, self._closers, self._line_begins = rest, None, True
+        return True
+
+    def _stands_at_line(self, place: int) -> bool:
+        return place > 0 or self._line_begins
+
+    def _begun_mark(self) -> int:
+        """Return the length of the end of the buffer that may become a mark."""
+        if self._final:
+            return 0
+        longest = max(map(len, self._readers))
+        for size in range(min(longest, len(self._buffer)), 0, -1):
+            end = self._buffer[-size:]
+            if any(mark.startswith(end) for mark in self._readers):
+                return size
+        blank = re.search(r"(?:^|\n)[ \t]+$", self._buffer)
+        return len(blank[0].lstrip("\n")) if blank and self._stands_at_line(blank.start()) else 0
+
+    def _wait(self) -> Exception:
+        return _NoCall() if self._final else _Wait()
+
+    def _expect(self, place: int, mark: str) -> _Found:
+        """Read a mark that stands before another one."""
+        rest = self._buffer[place:].lstrip()
+        if rest.startswith(mark):
+            return _Found(place)
+        raise self._wait() if mark.startswith(rest) else _NoCall()
+
+    def _match(self, pattern: str, place: int, partial: str) -> re.Match[str]:
+        """Match a pattern at a place.
+
+        Raises:
+            _Wait: If the rest of the text matches `partial`, so that it may still come.
+            _NoCall: If it cannot.
+        """
+        found = re.compile(pattern, re.DOTALL).match(self._buffer, place)
+        if found is not None:
+            return found
+        begun = re.compile(partial, re.DOTALL).fullmatch(self._buffer, place)
+        raise self._wait() if begun is not None else _NoCall()
+
+    def _read_value(self, place: int) -> tuple[int, Any]:
+        """Return the end and the value of the JSON at a place, an `InvalidCall` in place of a value that is broken."""
+        place = self._skip_blank(place)
+        if self._buffer[place] not in "[{":
+            raise _NoCall()
+        end = _end_of_brackets(self._buffer, place)
+        if end is None:
+            if not self._final:
+                raise _Wait()
+            tags = [at for tag in TAGS if (at := self._buffer.find(tag, place)) >= 0]
+            end = min(tags, default=len(self._buffer))
+            return end, InvalidCall(self._buffer[place:end], "The call is cut off.")
+        try:
+            return end, json.loads(self._buffer[place:end], strict=False)
+        except ValueError as exc:
+            return end, InvalidCall(self._buffer[place:end], f"The call is not valid JSON: {exc}.")
+
+    def _skip_blank(self, place: int) -> int:
+        while place < len(self._buffer) and self._buffer[place].isspace():
+            place += 1
+        if place == len(self._buffer):
+            raise self._wait()
+        return place
+
+    def _read_marked(self, place: int) -> _Found:
+        """Read JSON after a mark that says that it is a call."""
+        end, value = self._read_value(place)
+        values = value if isinstance(value, list) and value else [value]
+        return _Found(end, [self._as_call(one) for one in values])
+
+    def _read_json(self, place: int) -> _Found:
+        """Read JSON that is a call only where it names a tool."""
+        end, value = self._read_value(place)
+        values = value if isinstance(value, list) else [value]
+        calls = [call for one in values if isinstance(call := self._as_call(one), ToolCall)]
+        if not calls or len(calls) < len(values) or any(call.name not in self._schemas for call in calls):
+            raise _NoCall()
+        return _Found(end, calls)
+
+    def _read_bare(self, place: int) -> _Found:
+        rest = self._buffer[place:]
+        first = FIRST_KEY.match(rest)
+        key = first["key"] if first else None
+        if first and first["colon"] and key in KEYS:
+            return self._read_json(place)._replace(closers=(*TAGS, *SEPARATORS))
+        if first and first.end() == len(rest) and (not first["end"] or key in KEYS):
+            if any(known.startswith(key or "") for known in KEYS):
+                raise self._wait()
+        if rest.startswith("["):
+            name = self._match(rf"\[\s*({NAME})\(", place, rf"\[\s*(?:{NAME})?")[1]
+            if name in self._schemas:
+                return self._read_pythonic(place)
+        raise _NoCall()
+
+    def _read_fence(self, place: int) -> _Found:
+        begin = self._match(r"[a-z_]*\s*(?=[\[{])", place, r"[a-z_]*\s*").end()
+        return self._read_bare(begin)._replace(closers=(FENCE,))
+
+    def _read_action(self, place: int) -> _Found:
+        begin = self._match(r"\s*```[a-z]*\s*(?=[\[{])", place, r"\s*`{0,3}[a-z]*\s*").end()
+        return self._read_json(begin)._replace(closers=(FENCE,))
+
+    def _read_tagged(self, place: int) -> _Found:
+        place = self._skip_blank(place)
+        if self._buffer[place] in "[{":
+            return self._read_marked(place)
+        begun = self._buffer[place : place + len("<function=")]
+        if begun == "<function=":
+            return self._read_function(place)
+        if "<function=".startswith(begun):
+            raise self._wait()
+        return self._read_glm(place)
+
+    def _read_function(self, place: int) -> _Found:
+        found = self._match(
+            rf"<function=({NAME})>(.*?)(?:</function>|</tool_call>)", place, rf"<function(?:=(?:{NAME}(?:>.*)?)?)?"
+        )
+        pairs = re.findall(r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>", found[2], re.DOTALL)
+        return _Found(found.end(), [self._typed(found[1], pairs)])
+
+    def _read_glm(self, place: int) -> _Found:
+        found = self._match(
+            rf"({NAME})\s*((?:<arg_key>.*?</arg_key>\s*<arg_value>.*?</arg_value>\s*)*)</tool_call>",
+            place,
+            rf"{NAME}\s*(?:<.*)?",
+        )
+        pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", found[2], re.DOTALL)
+        return _Found(found.end(), [self._typed(found[1], [(key.strip(), value) for key, value in pairs])])
+
+    def _read_mistral(self, place: int) -> _Found:
+        place = self._skip_blank(place)
+        if self._buffer[place] in "[{":
+            return self._read_marked(place)
+        named = self._match(
+            rf"({NAME})(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{{)", place, rf"{NAME}(?:\[[\w\]\[]*)?\s*"
+        )
+        return self._named(named[1], named.end())
+
+    def _read_deepseek(self, place: int) -> _Found:
+        named = self._match(
+            rf"(?:function<｜tool▁sep｜>)?({NAME})(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?\s*)?(?=\{{)", place, r"[^{]*"
+        )
+        return self._named(named[1], named.end())._replace(closers=(FENCE, *TAGS))
+
+    def _read_kimi(self, place: int) -> _Found:
+        named = self._match(rf"(?:functions\.)?({NAME})(?::\d+)?\s*<\|tool_call_argument_begin\|>", place, r"[^{]*")
+        return self._named(named[1], named.end())
+
+    def _read_harmony(self, place: int) -> _Found:
+        named = self._match(rf" to=functions\.({NAME})[^{{]*<\|message\|>", place, r"(?: (?:t(?:o(?:=[^{]*)?)?)?)?")
+        return self._named(named[1], named.end())
+
+    def _named(self, name: str, place: int) -> _Found:
+        end, arguments = self._read_value(place)
+        if isinstance(arguments, InvalidCall):
+            return _Found(end, [arguments])
+        return _Found(end, [self._as_call({"name": name, "arguments": arguments})])
+
+    def _read_pythonic(self, place: int) -> _Found:
+        place = self._skip_blank(place)
+        if self._buffer[place] != "[":
+            raise _NoCall()
+        end = _end_of_brackets(self._buffer, place, quotes="\"'")
+        if end is None:
+            raise self._wait()
+        text = self._buffer[place:end]
+        try:
+            tree = ast.parse(text, mode="eval").body
+            assert isinstance(tree, ast.List)
+            return _Found(end, [_call_of_tree(node) for node in tree.elts])
+        except (SyntaxError, ValueError, AssertionError) as exc:
+            if text.lstrip("[ \n").startswith("{"):
+                return self._read_marked(place)
+            return _Found(end, [InvalidCall(text, f"The call cannot be read: {type(exc).__name__}: {exc}.")])
+
+    def _as_call(self, value: Any) -> ToolCall | InvalidCall:
+        """Return the call that a JSON value is."""
+        if isinstance(value, InvalidCall):
+            return value
+        error = "The call has no name or no arguments."
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
+            value = value["function"]
+        if not isinstance(value, Mapping):
+            return InvalidCall(text, error)
+        name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), None)
+        key = next((key for key in ARGUMENT_KEYS if value.get(key) is not None), None)
+        arguments = value[key] if key is not None else {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                return InvalidCall(text, "The arguments of the call are not valid JSON.")
+        has_other = key is None and set(value) - {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_id"}
+        if name is None or has_other or not isinstance(arguments, Mapping):
+            return InvalidCall(text, error)
+        return ToolCall(name, dict(arguments))
+
+    def _typed(self, name: str, pairs: Sequence[tuple[str, str]]) -> ToolCall:
+        """Return a call whose arguments are texts, with the types that the tool wants."""
+        properties = self._schemas.get(name, {}).get("properties") or {}
+        return ToolCall(name, {key: _typed_value(text, properties.get(key)) for key, text in pairs})
+
+
+def _typed_value(text: str, schema: Any) -> Any:
+    kinds = schema.get("type") if isinstance(schema, Mapping) else None
+    if kinds == "string":
+        return text
+    try:
+        return json.loads(text.strip())
+    except ValueError:
+        # Some models write constants of Python.
+        return {"True": True, "False": False, "None": None}.get(text.strip(), text)
+
+
+def _call_of_tree(node: ast.expr) -> ToolCall:
+    """Return the call that an expression of Python is, without running it."""
+    if not isinstance(node, ast.Call) or node.args:
+        raise ValueError("a call must have a name and named arguments")
+    arguments = {one.arg: ast.literal_eval(one.value) for one in node.keywords if one.arg is not None}
+    return ToolCall(ast.unparse(node.func), arguments)
+
+
+def _end_of_brackets(text: str, place: int, quotes: str = '"') -> int | None:
+    """Return the end of the brackets that open at a place, None where they are still open."""
+    depth, quote, escaped = 0, "", False
+    for index in range(place, len(text)):
+        char = text[index]
+        if quote:
+            escaped, quote = (not escaped and char == "\\"), ("" if char == quote and not escaped else quote)
+        elif char in quotes:
+            quote = char
+        elif char in "[{(":
+            depth += 1
+        elif char in "]})":
+            depth -= 1
+            if depth == 0:
+                return index + 1
+    return None
+
+
+def choose_tools(tools: Sequence[Tool], choice: Any) -> list[Tool]:
+    """Return the tools that must be called, none where the model may choose.
+
+    Args:
+        tools: Tools in the form of OpenAI.
+        choice: "auto", "none", "any", "required", True, the name of a tool, or a tool in the form of OpenAI.
+
+    Raises:
+        SettingsError: If the choice is none of the tools.
+    """
+    if choice in (None, False, "auto", "none"):
+        return []
+    if choice in (True, "any", "required"):
+        return list(tools)
+    name = choice.get("function", choice).get("name") if isinstance(choice, Mapping) else choice
+    chosen = [tool for tool in tools if tool["function"]["name"] == name]
+    if not chosen:
+        names = [tool["function"]["name"] for tool in tools]
+        raise SettingsError(f"`tool_choice` must be 'auto', 'none', 'any' or one of {names!r}, got {choice!r}.")
+    return chosen
+
+
+def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+    """Return the JSON schema of a call of one of some tools."""
+    schemas = [_one_schema(tool["function"]) for tool in tools]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+
+def _one_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function.get("parameters") or {"type": "object"}
+    return {
+        "type": "object",
+        "properties": {"name": {"type": "string", "enum": [function["name"]]}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
