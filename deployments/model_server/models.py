@@ -20,6 +20,8 @@ logger = get_logger(__name__)
 # A client that waits for longer is told to come back; the loading goes on.
 LOAD_WAIT_SECONDS = 60.0
 EVICTION_SECONDS = 15.0
+# What the client of huggingface_hub sends where an endpoint names no model.
+UNNAMED = "dummy"
 
 
 class ApiError(Exception):
@@ -143,7 +145,7 @@ class ServedModels:
         Raises:
             ApiError: If there is no such model.
         """
-        if name is None and len(self._models) == 1:
+        if name in (None, UNNAMED) and len(self._models) == 1:
             return self._models[0]
         for model in self._models:
             if name in model.names:
