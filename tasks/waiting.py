@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from filelock import BaseFileLock, Timeout
 
 if TYPE_CHECKING:
     Log = logging.Logger | logging.LoggerAdapter[Any]
-
-T = TypeVar("T")
 
 WAKE_SECONDS = 0.5
 FIRST_NOTICE_SECONDS = 1.0
@@ -46,60 +40,6 @@ class WaitNotice:
         if waited >= self._next:
             self._next = waited * NOTICE_GROWTH
             self._log.info("%s, for %.0f seconds so far.", self._what, waited)
-
-
-def take_next(items: queue.SimpleQueue[T], timeout_seconds: float = float("inf")) -> T:
-    """Return the next item of a queue; wait for it.
-
-    Raises:
-        queue.Empty: If there is none in time.
-    """
-    end = time.monotonic() + timeout_seconds
-    while True:
-        left = end - time.monotonic()
-        try:
-            return items.get(timeout=max(0.0, min(left, WAKE_SECONDS)))
-        except queue.Empty:
-            if left <= 0:
-                raise
-
-
-def result_of(future: Future[T]) -> T:
-    """Return the result of a future; wait for it. What the future raises is raised."""
-    while not future.done():
-        with suppress(FutureTimeout):
-            return future.result(timeout=WAKE_SECONDS)
-    return future.result()
-
-
-def join_thread(thread: threading.Thread) -> None:
-    """Wait for the end of a thread."""
-    while thread.is_alive():
-        thread.join(WAKE_SECONDS)
-
-
-def wait_for(event: threading.Event, seconds: float) -> bool:
-    """Wait for an event, and return whether it came in time."""
-    end = time.monotonic() + seconds
-    while not event.is_set() and (left := end - time.monotonic()) > 0:
-        event.wait(min(left, WAKE_SECONDS))
-    return event.is_set()
-
-
-@contextmanager
-def held(lock: threading.RLock, notice: WaitNotice | None = None) -> Iterator[None]:
-    """Hold a lock.
-
-    It has to be one that knows its owner: the exception may come after the lock was got and before anybody knows it.
-    """
-    try:
-        while not lock.acquire(timeout=WAKE_SECONDS):
-            if notice is not None:
-                notice.tell()
-        yield
-    finally:
-        with suppress(RuntimeError):  # not ours: the exception came while it was waited for
-            lock.release()
 
 
 @contextmanager
