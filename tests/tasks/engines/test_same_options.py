@@ -11,8 +11,8 @@ from support.engine_families import PROMPTS, Family
 
 KINDS = ["text", "seq2seq", pytest.param("images", marks=pytest.mark.slow)]
 GREEDY = [
-    {}, {"repetition_penalty": 1.4}, {"repetition_penalty": 0.7}, {"presence_penalty": 1.5}, {"presence_penalty": -1.0},
-    {"frequency_penalty": 0.8}, {"frequency_penalty": -0.5}, {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+    {}, {"repetition_penalty": 1.4}, {"repetition_penalty": 0.7}, {"presence_penalty": 0.3}, {"presence_penalty": -1.0},
+    {"frequency_penalty": 0.2}, {"frequency_penalty": -0.5}, {"presence_penalty": 0.5, "frequency_penalty": 0.5},
     {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.3}, {"min_new_tokens": 12},
     {"ignore_eos": True}, {"num_beams": 4}, {"num_beams": 4, "n": 3},
     # Sampling that leaves one token is greedy.
