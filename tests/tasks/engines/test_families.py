@@ -154,7 +154,8 @@ CALLS = {
     '{"city": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
     "command-r": 'Action: ```json\n[\n{"tool_name": "get_weather", "parameters": {"city": "Paris"}}\n]\n```',
     "lfm2": '<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>',
-    "glm-4.5": "\n<think>Ask.</think>\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+    "glm-4.5": "\n<think>Ask.</think>\n\n"
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
     "</tool_call>",
     "qwen-3-coder": "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
     "</tool_call>",

@@ -94,7 +94,7 @@ print()
 # Create Chain
 from huggingface_hub import login
 
-login()
+login(token="{token}")  # in place of the dialogue that asks the reader for it
 
 from prefect_huggingface.tasks.langchain import ChatHuggingFace
 
