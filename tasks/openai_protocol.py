@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.tool_calls import call_schema, choose_tools, find_calls
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.records import Completion, ErrorCode, Message, Request
 
@@ -211,8 +212,6 @@ def _forced_schema(body: Mapping[str, Any]) -> dict[str, Any] | None:
     choice = body.get("tool_choice")
     if choice in (None, "auto", "none"):
         return None
-    from prefect_huggingface.tasks.langchain.tool_calls import call_schema, choose_tools
-
     tools = _read_tools(body)
     try:
         chosen = choose_tools(tools, choice) if choice == "required" or isinstance(choice, Mapping) else []
@@ -322,7 +321,6 @@ class AnswerWriter:
 
     def __init__(self, call: OpenAICall, name: str, created: int, model: str | None) -> None:
         self._call, self._name = call, name
-        self._tool_names = {tool["function"]["name"] for tool in call.tools}
         kind = "chat.completion" if call.chat else "text_completion"
         self._head = {"id": f"{'chatcmpl' if call.chat else 'cmpl'}-{name}", "object": kind, "created": created}
         self._head["model"] = model
@@ -331,7 +329,7 @@ class AnswerWriter:
     @property
     def holds_text(self) -> bool:
         """Whether text waits for the end of the answer, since it may be a tool call."""
-        return bool(self._tool_names)
+        return bool(self._call.tools)
 
     def write(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the body of the answer, the completions in the order of the requests."""
@@ -393,18 +391,16 @@ class AnswerWriter:
 
     def _split(self, text: str, index: int) -> tuple[str, list[dict[str, Any]]]:
         """Return the text beside the tool calls, and the calls. Where a call cannot be read, all of it is text."""
-        if not self._tool_names or not text:
+        if not self._call.tools or not text:
             return text, []
-        from prefect_huggingface.tasks.langchain.tool_calls import find_calls
-
-        found = find_calls(text, self._tool_names)
+        found = find_calls(text, self._call.tools)
         if found.invalid:
             return text, []
         return found.text, [
             {
                 "id": self._call_id(index, number),
                 "type": "function",
-                "function": {"name": call["name"], "arguments": json.dumps(call["args"], ensure_ascii=False)},
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
             }
             for number, call in enumerate(found.calls)
         ]
