@@ -62,6 +62,10 @@ def soon_ending(local_family: Family, tmp_path: Path) -> Family:
     return local_family.with_settings(model_id=str(folder))
 
 
+def refuses_min_new_tokens(family: Family, num_beams: int) -> bool:
+    return family.name == "openvino-text" and num_beams > 1
+
+
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_ends_of_answers_are_kept_off_with_several_end_tokens(soon_ending, num_beams):
     common = {"num_beams": num_beams, "max_new_tokens": 20}
@@ -69,8 +73,13 @@ def test_ends_of_answers_are_kept_off_with_several_end_tokens(soon_ending, num_b
     assert any(found.generated_tokens < 10 and found.finish_reason == "stop" for found in plain)
     for prompt in PROMPTS[:6]:
         least = soon_ending.ask(prompt, min_new_tokens=10, **common)
-        assert least.error is None
-        assert least.generated_tokens >= 10
+        if refuses_min_new_tokens(soon_ending, num_beams):
+            # OpenVINO GenAI ignores the option in beam search, so that it is refused by name.
+            assert least.error_code == "invalid_option"
+            assert "`min_new_tokens`" in least.error
+        else:
+            assert least.error is None
+            assert least.generated_tokens >= 10
         on = soon_ending.ask(prompt, ignore_eos=True, **common)
         assert (on.error, on.generated_tokens, on.finish_reason) == (None, 20, "length")
 
@@ -80,6 +89,8 @@ def test_beams_with_several_end_tokens_mean_the_same_on_all_backends(soon_ending
     folder = copy_with_end_tokens(Path(other.model.model_id), tmp_path / "torch", END_TOKENS)
     torch = other.with_settings(model_id=str(folder))
     for changes in ({}, {"min_new_tokens": 10}, {"ignore_eos": True}, {"n": 2}):
+        if "min_new_tokens" in changes and refuses_min_new_tokens(soon_ending, 4):
+            continue
         options = {"num_beams": 4, "max_new_tokens": 20, **changes}
         for prompt in PROMPTS[:4]:
             assert answers(soon_ending.submit(prompt, **options)) == answers(torch.submit(prompt, **options))
