@@ -142,6 +142,8 @@ def kinds_of(family: Family) -> list[str]:
     """Return the kinds that an engine knows, and those that every engine refuses."""
     known = []
     for kind, options in KINDS.items():
+        if kind == "too long" and load_engine(family.model).context_length is None:
+            continue  # T5 has relative positions and no limit
         completion = family.ask(PROMPTS[0], **{"max_new_tokens": 10, **options})
         if completion.error_code != "invalid_option" or kind in REFUSED:
             known.append(kind)
