@@ -45,7 +45,7 @@ def check(source: Path | str, destination: Path | str, prompt: str | None = "{co
         ({"option_columns": ["seed"]}, "no column 'seed'"),
         ({"columns": ["town"]}, "names .'town'."),
         ({}, "has columns .'status'. that the output adds. Set `output_prefix`"),
-        ({"columns": ["country"], "id_column": "id"}, r"occur twice: row 2 \(1\)"),
+        ({"columns": ["country"], "id_column": "id"}, r"occur twice: line 2 \(1\)"),
         ({"columns": ["country"], "id_column": "key"}, "'key' is not in the input"),
     ],
 )

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.tables.writers import to_json
 from support.table_cells import convert, is_same
 
 FORMATS = ["jsonl", "csv", "tsv", "parquet", "arrow"]
@@ -147,3 +148,8 @@ def test_typed_columns(format: str, source: str, data: st.DataObject) -> None:
 def test_decimals_keep_their_digits() -> None:
     assert is_same(decimal.Decimal("1.10"), "1.10")
     assert not is_same(decimal.Decimal("1.10"), "1.1")
+
+
+def test_times_keep_their_milliseconds():
+    values = [datetime.time(1, 2, 3, microseconds) for microseconds in (1, 10_000, 20_500, 99_999, 100_000)]
+    assert json.loads(to_json(values)) == [value.isoformat() for value in values]
