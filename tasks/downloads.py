@@ -85,7 +85,7 @@ def plan_fetch(model: LocalModel) -> DownloadPlan:
     """
     if model.is_local:
         raise PlanError(
-            f"{model.model_id!r} is on this machine, there is nothing to download. Use the id of a repository."
+            f"{model.model_id!r} is on this machine. There is nothing to download; use the id of a repository."
         )
     return plan_snapshot(model)
 

@@ -176,5 +176,5 @@ def test_a_plan_is_plain_data(hub, tmp_path, prefect_server):
 
 
 def test_there_is_no_plan_for_a_folder(folder):
-    with pytest.raises(PlanError, match="is a folder"):
+    with pytest.raises(PlanError, match="is on this machine"):
         plan_download.fn(LocalModel(model_id=str(folder)))
