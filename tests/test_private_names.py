@@ -28,6 +28,8 @@ ALLOWED = {
 # What Prefect asks the authors of blocks to set, and what the class machinery sets.
 BLOCK_SETTINGS = {
     "_abc_impl",
+    "_block_schema_id",
+    "_block_type_id",
     "_block_type_name",
     "_block_type_slug",
     "_documentation_url",
@@ -37,7 +39,8 @@ BLOCK_SETTINGS = {
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    of_named_tuples = ("_replace", "_asdict", "_fields")
+    return name.startswith("_") and not name.startswith("__") and name not in of_named_tuples
 
 
 def own_names() -> set[str]:

@@ -30,13 +30,16 @@ def check_format(response_format: ResponseFormat) -> None:
     schema = response_format.json_schema
     if schema is None:
         return
-    from jsonschema import SchemaError
+    from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
     from referencing.exceptions import CannotDetermineSpecification, Unresolvable
 
     reference = str(schema.get("$schema"))
+    validator = validator_for(schema, default=None) if "$schema" in schema else Draft202012Validator
+    if validator is None:
+        raise RequestError("invalid_option", f"`json_schema` has an unknown `$schema`, {reference!r}. Leave it out.")
     try:
-        validator_for(schema).check_schema(schema)
+        validator.check_schema(schema)
         for reference, resolver in _references(schema):
             resolver.lookup(reference)
     except SchemaError as exc:

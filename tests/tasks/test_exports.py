@@ -20,7 +20,7 @@ def test_a_flow_makes_an_export(logged_export: LoggedExport) -> None:
     assert (export.path / "openvino_model.xml").is_file()
 
 
-@pytest.mark.parametrize("words", [*STEPS, "int4_asym"])
+@pytest.mark.parametrize("words", [*STEPS, "to OpenVINO in int4"])
 def test_the_log_of_the_export_is_in_the_run(logged_export: LoggedExport, words: str) -> None:
     assert any(words in message for message in logged_export.messages), logged_export.messages
 

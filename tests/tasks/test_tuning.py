@@ -23,21 +23,21 @@ def model(tiny_openvino: Path, tmp_path: Path) -> Iterator[LocalModel]:
 
 def test_settings_are_tried_kept_and_used(model, tiny_openvino, monkeypatch):
     # With these limits all that can be loaded is kept, however busy the machine is.
-    grid = (("max_num_seqs", (64,)), ("KV_CACHE_PRECISION", ("bf16", "nonsense")))
+    grid = (("max_num_seqs", (64,)), ("KV_CACHE_PRECISION", ("u8", "nonsense")))
     monkeypatch.setattr(tuning, "GRID", grid)
     monkeypatch.setattr(tuning, "CLEAR_GAIN", 0.01)
     monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
     found = tuning.tune_engine.fn(model)
     assert [(trial.setting, trial.value, trial.kept) for trial in found.trials] == [
         ("max_num_seqs", 64, True),
-        ("KV_CACHE_PRECISION", "bf16", True),
+        ("KV_CACHE_PRECISION", "u8", True),
         ("KV_CACHE_PRECISION", "nonsense", False),
     ]
     assert "nonsense" in found.trials[-1].problem
     assert all(0 <= trial.agreement <= 1 for trial in found.trials)
     assert json.loads(Path(found.path).read_text())["settings"] == dict(found.settings)
     engine = load_engine(model).unshared
-    assert engine._model.ov_config == {"KV_CACHE_PRECISION": "bf16"}
+    assert engine._model.ov_config == {"KV_CACHE_PRECISION": "u8"}
 
 
 def test_what_is_no_gain_is_not_kept(model, monkeypatch):
