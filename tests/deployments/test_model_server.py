@@ -216,7 +216,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]
     folder = tmp_path_factory.mktemp("thinker")
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     model = make_scripted_model(
-        folder / "thinker", "<think>\nHm.\n</think>\n\nLima", after={"weather": f"<think>\nA tool.\n</think>\n\n{call}"}
+        folder / "thinker", "<think>\nHm.\n</think>\n\nLima", after={"weather": f"<think>\nA tool.\n</think>{call}"}
     )
     with model_server(folder, "--model", str(model), "--backend", "torch", "--device", "cpu") as server:
         yield openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)

