@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,12 +11,13 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
@@ -210,7 +212,9 @@ class ChatHuggingFace(BaseChatModel):
         parser = parser_of(schema)
         if not include_raw:
             return bound | parser
-        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        parsed = RunnablePassthrough.assign(
+            parsed=itemgetter("raw") | RunnableLambda(_require_json) | parser, parsing_error=lambda _: None
+        )
         failed = RunnablePassthrough.assign(parsed=lambda _: None)
         return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
@@ -393,6 +397,16 @@ def parser_of(schema: Any) -> BaseOutputParser[Any]:
     if is_basemodel_subclass(schema):
         return PydanticOutputParser(pydantic_object=schema)
     return JsonOutputParser()
+
+
+def _require_json(message: BaseMessage) -> BaseMessage:
+    """Return a message whose text is JSON. The parsers of LangChain complete text that was cut off."""
+    try:
+        json.loads(str(message.content))
+    except ValueError as exc:
+        text = f"The answer is not JSON: {exc}. Raise `max_new_tokens` if it was cut off."
+        raise OutputParserException(text, llm_output=str(message.content)) from exc
+    return message
 
 
 def _closed(schema: Any) -> Any:

@@ -212,13 +212,13 @@ def test_tokens_health_and_metrics(guarded_server: ModelServerProcess, long_mode
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A server of a model that thinks before it answers, and calls a tool where it is asked for the weather."""
+    """A server of two models that think first: one then answers, the other one calls a tool."""
     folder = tmp_path_factory.mktemp("thinker")
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-    model = make_scripted_model(
-        folder / "thinker", "<think>\nHm.\n</think>\n\nLima", after={"weather": f"<think>\nA tool.\n</think>{call}"}
-    )
-    with model_server(folder, "--model", str(model), "--backend", "torch", "--device", "cpu") as server:
+    thinker = make_scripted_model(folder / "thinker", "<think>\nHm.\n</think>\n\nLima")
+    caller = make_scripted_model(folder / "caller", f"<think>\nA tool.\n</think>\n\n{call}")
+    models = ["--model", str(thinker), "--model", str(caller)]
+    with model_server(folder, *models, "--backend", "torch", "--device", "cpu") as server:
         yield openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
 
 
@@ -233,7 +233,7 @@ def test_reasoning_is_kept_apart(thinker: openai.OpenAI) -> None:
 
 def test_a_tool_that_may_be_called_is_found_behind_the_thoughts(thinker: openai.OpenAI) -> None:
     question = [{"role": "user", "content": "What is the weather?"}]
-    asked = {"model": "thinker", "messages": question, "tools": [WEATHER], "max_tokens": 200}
+    asked = {"model": "caller", "messages": question, "tools": [WEATHER], "max_tokens": 200}
     choice = thinker.chat.completions.create(**asked).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
     assert choice.message.tool_calls[0].function.arguments == '{"city": "Oslo"}'

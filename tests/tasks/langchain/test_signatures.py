@@ -45,7 +45,7 @@ def test_methods_of_the_chat_model_take_the_same_arguments() -> None:
         "self", "tools", "tool_choice", "parallel_tool_calls", "strict", "kwargs",
     ]  # fmt: skip
     structured = defaults_of(ChatHuggingFace.with_structured_output)
-    assert list(structured) == ["self", "schema", "method", "include_raw", "kwargs"]
+    assert list(structured) == ["self", "schema", "method", "include_raw", "strict", "kwargs"]
     assert (structured["schema"], structured["method"], structured["include_raw"]) == (None, "function_calling", False)
 
 
