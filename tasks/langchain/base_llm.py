@@ -22,7 +22,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
-from prefect_huggingface.tasks.engines.base import Engine, checked
+from prefect_huggingface.tasks.engines.base import WAKE_SECONDS, Engine, checked
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.langchain.generation_kwargs import (
     Generation,
@@ -33,8 +33,6 @@ from prefect_huggingface.tasks.langchain.generation_kwargs import (
 from prefect_huggingface.tasks.records import Completion, Message, Request
 
 USAGE_NAMES = ("prompt_tokens", "completion_tokens", "total_tokens")
-# Prefect ends a flow that is late by an exception in its thread, which no blocking call notices.
-WAKE_SECONDS = 0.5
 
 
 class EngineLLM(BaseLLM):
