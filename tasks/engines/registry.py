@@ -33,7 +33,7 @@ from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.waiting import WaitNotice
 
 logger = get_logger(__name__)
@@ -434,7 +434,7 @@ def _held(lock: threading.Lock, model: str) -> Iterator[None]:
 def model_folder(model: LocalModel) -> Path:
     """Return the folder that the engine of a model loads; make it first where needed."""
     if model.backend == "openvino":
-        from prefect_huggingface.tasks.storage.exports.publication import get_export
+        from prefect_huggingface.tasks.storage.exports.store import get_export
 
         return get_export(model).path
     from prefect_huggingface.tasks.storage.snapshots import get_snapshot
