@@ -45,6 +45,7 @@ from prefect_huggingface.tasks.engines.openvino_scheduler import ScheduledReques
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.records import ErrorCode, Request
+from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 
 logger = get_logger(__name__)
 
@@ -67,12 +68,14 @@ class OpenVINOTextEngine(EngineWorker):
             EngineError: If OpenVINO cannot load the model with these settings.
         """
         device, properties = choose_device(model), compile_properties(model)
+        adapters = get_adapters(model)
+        check_fit(adapters, path)
         self.sizes = choose_sizes(path, model.engine, kv_cache_precision(device, properties))
         self._options = model.engine
         with ThreadPoolExecutor(1) as beside:
             # OpenVINO compiles on one core and lets other threads run meanwhile.
             rust = beside.submit(RustTokenizer.of_folder, path)
-            self._pipeline = GenaiPipeline(path, device, properties, self.sizes, model.engine)
+            self._pipeline = GenaiPipeline(path, device, properties, self.sizes, model.engine, adapters)
         tokenizer: Tokenizer = rust.result() or GenaiTokenizer(self._pipeline.tokenizer)
         inputs = self._make_inputs(path, model)
         ends = read_end_tokens(path, int(self._pipeline.tokenizer.get_eos_token_id()))
