@@ -136,7 +136,7 @@ class LocalModel(ConfigurationBlock):
     adapters: list[Adapter] = Field(
         default_factory=list,
         title="Adapters",
-        description="LoRA adapters of PEFT that are put onto the model when it is loaded. The export does not hold them.",
+        description="LoRA adapters of PEFT that are put onto the model when it is loaded; no export holds them.",
     )
     device: str | None = Field(
         default=None,

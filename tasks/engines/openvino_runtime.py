@@ -203,6 +203,20 @@ def generation_config(
     return config
 
 
+def scoring_config() -> Any:
+    """Return the settings that have OpenVINO GenAI give the log probability of every token of a prompt.
+
+    It gives wrong ones beside requests without these settings, and none of what is cached (2026.4).
+    """
+    from openvino_genai import GenerationConfig
+
+    config = GenerationConfig()
+    config.max_new_tokens, config.logprobs = 1, 1
+    config.echo = config.ignore_eos = True
+    config.apply_chat_template = False
+    return config
+
+
 def _set_search(config: Any, options: GenerationOptions, seed: int) -> None:
     """Set how tokens are chosen: at random, by beams, or else the likeliest."""
     if options.do_sample:
