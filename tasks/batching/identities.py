@@ -33,7 +33,7 @@ def identify_model(model: LocalModel | InferenceEndpoint) -> dict[str, Any]:
 
 
 def _identify_local(model: LocalModel) -> dict[str, Any]:
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
     from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
     fields = model.model_dump(mode="json", include=set(DECISIVE_FIELDS))

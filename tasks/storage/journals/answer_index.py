@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
-from prefect_huggingface.tasks.storage.scratch import open_scratch_database
+from prefect_huggingface.tasks.storage.files import open_scratch_database
 
 QUERY_SIZE = 500
 PENDING_ROWS = 8192

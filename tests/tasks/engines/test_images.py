@@ -63,7 +63,7 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
         loaded: Engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
     else:
         from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOVisionEngine
-        from prefect_huggingface.tasks.storage.exports.publication import get_export
+        from prefect_huggingface.tasks.storage.exports.store import get_export
 
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         model = settings(folder, backend="openvino", weight_format="fp32", ov_config=exact)
