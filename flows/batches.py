@@ -28,7 +28,7 @@ from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summ
 from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
+from prefect_huggingface.tasks.storage.journals.ownership import IfRunning, hold_journal
 from prefect_huggingface.tasks.storage.tables.inputs import SourceOptions, TableFormat
 from prefect_huggingface.tasks.waiting import WaitNotice
 
@@ -61,7 +61,7 @@ def batch_inference(
     max_failures: Annotated[Annotated[float, Field(gt=0)] | None, titled("Failures before giving up")] = None,
     retry_failed: Annotated[bool, titled("Retry failed rows")] = False,
     keep_journal: Annotated[KeepJournal, titled("Keep the journal")] = "failed",
-    when_running: Annotated[WhenRunning, titled("If the batch runs already")] = "refuse",
+    if_running: Annotated[IfRunning, titled("If the batch runs already")] = "refuse",
     show_progress: Annotated[bool, titled("Progress bar in the terminal")] = True,
     time_zone: Annotated[str, titled("Time zone of the dates")] = "UTC",
 ) -> BatchSummary:
@@ -96,7 +96,7 @@ def batch_inference(
         max_failures: Give up when more rows than this have failed; below 1 it is a share of all rows.
         retry_failed: Generate the rows that failed in an earlier run again. Needs its journal.
         keep_journal: Whether the journal stays at the end: always, never, or if rows failed.
-        when_running: What to do while another run works on the same destination: refuse or wait.
+        if_running: What to do while another run works on the same destination: refuse or wait.
         show_progress: Show a progress bar and a closing table in the terminal.
         time_zone: Time zone of the dates in `source` and `destination`, such as Europe/Berlin.
 
@@ -119,19 +119,19 @@ def batch_inference(
         messages_column=messages_column, system=system, option_columns=option_columns or (), columns=columns,
         output_prefix=output_prefix, timings=timings, id_column=id_column,
     )  # fmt: skip
-    with hold_journal(journal, when_running):
+    with hold_journal(journal, if_running) as owner:
         check_places(plan.job, plan.output, journal, replace)
-        run = open_run(journal, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))
+        run = open_run(owner, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))
         monitor = BatchMonitor(journal, plan.job.table.rows, run.finished)
         if run.finished:
             run_log().info("%d of %d rows are finished already, %d are left.", *_counts(plan, run))
         results = _run_shards(model, plan, run, monitor, max_failures, show_progress)
-        publication: Publication = publish_batch(plan, journal.place.url, replace)
+        publication: Publication = publish_batch(plan, owner, replace)
         seconds = max((each.ended for each in results), default=0) - min((each.began for each in results), default=0)
         summary = summarize(plan.output.destination, publication, run.finished, monitor.measure().tokens, seconds)
         publish_artifacts(summary, publication, monitor, journal)
         if not is_kept(keep_journal, summary):
-            journal.remove()
+            owner.remove()
     if show_progress:
         print_summary(summary)
     return summary
@@ -188,7 +188,7 @@ def _run_shards(
 
 def _end_shards(run: BatchRun, futures: Sequence[PrefectFuture[Any]], cause: str) -> None:
     """Ask the shards to end, and wait until they have committed what is finished."""
-    run.journal.request_stop(cause)
+    run.owner.request_stop(cause)
     for future in futures:
         future.wait()
 

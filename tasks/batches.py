@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.batching.statuses import get_status
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.tables.inputs import SourceOptions, TableFormat
 
 ENGINE_TAG = "hugging-face-engine"
@@ -94,11 +95,9 @@ def infer_shard(model: LocalModel | InferenceEndpoint, journal: str, shard: Shar
         return process_shard(load_engine(model), Journal(Place.of(journal)), shard)
 
 
-def publish_rows(plan: BatchPlan, journal: str, replace: bool = False) -> Publication:
+def publish_rows(plan: BatchPlan, owner: JournalOwner, replace: bool = False) -> Publication:
     """Write the output of a finished batch and publish it."""
-    from prefect_huggingface.tasks.storage.places import Place
-
-    publication = publish_output(plan.job, Journal(Place.of(journal)), plan.output, replace)
+    publication = publish_output(plan.job, owner, plan.output, replace)
     facts = {"rows": publication.rows, "failed": publication.failed, "generated_tokens": publication.generated_tokens}
     for place in filter(None, (plan.output.destination, publication.errors_destination)):
         note_asset(place_key(place), plan.upstream, facts)

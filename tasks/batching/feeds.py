@@ -10,13 +10,11 @@ from typing import Any
 from prefect_huggingface.tasks.batching.prompts import RequestMaker, RowProblem, RowRequest
 from prefect_huggingface.tasks.batching.windows import make_windows, order_window
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
+from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
+from prefect_huggingface.tasks.storage.journals.journal import ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk
 
-Answers = list[tuple[Any, ...]]
-LEARNT_COLUMNS = (
-    "completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error", "details",
-)  # fmt: skip
+Answers = list[ResultRow]
 
 
 class RowFeed:
@@ -24,7 +22,7 @@ class RowFeed:
 
     Args:
         make: Makes the request of a row.
-        commit: Takes finished rows, as tuples in the order of `Answer`.
+        commit: Takes finished rows.
         index: Answers by prompt, or None where equal prompts are generated anew.
         ordered: Whether rows with a shared beginning are put together.
     """
@@ -33,7 +31,7 @@ class RowFeed:
         self,
         make: RequestMaker,
         commit: Callable[[Answers], None],
-        index: AnswerIndex | None,
+        index: ResultIndex | None,
         ordered: bool = True,
     ) -> None:
         self._make, self._commit, self._index, self._ordered = make, commit, index, ordered
@@ -65,22 +63,22 @@ class RowFeed:
         row = int(completion.request_id or 0)
         digest = self._digests.pop(row, None)
         text = completion.text if completion.error is None else completion.text or None
-        fields = (
-            text, completion.status, completion.finish_reason, completion.prompt_tokens, completion.generated_tokens,
-            completion.seconds, completion.error, _details(completion),
+        answer = ResultRow(
+            row, 0, text, completion.status, completion.finish_reason, completion.prompt_tokens,
+            completion.generated_tokens, completion.seconds, completion.error, _details(completion), False, digest,
         )  # fmt: skip
-        answers.append((row, *fields, False, digest))
+        answers.append(answer)
         for other in self._rows.pop(row, ()):
-            answers.append((other, *fields, True, digest))
+            answers.append(answer._replace(row=other, shared=True))
         if digest is not None:
             del self._first_rows[digest]
             if completion.error is None:  # what failed for want of time or memory may do better next time
-                self._learnt.append((digest, *fields))
+                self._learnt.append(answer)
 
     def learn(self, row: Mapping[str, Any]) -> None:
         """Remember the answer of an earlier run, a row of the journal without an error."""
         if row["digest"] is not None:
-            self._learnt.append((row["digest"], *(row[name] for name in LEARNT_COLUMNS)))
+            self._learnt.append(ResultRow(*(row[name] for name in ResultRow._fields)))
 
     def _askable(self, chunks: Iterable[tuple[Chunk, set[int]]]) -> Iterator[RowRequest]:
         for chunk, done in chunks:
@@ -101,7 +99,7 @@ class RowFeed:
             if problems:
                 self._commit(problems)
 
-    def _deduplicated(self, window: list[RowRequest], index: AnswerIndex) -> list[RowRequest]:
+    def _deduplicated(self, window: list[RowRequest], index: ResultIndex) -> list[RowRequest]:
         """Return the requests of a window that are new; the others get, or wait for, the answer of their like."""
         if self._learnt:
             index.add(self._learnt)
@@ -113,8 +111,8 @@ class RowFeed:
         answers: Answers = []
         for each, digest in zip(window, digests, strict=True):
             row = int(each.request.id or 0)
-            if (fields := known.get(digest)) is not None:
-                answers.append((row, *fields, True, digest))
+            if (answer := known.get(digest)) is not None:
+                answers.append(answer._replace(row=row, shared=True))
             elif (first := self._first_rows.get(digest)) is not None:
                 self._rows[first].append(row)
             else:
@@ -129,8 +127,8 @@ def _text(each: RowRequest) -> str:
     return each.text
 
 
-def _problem(row: int, problem: RowProblem) -> tuple[Any, ...]:
-    return (row, None, problem.status, "error", 0, 0, 0.0, problem.message, None, False, None)
+def _problem(row: int, problem: RowProblem) -> ResultRow:
+    return ResultRow(row, status=problem.status, finish_reason="error", error=problem.message)
 
 
 def _details(completion: Completion) -> str | None:

@@ -15,8 +15,8 @@ from prefect_huggingface.tasks.batching.garbage import rare_collections
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.batching.openai_responses import OpenAIBatchWriter, errors_place
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.rows import JournalRows
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import (
     Chunk,
@@ -115,12 +115,12 @@ def _samples(chunk: Chunk, answers: Any) -> list[dict[str, Any]]:
     ]
 
 
-def publish_output(job: BatchJob, journal: Journal, output: Output, replace: bool = False) -> Publication:
+def publish_output(job: BatchJob, owner: JournalOwner, output: Output, replace: bool = False) -> Publication:
     """Write the output table from the input and the journal.
 
     Args:
         job: Job of the journal.
-        journal: Journal with all rows of the job.
+        owner: Owner of the journal with all rows of the job.
         output: Where and how to write it.
         replace: Whether an output that is there may be replaced.
 
@@ -128,6 +128,7 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
         BatchError: If the journal lacks a row.
         TableError: If the input has changed, or the destination was taken meanwhile.
     """
+    journal = owner.journal
     check_unchanged(job.table)
     publication = Publication()
     place = Place.of(output.destination)
@@ -149,7 +150,8 @@ def publish_output(job: BatchJob, journal: Journal, output: Output, replace: boo
         for chunk, answers in _answered(job, journal):
             publication.count(chunk, answers)
             write(chunk, answers)
-    journal.write_published({"sha256": hash_place(place)})
+        owner.check()
+    owner.write_published({"sha256": hash_place(place)})
     return publication
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-import uuid
 from dataclasses import dataclass
 
 from prefect_huggingface.tasks.batching.jobs import BatchJob, check_same_job
 from prefect_huggingface.tasks.batching.shards import Shard, ShardSettings
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.rows import JournalRows
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 
 LEAST_SHARD_ROWS = 16
 
@@ -20,27 +19,32 @@ class BatchRun:
     """One run of a batch.
 
     Attributes:
-        journal: Its journal.
-        epoch: Its number.
-        attempt: Its random name.
+        owner: The run as the owner of its journal.
         finished: Number of rows that were finished before it.
         shards: Parts of it that have rows left.
     """
 
-    journal: Journal
-    epoch: int
-    attempt: str
+    owner: JournalOwner
     finished: int
     shards: tuple[Shard, ...]
 
+    @property
+    def journal(self) -> Journal:
+        """Its journal."""
+        return self.owner.journal
+
 
 def open_run(
-    journal: Journal, job: BatchJob, shards: int = 1, retry_failed: bool = False, settings: ShardSettings | None = None
+    owner: JournalOwner,
+    job: BatchJob,
+    shards: int = 1,
+    retry_failed: bool = False,
+    settings: ShardSettings | None = None,
 ) -> BatchRun:
-    """Take over a journal, or begin it, and cut the rows that are left into shards.
+    """Go on with a journal, or begin it, and cut the rows that are left into shards.
 
     Args:
-        journal: Journal beside the destination.
+        owner: Owner of the journal beside the destination.
         job: Job to do.
         shards: Number of shards.
         retry_failed: Whether rows that failed in an earlier run are generated again.
@@ -49,24 +53,22 @@ def open_run(
     Raises:
         BatchError: If the journal belongs to another job.
     """
+    journal = owner.journal
     record = journal.read_job()
     if record is None:
         record = {**job.as_dict(), "created": time.time()}
-        journal.write_job(record)
+        owner.write_job(record)
     check_same_job(job, record, journal.place.url)
-    epoch = int(journal.read_attempt().get("epoch", 0)) + 1
-    attempt = uuid.uuid4().hex
-    journal.write_attempt({"id": attempt, "epoch": epoch, "began": time.time()})
     settings = settings or ShardSettings()
-    retry_before = epoch if retry_failed else 0
+    retry_before = owner.epoch if retry_failed else 0
     cut = cut_shards(job.table.rows, shards)
     finished = count_finished(journal, job, cut, retry_before)
     left = tuple(
-        Shard(start, stop, attempt, epoch, retry_before, settings)
+        Shard(start, stop, owner.id, owner.epoch, retry_before, settings)
         for (start, stop), done in zip(cut, finished, strict=True)
         if done < stop - start
     )
-    return BatchRun(journal, epoch, attempt, sum(finished), left)
+    return BatchRun(owner, sum(finished), left)
 
 
 def cut_shards(rows: int, shards: int) -> list[tuple[int, int]]:

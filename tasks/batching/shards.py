@@ -19,10 +19,8 @@ from prefect_huggingface.tasks.batching.prompts import PromptRows, RequestMaker
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.errors import BatchError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.rows import JournalRows
-from prefect_huggingface.tasks.storage.journals.writers import JournalWriter
+from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows, JournalWriter, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk, read_chunks
 
 STOP_CHECK_SECONDS = 0.5
@@ -50,7 +48,7 @@ class Shard:
     Attributes:
         start: First row.
         stop: Row after the last.
-        attempt: Run that it belongs to.
+        owner: Run that it belongs to.
         epoch: Number of that run.
         retry_before: Rows that failed in a run before this one are generated again.
         settings: How to go through the rows.
@@ -58,7 +56,7 @@ class Shard:
 
     start: int
     stop: int
-    attempt: str
+    owner: str
     epoch: int
     retry_before: int = 0
     settings: ShardSettings = ShardSettings()
@@ -98,15 +96,15 @@ def process_shard(engine: Engine, journal: Journal, shard: Shard) -> ShardResult
     job = BatchJob.from_dict(record)
     check_template(engine, job)
     names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
-    should_stop = _StopCheck(journal, shard.attempt)
+    should_stop = _StopCheck(journal, shard.epoch, shard.owner)
     done = _Done(JournalRows(journal, job.key, names), shard.retry_before, should_stop)
     finished = 0
     with ExitStack() as stack:
         stack.enter_context(rare_collections())
         writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
-        index = stack.enter_context(AnswerIndex()) if shard.settings.deduplicate else None
+        index = stack.enter_context(ResultIndex()) if shard.settings.deduplicate else None
 
-        def commit(answers: list[tuple[object, ...]]) -> None:
+        def commit(answers: list[ResultRow]) -> None:
             nonlocal finished
             finished += len(answers)
             writer.add(answers)
@@ -191,8 +189,8 @@ def _finished_rows(engine: Engine, completions: list[Completion]) -> Iterator[li
 class _StopCheck:
     """Asks the journal now and then."""
 
-    def __init__(self, journal: Journal, attempt: str) -> None:
-        self._journal, self._attempt = journal, attempt
+    def __init__(self, journal: Journal, epoch: int, owner: str) -> None:
+        self._journal, self._epoch, self._owner = journal, epoch, owner
         self._next = 0.0
 
     def __call__(self) -> bool:
@@ -200,7 +198,7 @@ class _StopCheck:
         if now < self._next:
             return False
         self._next = now + self._journal.poll_seconds
-        return self._journal.is_stopped(self._attempt)
+        return self._journal.is_stopped(self._epoch, self._owner)
 
 
 class _Done:

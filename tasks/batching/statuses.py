@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import is_held
-from prefect_huggingface.tasks.storage.journals.rows import JournalRows
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
+from prefect_huggingface.tasks.storage.journals.ownership import is_held
 
 STATUSES = {
     "ok": "The model ended its answer.",

@@ -88,9 +88,18 @@ def take_alone(lease_path: Path, create: bool = False) -> Lease | None:
     return _lock(lease_path, alone=True)
 
 
-def _lock(path: Path, alone: bool) -> Lease | None:
+def is_taken(lease_path: Path) -> bool:
+    """Return whether somebody holds the lease of a file alone."""
+    lease = _lock(lease_path, alone=False, wait=False)
+    if lease is None:
+        return lease_path.exists()
+    lease.close()
+    return False
+
+
+def _lock(path: Path, alone: bool, wait: bool = True) -> Lease | None:
     """Lock a file that exists: alone if that is possible at once, or beside others once nobody has it alone."""
-    lease = _lock_by_kernel(path, alone) if fcntl is not None else _lock_by_name(path, alone)
+    lease = (_lock_by_kernel if fcntl is not None else _lock_by_name)(path, alone, wait and not alone)
     # The file may have been unlinked before the locking; such a lease protects nothing.
     if lease is not None and not _is_locked(path, lease):
         lease.close()
@@ -98,7 +107,7 @@ def _lock(path: Path, alone: bool) -> Lease | None:
     return lease
 
 
-def _lock_by_kernel(path: Path, alone: bool) -> Lease | None:
+def _lock_by_kernel(path: Path, alone: bool, wait: bool) -> Lease | None:
     try:
         # NFS gives a lock of one's own only to those who may write.
         lease = Lease(os.open(path, os.O_RDWR if alone else os.O_RDONLY))
@@ -106,7 +115,8 @@ def _lock_by_kernel(path: Path, alone: bool) -> Lease | None:
         return None
     assert lease.descriptor is not None
     try:
-        fcntl.flock(lease.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        fcntl.flock(lease.descriptor, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         lease.close()
         return None
@@ -116,7 +126,7 @@ def _lock_by_kernel(path: Path, alone: bool) -> Lease | None:
     return lease
 
 
-def _lock_by_name(path: Path, alone: bool) -> Lease | None:
+def _lock_by_name(path: Path, alone: bool, wait: bool) -> Lease | None:
     folder = Path(tempfile.gettempdir(), "prefect-huggingface-leases")
     folder.mkdir(exist_ok=True)
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
@@ -125,7 +135,7 @@ def _lock_by_name(path: Path, alone: bool) -> Lease | None:
         if alone:
             lock.acquire_write(blocking=False)
         else:
-            lock.acquire_read()
+            lock.acquire_read(blocking=wait)
     except Timeout:
         lock.close()
         return None

@@ -113,14 +113,40 @@ class Place:
             system, path = _file_system(self.url)
             system.pipe_file(path, content)
             return
+        with self._written(content) as temporary:
+            os.replace(temporary, self.url)
+
+    @contextmanager
+    def _written(self, content: bytes) -> Iterator[str]:
+        """Yield a durable local file with the content, to be moved to this place."""
         os.makedirs(os.path.dirname(self.url), exist_ok=True)
         temporary = f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.url)
-        sync_path(os.path.dirname(self.url))
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+            sync_path(os.path.dirname(self.url))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def create(self, content: bytes) -> bool:
+        """Write the whole content unless there is a file already, and return whether it was written.
+
+        Of several processes that do so at once one succeeds, on local file systems and where fsspec has conditional
+        writes (S3, GCS, Azure, memory). Elsewhere fsspec looks first and then writes.
+        """
+        try:
+            if not self.is_local:
+                system, path = _file_system(self.url)
+                system.pipe_file(path, content, mode="create")
+                return True
+            with self._written(content) as temporary:
+                _link_alone(temporary, self.url)
+        except FileExistsError:
+            return False
+        return True
 
     def names(self) -> list[str]:
         """Return the sorted names in this folder; a folder that does not exist has none."""
@@ -175,6 +201,21 @@ class Place:
             os.fsync(file.fileno())
         os.replace(temporary, self.url)
         sync_path(os.path.dirname(self.url))
+
+
+def _link_alone(source: str, target: str) -> None:
+    """Give a file another name that nobody has yet.
+
+    Raises:
+        FileExistsError: If somebody has it.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with open(target, "xb") as file:
+            file.write(Path(source).read_bytes())
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:

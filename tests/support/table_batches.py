@@ -11,6 +11,7 @@ from prefect_huggingface.tasks.batching.publications import Publication, publish
 from prefect_huggingface.tasks.batching.runs import open_run
 from prefect_huggingface.tasks.batching.shards import process_shard
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from support.instant_engines import InstantEngine
 
 
@@ -28,7 +29,8 @@ def answer_table(
     job = plan_job(str(source), None, prompt, **reading)
     output = choose_columns(job.table, output, columns, {})
     journal = Journal.beside(str(destination))
-    run = open_run(journal, job)
-    for shard in run.shards:
-        process_shard(InstantEngine(answer), journal, shard)
-    return publish_output(job, journal, output)
+    with hold_journal(journal) as owner:
+        run = open_run(owner, job)
+        for shard in run.shards:
+            process_shard(InstantEngine(answer), journal, shard)
+        return publish_output(job, owner, output)

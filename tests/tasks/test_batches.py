@@ -15,8 +15,9 @@ from prefect_huggingface.tasks.batches import check_batch
 from prefect_huggingface.tasks.batching.plans import check_free
 from prefect_huggingface.tasks.batching.runs import check_failures
 from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, ModelSourceError, TableError
+from prefect_huggingface.tasks.storage.journals import ownership
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal, is_held
 
 # A model that is not there: whatever is refused before it is looked at costs nothing.
 NO_MODEL = LocalModel(model_id="/no/such/model", backend="torch")
@@ -117,8 +118,7 @@ def test_too_many_failures_as_a_number_or_a_share() -> None:
 
 HOLDER = """
 import sys, time
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 with hold_journal(Journal.beside(sys.argv[1]), "refuse"):
     print("holding", flush=True)
@@ -131,7 +131,10 @@ def test_two_runs_at_once_are_refused_or_wait(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLDER, destination], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"holding\n"
-    with pytest.raises(BatchError, match="Another run works on"), hold_journal(Journal.beside(destination), "refuse"):
+    with (
+        pytest.raises(BatchError, match="Another run is already writing"),
+        hold_journal(Journal.beside(destination), "refuse"),
+    ):
         pass
     assert is_held(Journal.beside(destination))
     process.kill()  # the lock ends with its process
@@ -142,17 +145,16 @@ def test_two_runs_at_once_are_refused_or_wait(tmp_path: Path) -> None:
     assert not is_held(Journal.beside(destination))
 
 
-def test_leases_on_other_places(tmp_path: Path) -> None:
+def test_leases_on_other_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "RENEWAL_SECONDS", 0.1)
     journal = Journal.beside(f"memory://{tmp_path.name}/out.csv")
     assert not is_held(journal)
     with hold_journal(journal):
         assert is_held(journal)
-        with pytest.raises(BatchError, match="Another run works on"), hold_journal(journal):
+        with pytest.raises(BatchError, match="Another run is already writing"), hold_journal(journal):
             pass
     assert not is_held(journal)
-    journal.place.child("lock").write(json.dumps({"owner": "gone", "until": 1.0}).encode())
-    with hold_journal(journal):  # the owner did not renew it
-        assert is_held(journal)
 
 
 def test_the_plan_names_what_decides_the_text(tmp_path: Path, source: Path, tiny_llama: Path) -> None:

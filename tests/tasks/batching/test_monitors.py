@@ -17,8 +17,9 @@ from prefect_huggingface.tasks.batching.shards import process_shard
 from prefect_huggingface.tasks.batching.statuses import STATUSES
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from support.instant_engines import InstantEngine
+from support.journals import claim_journal
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     with pytest.raises(BatchError, match="is not there"):
         get_batch_status.fn(destination)
 
-    run = open_run(journal, job, shards=2)
+    run = open_run(claim_journal(journal), job, shards=2)
     monitor = BatchMonitor(journal, 1000, run.finished)
     assert monitor.measure().finished == 0
     process_shard(InstantEngine(), journal, run.shards[0])
@@ -43,12 +44,12 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     assert half.rows_per_second > 0
     assert half.seconds_left == pytest.approx(500 / half.rows_per_second)
 
-    run = open_run(journal, job)
-    assert run.finished == 500
-    monitor = BatchMonitor(journal, 1000, run.finished)
-    with hold_journal(journal):
+    with hold_journal(journal) as owner:
+        run = open_run(owner, job)
+        assert run.finished == 500
+        monitor = BatchMonitor(journal, 1000, run.finished)
         assert get_batch_status.fn(destination).running
-    process_shard(InstantEngine(), journal, run.shards[0])
+        process_shard(InstantEngine(), journal, run.shards[0])
     whole = monitor.measure()
     assert (whole.finished, whole.failed, whole.resumed, whole.tokens, whole.share) == (1000, 250, 500, 3 * 375, 1.0)
     status = get_batch_status.fn(destination)
@@ -56,7 +57,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     assert status.statuses == {"missing_value": 250, "ok": 750}
     assert set(status.statuses) <= set(STATUSES)
 
-    run = open_run(journal, job, retry_failed=True)
+    run = open_run(claim_journal(journal), job, retry_failed=True)
     monitor = BatchMonitor(journal, 1000, run.finished)
     before = monitor.measure()
     assert (before.finished, before.failed, before.resumed) == (750, 0, 750)

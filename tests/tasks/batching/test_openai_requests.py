@@ -16,6 +16,7 @@ from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import BodyError, read_options
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.instant_engines import InstantEngine
+from support.journals import claim_journal
 
 USER = [{"role": "user", "content": "Capital of Peru?"}]
 
@@ -51,9 +52,10 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
     job = replace(plan_job(str(source), None, None), served_names=("/models/small", "small"))
     journal, engine = Journal.beside(str(destination)), InstantEngine()
     engine.prompts = []
-    for shard in open_run(journal, job).shards:
+    owner = claim_journal(journal)
+    for shard in open_run(owner, job).shards:
         process_shard(engine, journal, shard)
-    publication = publish_output(job, journal, plan_output(str(source), str(destination)))
+    publication = publish_output(job, owner, plan_output(str(source), str(destination)))
     responses = [json.loads(each) for each in destination.read_text().splitlines()]
     errors = [json.loads(each) for each in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
 
