@@ -214,7 +214,9 @@ def infer_shard(models: Sequence[ShardModel], journal: str, shard: Shard) -> Sha
         engines = [load_engine(model) for model in here]
         identities = (place.read_job() or {}).get("models", ())
         for model, identity in zip(here, identities, strict=True):
-            if isinstance(model, LocalModel) and model.is_local and resolve_model(model).identity != identity:
+            # What is pinned to a commit cannot change.
+            loose = isinstance(model, LocalModel) and (model.is_local or model.adapters)
+            if loose and resolve_model(model).identity != identity:
                 raise BatchError(f"{model.model_id!r} has changed since the batch began. Put it back, or start anew.")
         return process_shard(engines, place, shard)
 

@@ -42,7 +42,7 @@ JOURNAL_VERSION = 2
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
 DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
-SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization")
+SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters")
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
 MAX_DUPLICATES = 10_000
 BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "r2", "oss")
@@ -622,6 +622,10 @@ def resolve_model(model: Model, commit: str | None = None) -> ResolvedModel:
     fields = model.model_dump(mode="json", include=set(DECISIVE_FIELDS))
     identity: dict[str, Any] = {name: value for name, value in fields.items() if value}
     identity["options"] = model.options.model_dump(mode="json", exclude_unset=True)
+    if model.adapters:
+        from prefect_huggingface.tasks.storage.adapters import get_adapters
+
+        identity["adapters"] = [adapter.digest for adapter in get_adapters(model)]
     if model.backend == "openvino":
         from prefect_huggingface.tasks.assets import note_export
         from prefect_huggingface.tasks.storage.exports.publication import get_export
