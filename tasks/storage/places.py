@@ -277,11 +277,29 @@ def _like(pattern: Place, path: str) -> Place:
     return Place(str(system.unstrip_protocol(path)))
 
 
+_hub: dict[str, Any] = {}
+
+
+@contextmanager
+def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
+    """Read and write `hf://` of a Hub with its own token, or with none, for the time of the block.
+
+    It holds for the whole process, since files are also written by threads. A token never goes to another Hub.
+    """
+    before = dict(_hub)
+    _hub.update(endpoint=endpoint, token=token or False)
+    try:
+        yield
+    finally:
+        _hub.clear()
+        _hub.update(before)
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        system, path = fsspec.url_to_fs(url)
+        system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     return system, path

@@ -19,12 +19,19 @@ from prefect.context import serialize_context
 from prefect.exceptions import ParameterTypeError
 from prefect.states import Cancelled
 
-from prefect_huggingface.blocks import HuggingFaceCredentials, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import (
+    GenerationOptions,
+    HuggingFaceCredentials,
+    InferenceEndpoint,
+    LocalModel,
+    ModelStore,
+)
 from prefect_huggingface.flows import batch_inference, prompt_chain
 from prefect_huggingface.tasks.batches import lent_models
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.batch_runs import read_answers, start_batch
+from support.hub_server import LocalHub
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -186,3 +193,26 @@ def test_values_that_are_too_large_are_named_and_not_repeated(model: LocalModel)
 def test_names_that_python_uses_are_names_of_a_chain(model: LocalModel) -> None:
     steps = [{"name": "self", "prompt": "What is the capital of {cls}?"}, {"name": "end", "prompt": "{self}"}]
     assert prompt_chain(model, steps, {"cls": "France"})["self"] == "Paris"
+
+
+def test_a_job_keeps_the_commit_that_it_began_with(tmp_path: Path, hub: LocalHub, tiny_llama: Path) -> None:
+    files: dict[str, Any] = {path.name: path for path in tiny_llama.iterdir() if path.is_file()}
+    repository = hub.create("org/tiny", files)
+    first = repository.find("main")
+    model = LocalModel(
+        model_id="org/tiny", backend="torch", chat_template="never", store=ModelStore(path=tmp_path / "store"),
+        credentials=HuggingFaceCredentials(endpoint=hub.endpoint), options=GenerationOptions(max_new_tokens=4),
+    )  # fmt: skip
+    source = write_numbers(tmp_path / "in.jsonl", 40)
+
+    def run(name: str, **more: Any) -> tuple[str | None, ...]:
+        destination = str(tmp_path / name)
+        batch_inference(model, source, destination, PROMPT, keep_journal="always", show_progress=False, **more)
+        return tuple((Journal.beside(destination).read_job() or {})["commits"])
+
+    assert run("out.jsonl", rows=5) == (first,)
+    second = repository.commit({**files, "README.md": b"pushed meanwhile"})
+    assert run("out.jsonl") == (first,)
+    assert len(read_rows(tmp_path / "out.jsonl")) == 40
+    assert run("other.jsonl") == (second,)
+    assert second != first
