@@ -26,7 +26,6 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     get_schema,
     inspect_table,
 )
-from prefect_huggingface.tasks.storage.tables.layouts import hash_place
 from prefect_huggingface.tasks.storage.tables.writers import check_types
 
 MAX_DUPLICATES = 10_000
@@ -208,7 +207,7 @@ def may_replace(journal: Journal, destination: str, retry_failed: bool) -> bool:
     place = Place.of(destination)
     if not retry_failed or not place.exists() or place.is_folder():
         return False
-    return journal.read_published().get("sha256") == hash_place(place)
+    return journal.read_published().get("sha256") == place.digest()
 
 
 def check_places(job: BatchJob, output: Output, journal: Journal, replace: bool) -> None:

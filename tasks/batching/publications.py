@@ -25,7 +25,6 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     get_schema,
     read_chunks,
 )
-from prefect_huggingface.tasks.storage.tables.layouts import hash_place
 from prefect_huggingface.tasks.storage.tables.writers import open_writer
 
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
@@ -151,7 +150,7 @@ def publish_output(job: BatchJob, owner: JournalOwner, output: Output, replace: 
             publication.count(chunk, answers)
             write(chunk, answers)
         owner.check()
-    owner.write_published({"sha256": hash_place(place)})
+    owner.write_published({"sha256": place.digest()})
     return publication
 
 
