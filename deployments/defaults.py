@@ -45,7 +45,10 @@ def save_defaults(
         )
     from prefect_huggingface.flows.setup import save_default_blocks
 
-    return save_default_blocks(model, questions, answers, server, overwrite, example_model=find_smollm2() or str(MODEL))
+    saved: dict[str, bool] = save_default_blocks(
+        model, questions, answers, server, overwrite, example_model=find_smollm2() or str(MODEL)
+    )
+    return saved
 
 
 def find_smollm2() -> str | None:

@@ -68,7 +68,7 @@ def deploy(client: SyncPrefectClient, flow: Any, **parameters: Any) -> Any:
 @pytest.fixture(scope="module")
 def deployed(client: SyncPrefectClient) -> dict[str, Any]:
     return {
-        "batch": deploy(client, batch_inference, prompt="{question}", shards=2),
+        "batch": deploy(client, batch_inference, prompt="{question}", more={"shards": 2}),
         "report": deploy(client, report_failure),
     }
 
@@ -151,7 +151,7 @@ def test_a_file_that_arrives_starts_a_batch(
     literal = path.replace("{", "{{").replace("}", "}}")
     assert len(runs) == before + 1
     assert runs[0]["parameters"] == {
-        "prompt": "{question}", "shards": 2, "source": literal, "destination": f"{literal}.answers.jsonl",
+        "prompt": "{question}", "more": {"shards": 2}, "source": literal, "destination": f"{literal}.answers.jsonl",
     }  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
-from prefect_huggingface.tasks.batching.publications import publish_output
-from prefect_huggingface.tasks.batching.runs import open_run
-from prefect_huggingface.tasks.batching.shards import process_shard
+from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job, plan_output
+from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.run import open_run
+from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import BodyError, read_options
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -49,13 +49,12 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
 
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f"{each}\n" for each in LINES))
-    job = replace(plan_job(str(source), None, None), served_names=("/models/small", "small"))
+    job = replace(plan_job(str(source), None), served_names=("/models/small", "small"))
     journal, engine = Journal.beside(str(destination)), InstantEngine()
     engine.prompts = []
-    owner = claim_journal(journal)
-    for shard in open_run(owner, job).shards:
-        process_shard(engine, journal, shard)
-    publication = publish_output(job, owner, plan_output(str(source), str(destination)))
+    for shard in open_run(claim_journal(journal), job).shards:
+        process_shard([engine], journal, shard)
+    publication = publish_output(job, claim_journal(journal), plan_output(str(source), str(destination)))
     responses = [json.loads(each) for each in destination.read_text().splitlines()]
     errors = [json.loads(each) for each in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
 
@@ -119,6 +118,6 @@ def test_a_table_without_a_prompt_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n')
     with pytest.raises(BatchError, match="say nothing to ask"):
-        plan_job(str(path), None, None)
+        plan_job(str(path), None)
     with pytest.raises(BatchError, match="Only one of `prompt`"):
-        plan_job(str(path), "openai", "{a}")
+        plan_job(str(path), "{a}", more=BatchOptions(source_format="openai"))

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.jobs import BatchJob
-from prefect_huggingface.tasks.batching.plans import plan_job
-from prefect_huggingface.tasks.batching.publications import Output, get_fields, publish_output
+from prefect_huggingface.tasks.batching.job import BatchJob, Output, get_fields, plan_job
+from prefect_huggingface.tasks.batching.output import publish_output
 from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.journals import claim_journal
@@ -37,7 +36,7 @@ PARSED: list[dict[str, Any] | None] = [
 def job(tmp_path: Path) -> BatchJob:
     source = tmp_path / "in.csv"
     source.write_text("id\n1\n2\n3\n")
-    return plan_job(str(source), None, "{id}")
+    return plan_job(str(source), "{id}")
 
 
 def test_fields_of_a_schema() -> None:

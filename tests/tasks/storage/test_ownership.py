@@ -93,7 +93,7 @@ class Runner:
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
-    def own(self, journal: Journal, if_running: str = "wait") -> str:
+    def claim_journal(self, journal: Journal, if_running: str = "wait") -> str:
         """Let it begin a run, and return whether that owns the journal."""
         return self.do(f"own {journal.place.url} {if_running}")
 
@@ -136,10 +136,10 @@ def contents(journal: Journal, epoch: int) -> dict[str, bytes]:
 
 def test_a_run_that_stalled_touches_nothing_of_its_successor(remote: Journal, runners: list[Runner]) -> None:
     first, second, _ = runners
-    assert first.own(remote) == "owns 1"
+    assert first.claim_journal(remote) == "owns 1"
     assert first.do("work") == "done"
     first.process.send_signal(signal.SIGSTOP)
-    assert second.own(remote) == "owns 2"
+    assert second.claim_journal(remote) == "owns 2"
     assert second.do("work") == "done"
     before, owner = contents(remote, 2), remote.read_owner() or {}
     first.process.send_signal(signal.SIGCONT)
@@ -162,13 +162,13 @@ def test_a_run_that_stalled_while_it_removed_touches_nothing_of_its_successor(
     remote: Journal, runners: list[Runner]
 ) -> None:
     first, second, _ = runners
-    assert first.own(remote) == "owns 1"
+    assert first.claim_journal(remote) == "owns 1"
     assert first.do("work") == "done"
     assert first.do("remove slowly") == "deletes"
     first.process.send_signal(signal.SIGSTOP)
     assert remote.read_job() is None
     assert remote.names() == []
-    assert second.own(remote) == "owns 3"
+    assert second.claim_journal(remote) == "owns 3"
     assert second.do("work") == "done"
     before = contents(remote, 3)
     first.process.send_signal(signal.SIGCONT)
@@ -186,7 +186,7 @@ def test_a_run_that_stalled_while_it_removed_touches_nothing_of_its_successor(
 def test_clocks_do_not_decide(remote: Journal, runners: list[Runner], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(ownership, "LEASE_SECONDS", LEASE_SECONDS)
-    assert runners[0].own(remote) == "owns 1"
+    assert runners[0].claim_journal(remote) == "owns 1"
     real = time.time
     for offset in (-1e6, 1e6):
         with monkeypatch.context() as context:
@@ -204,7 +204,7 @@ def test_of_many_that_begin_at_once_one_owns(remote: Journal, runners: list[Runn
     assert all("Another run is already writing" in answers[runner] for runner in runners if runner is not owner)
     assert owner.do("end") == "ended"
     began = time.monotonic()
-    assert owner.own(remote) == "owns 2"  # one that has ended is succeeded at once
+    assert owner.claim_journal(remote) == "owns 2"  # one that has ended is succeeded at once
     assert time.monotonic() - began < LEASE_SECONDS
     assert owner.do("end") == "ended"
 
@@ -212,8 +212,8 @@ def test_of_many_that_begin_at_once_one_owns(remote: Journal, runners: list[Runn
 def test_who_waits_for_a_run_that_removes_its_journal_owns_the_next(tmp_path: Path, runners: list[Runner]) -> None:
     journal = Journal(Place.of(tmp_path / "j"))
     first, second, _ = runners
-    assert first.own(journal) == "owns 1"
-    assert "already writing" in second.own(journal, "refuse")
+    assert first.claim_journal(journal) == "owns 1"
+    assert "already writing" in second.claim_journal(journal, "refuse")
     second.tell(f"own {journal.place.url} wait")
     assert first.do("work") == "done"
     assert is_held(journal)
@@ -227,15 +227,15 @@ def test_who_waits_for_a_run_that_removes_its_journal_owns_the_next(tmp_path: Pa
 
 def test_a_run_that_was_killed_is_succeeded(remote: Journal, tmp_path: Path, runners: list[Runner]) -> None:
     local = Journal(Place.of(tmp_path / "j"))
-    assert runners[0].own(remote) == "owns 1"
-    assert runners[2].own(local) == "owns 1"
+    assert runners[0].claim_journal(remote) == "owns 1"
+    assert runners[2].claim_journal(local) == "owns 1"
     runners[0].kill()
     runners[2].kill()
     began = time.monotonic()
-    assert runners[1].own(remote, "refuse") == "owns 2"  # it cannot know at once
+    assert runners[1].claim_journal(remote, "refuse") == "owns 2"  # it cannot know at once
     assert time.monotonic() - began > LEASE_SECONDS
     assert runners[1].do("end") == "ended"
-    assert runners[1].own(local, "refuse") == "owns 2"
+    assert runners[1].claim_journal(local, "refuse") == "owns 2"
     assert runners[1].do("end") == "ended"
 
 
