@@ -20,7 +20,6 @@ from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows, SegmentName
 from prefect_huggingface.tasks.storage.journals.ownership import IfRunning, JournalOwner, hold_journal, is_held
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.tables.layouts import hash_place
 
 LEAST_SHARD_ROWS = 16
 SWEEP_ROWS = 50_000
@@ -98,7 +97,7 @@ def is_published(record: Mapping[str, Any], place: Place) -> bool:
     """Return whether the output at a place is the one of a record, which is written right before it is published."""
     if not record or not place.exists() or place.is_folder() or place.info()["size"] != record["size"]:
         return False
-    return not place.is_local or hash_place(place) == record["sha256"]
+    return not place.is_local or place.digest() == record["sha256"]
 
 
 def clear_journal(owner: JournalOwner) -> None:

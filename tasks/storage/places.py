@@ -6,6 +6,7 @@ fsspec's own configuration, never from the URL's user.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -104,6 +105,19 @@ class Place:
         with self.open() as file:
             return file.read()
 
+    def digest(self) -> str:
+        """Return the sha256 of the content as it lies there."""
+        with self.open(ahead=True) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def version(self) -> str:
+        """Return what a remote store says of the content, such as an ETag; nothing for a local file."""
+        if self.is_local:
+            return ""
+        system, path = _file_system(self.url)
+        _forget(system)
+        return str(system.ukey(path))
+
     def write(self, content: bytes) -> None:
         """Write the whole content at once: a reader sees all of it or nothing.
 
@@ -191,16 +205,18 @@ class Place:
             self._publish(temporary, replace)
 
     def _publish(self, temporary: Path, replace: bool) -> None:
-        if not replace and self.exists():
-            raise TableError(f"{self.url!r} exists already. Choose another destination, or move the file away.")
-        if not self.is_local:
-            system, path = _file_system(self.url)
-            system.put_file(str(temporary), path)
-            return
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.url)
-        sync_path(os.path.dirname(self.url))
+        try:
+            if not self.is_local:  # in parts, and as a whole for those who read
+                system, path = _file_system(self.url)
+                system.put_file(str(temporary), path, mode="overwrite" if replace else "create")
+                return
+            sync_path(temporary)
+            (os.replace if replace else _link_alone)(str(temporary), self.url)
+            sync_path(os.path.dirname(self.url))
+        except FileExistsError:
+            raise TableError(
+                f"{self.url!r} exists already. Choose another destination, or move the file away."
+            ) from None
 
 
 def _link_alone(source: str, target: str) -> None:
