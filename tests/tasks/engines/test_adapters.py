@@ -12,7 +12,7 @@ import pytest
 
 from prefect_huggingface.blocks import Adapter, GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks import generate_text, load_engine, unload_engines
-from prefect_huggingface.tasks.batching.identities import identify_model
+from prefect_huggingface.tasks.batching.job import resolve_model
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.hub_errors import HubError
 from prefect_huggingface.tasks.storage.adapters import pin_adapters
@@ -143,7 +143,7 @@ def test_a_journal_knows_the_adapter(tiny_llama: Path, tmp_path: Path, adapter: 
     other = make_adapter(tiny_llama, tmp_path / "other", seed=7)
     half = Adapter(repo_or_folder=str(adapter), scale=0.5)
     models = [adapted_model(), adapted_model(adapter), adapted_model(other), adapted_model(half)]
-    assert len({json.dumps(identify_model(model), sort_keys=True) for model in models}) == len(models)
+    assert len({json.dumps(resolve_model(model).identity, sort_keys=True) for model in models}) == len(models)
 
 
 def test_an_adapter_that_is_replaced_is_loaded_anew(
