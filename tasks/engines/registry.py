@@ -33,7 +33,7 @@ from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
+from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters, pin_adapters
 from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.waiting import WaitNotice
 
@@ -249,6 +249,7 @@ class Registry:
             found = None if known is None else self._acquire(known, model.options, model.chat_template)
             if found is not None:
                 return found
+            model = pin_adapters(model)
             folder = model_folder(model)
             key = self._known[source] = key_of(model, folder)
             with _held(self._loading, "another model"):

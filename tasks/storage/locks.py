@@ -115,9 +115,18 @@ def is_held(folder: Path) -> bool:
     return lease_path(folder).exists()
 
 
-def _lock(path: Path, alone: bool) -> Lease | None:
+def is_taken(lease_path: Path) -> bool:
+    """Return whether somebody holds the lease of a file alone."""
+    lease = _lock(lease_path, alone=False, wait=False)
+    if lease is None:
+        return lease_path.exists()
+    lease.close()
+    return False
+
+
+def _lock(path: Path, alone: bool, wait: bool = True) -> Lease | None:
     """Lock a file that exists: alone if that is possible at once, or beside others once nobody has it alone."""
-    lease = _lock_by_kernel(path, alone) if fcntl is not None else _lock_by_name(path, alone)
+    lease = (_lock_by_kernel if fcntl is not None else _lock_by_name)(path, alone, wait and not alone)
     # The file may have been unlinked before the locking; such a lease protects nothing.
     if lease is not None and not _is_locked(path, lease):
         lease.close()
@@ -125,14 +134,15 @@ def _lock(path: Path, alone: bool) -> Lease | None:
     return lease
 
 
-def _lock_by_kernel(path: Path, alone: bool) -> Lease | None:
+def _lock_by_kernel(path: Path, alone: bool, wait: bool) -> Lease | None:
     try:
         lease = Lease(_open(path, alone))
     except FileNotFoundError:
         return None
     assert lease.descriptor is not None
     try:
-        fcntl.flock(lease.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        fcntl.flock(lease.descriptor, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         lease.close()
         return None
@@ -152,7 +162,7 @@ def _open(path: Path, alone: bool) -> int:
         return os.open(path, os.O_RDONLY)  # a store that is only readable, and on a local disk
 
 
-def _lock_by_name(path: Path, alone: bool) -> Lease | None:
+def _lock_by_name(path: Path, alone: bool, wait: bool) -> Lease | None:
     folder = Path(tempfile.gettempdir(), "prefect-huggingface-leases")
     folder.mkdir(exist_ok=True)
     digest = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
@@ -161,7 +171,7 @@ def _lock_by_name(path: Path, alone: bool) -> Lease | None:
         if alone:
             lock.acquire_write(blocking=False)
         else:
-            lock.acquire_read()
+            lock.acquire_read(blocking=wait)
     except Timeout:
         lock.close()
         return None

@@ -210,6 +210,11 @@ RULES = 2
 """Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
 
 
+ADAPTER = "adapter"
+"""What stands in place of a backend where a repository holds no model but an adapter of PEFT."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Which files of a repository a model needs. Never pickles or code, unless the block asks for them."""
@@ -244,6 +249,9 @@ class Selection:
             PickleOnlyError: If there are, but in pickle format, and the block does not allow it.
         """
         names = {file.path for file in files}
+        if self.backend == ADAPTER:
+            self._refuse_missing(set(ADAPTER_FILES) - names)
+            return tuple(sorted((file for file in files if file.path in ADAPTER_FILES), key=lambda file: file.path))
         chosen = {n for n in names if _SMALL.fullmatch(n) and not _USELESS.fullmatch(n)} | self._weights(names, read)
         if self.trust_remote_code:
             chosen |= {n for n in names if n.endswith(".py")}

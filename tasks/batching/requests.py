@@ -1,11 +1,11 @@
-"""Rows to requests: templates over the columns, columns of chat messages, options of single rows."""
+"""Rows to requests: templates over the columns, columns of chat messages, and whole requests in OpenAI's format."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from string import Formatter
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.batching.jobs import BatchJob
 from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, read_call
 from prefect_huggingface.tasks.records import Request
+
+OPENAI_COLUMNS = ("custom_id", "url", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +30,23 @@ class RowProblem:
 
 @dataclass(frozen=True, slots=True)
 class RowRequest:
-    """The request of a row.
+    """The request of a row, or of one step of it.
 
     Attributes:
-        request: What to generate.
+        request: What to generate. Its id is the number of the row, times the number of steps, plus that of the step.
         text: What tells whether two requests are the same.
         shareable: Whether requests with the same text have the same answer.
+        engine: Number of the engine that answers it.
     """
 
     request: Request
     text: str
     shareable: bool = True
+    engine: int = 0
+
+
+RequestMaker = Callable[[int, Mapping[str, Any]], RowRequest | RowProblem]
+"""Makes the request of a row, given its number and its values."""
 
 
 class Template:
@@ -58,9 +66,11 @@ class Template:
             plain, self._odd = _replace_odd_names(text)
             names = get_template_variables(plain, "f-string")
         except ValueError as exc:
-            raise BatchError(f"`prompt` must be a template, got {text!r}: {exc}. Correct it.") from None
+            raise BatchError(f"`prompt` must be a template, got {text!r:.200}: {exc}. Correct it.") from None
         if "" in names:
-            raise BatchError(f"`prompt` must be a template that names the columns, got {text!r}. Write {{column}}.")
+            raise BatchError(
+                f"`prompt` must be a template that names the columns, got {text!r:.200}. Write {{column}}."
+            )
         self.columns = tuple(self._odd.get(name, name) for name in names)
         self._render = plain.format_map
 
@@ -93,24 +103,33 @@ def _replace_odd_names(text: str) -> tuple[str, dict[str, str]]:
     return text, new
 
 
-RequestMaker = Callable[[int, Mapping[str, Any]], RowRequest | RowProblem]
-"""Makes the request of a row, given its number and its values."""
-
-
 class PromptRows:
     """Makes requests of a template or of a column of messages.
 
     Args:
-        job: What to do with the rows.
+        prompt: Template over the columns, or None where a column holds messages.
+        system: Template of the system message, or None.
+        messages_column: Column with chat messages, or None.
+        option_columns: Columns that hold a generation option of the same name.
+        options: Options that were given for the batch.
+        greedy: Whether equal prompts have equal answers.
     """
 
-    def __init__(self, job: BatchJob) -> None:
-        self._prompt = Template(job.prompt) if job.prompt is not None else None
-        self._system = Template(job.system) if job.system is not None else None
-        self._messages = job.messages_column
-        self._options = GenerationOptions(**job.options) if job.options else None
-        self._greedy = job.greedy
-        self._option_columns = job.option_columns
+    def __init__(
+        self,
+        prompt: str | None,
+        system: str | None = None,
+        messages_column: str | None = None,
+        option_columns: tuple[str, ...] = (),
+        options: Mapping[str, Any] | None = None,
+        greedy: bool = True,
+    ) -> None:
+        self._prompt = Template(prompt) if prompt is not None else None
+        self._system = Template(system) if system is not None else None
+        self._messages = messages_column
+        self._options = GenerationOptions(**options) if options else None
+        self._greedy = greedy
+        self._option_columns = option_columns
         self._known: dict[str, GenerationOptions | None | RowProblem] = {}
 
     @property
@@ -186,3 +205,58 @@ def _read_messages(value: Any) -> list[Mapping[str, Any]] | None:
     if not isinstance(value, list) or not value:
         return None
     return value if all(isinstance(item, dict) and "role" in item for item in value) else None
+
+
+class OpenAIRows:
+    """Makes requests of the lines of an OpenAI batch file: chat completions and completions.
+
+    Args:
+        options: Options that were given for the batch.
+        served_names: Names under which the lines may call the model; any where there are none.
+        duplicate_rows: Rows whose id an earlier row has.
+        greedy: Whether equal prompts have equal answers.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        served_names: tuple[str, ...] = (),
+        duplicate_rows: tuple[int, ...] = (),
+        greedy: bool = True,
+    ) -> None:
+        self._names, self._greedy = served_names, greedy
+        self._options = GenerationOptions(**options)
+        self._duplicates = frozenset(duplicate_rows)
+
+    def __call__(self, number: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
+        """Return the request of a line."""
+        try:
+            return self._make(number, row)
+        except BodyError as exc:
+            return RowProblem(exc.code, str(exc))
+
+    def _make(self, number: int, row: Mapping[str, Any]) -> RowRequest:
+        if not isinstance(row.get("custom_id"), str) or not row["custom_id"]:
+            raise BodyError("malformed", f"`custom_id` must be a text, got {row.get('custom_id')!r}. Give one.")
+        if number in self._duplicates:
+            raise BodyError("duplicate_id", f"`custom_id` {row['custom_id']!r} occurred before. Rename it.")
+        body = row.get("body")
+        if row.get("method", "POST") != "POST" or not isinstance(body, Mapping):
+            raise BodyError("malformed", "The line must have the method POST and a body. Correct it.")
+        if self._names and body.get("model") not in self._names:
+            raise BodyError(
+                "unknown_model", f"The model {body.get('model')!r} is not here. Use {' or '.join(self._names)}."
+            )
+        if row.get("url") not in (CHAT_URL, COMPLETIONS_URL):
+            raise BodyError("malformed", f"`url` must be {CHAT_URL!r} or {COMPLETIONS_URL!r}, got {row.get('url')!r}.")
+        call = read_call(body, chat=row.get("url") == CHAT_URL)
+        if call.stream:
+            raise BodyError("invalid_option", "`stream` is not supported in a batch, got True. Leave it out.", "stream")
+        if len(call.requests) > 1:
+            raise BodyError("invalid_prompt", "`prompt` must be one text. Write a line for each prompt.", "prompt")
+        [asked] = call.requests
+        options = asked.options or GenerationOptions()
+        request = replace(asked, options=self._options.merged(options), id=number)
+        text = json.dumps([request.prompt, request.messages, request.tools, options.model_dump()], default=str)
+        greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
+        return RowRequest(request, text, shareable=greedy)

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
-from prefect_huggingface.tasks.batching.identities import identify_model
-from prefect_huggingface.tasks.batching.jobs import BatchJob, check_same_job
-from prefect_huggingface.tasks.batching.plans import plan_job
+from prefect_huggingface.tasks.batching.job import BatchJob, check_same_job, plan_job, resolve_model
 from prefect_huggingface.tasks.engines.openvino_runtime import write_settings
 from prefect_huggingface.tasks.errors import BatchError
 
@@ -36,27 +34,27 @@ def make_job(folder: Path, model: dict[str, Any]) -> BatchJob:
 
     source = folder / "in.csv"
     source.write_text("id\n1\n")
-    return replace(plan_job(str(source), None, "{id}"), model=model)
+    return replace(plan_job(str(source), "{id}"), models=(model,))
 
 
 def test_a_model_that_was_tuned_meanwhile_is_another(model: LocalModel, tiny_openvino: Path, tmp_path: Path) -> None:
-    before = make_job(tmp_path, identify_model(model))
+    before = make_job(tmp_path, resolve_model(model).identity)
     record = json.loads(json.dumps(before.as_dict()))
-    check_same_job(make_job(tmp_path, identify_model(model)), record, "j")
+    check_same_job(make_job(tmp_path, resolve_model(model).identity), record, "j")
 
     write_settings(model, tiny_openvino, FOUND, {})
-    after = make_job(tmp_path, identify_model(model))
+    after = make_job(tmp_path, resolve_model(model).identity)
     with pytest.raises(BatchError, match=r"\(model, tuned settings: null there, .*u4.* now\).*`engine.tuned` off"):
         check_same_job(after, record, "j")
 
     untuned = model.model_copy(update={"engine": model.engine.model_copy(update={"tuned": False})})
-    check_same_job(make_job(tmp_path, identify_model(untuned)), record, "j")
+    check_same_job(make_job(tmp_path, resolve_model(untuned).identity), record, "j")
 
 
 def test_sizes_and_what_the_user_gives_are_no_tuned_settings(tuned: LocalModel) -> None:
-    assert identify_model(tuned)["tuned settings"] == {"KV_CACHE_PRECISION": "u4"}
+    assert resolve_model(tuned).identity["tuned settings"] == {"KV_CACHE_PRECISION": "u4"}
     given = tuned.model_copy(update={"ov_config": {"KV_CACHE_PRECISION": "u8"}})
-    assert "tuned settings" not in identify_model(given)
+    assert "tuned settings" not in resolve_model(given).identity
 
 
 def test_every_field_that_differs_is_named_by_itself(tmp_path: Path) -> None:
