@@ -30,7 +30,7 @@ from prefect_huggingface.tasks.storage.exports.recipes import (
     EXPORT_TASKS,
     Recipe,
     installed_version,
-    read_constants,
+    read_table,
     recipe_notes,
     support_table,
 )
@@ -330,8 +330,13 @@ def check_remote_code(case: ExportCase) -> str | None:
 def check_architecture(case: ExportCase) -> str | None:
     """The architecture is one that Optimum exports."""
     table = support_table()
-    if not table or case.model_type in table:
+    if installed_version("optimum-intel") is None or case.model_type in table:
         return None
+    if not table:
+        return (
+            f"The architectures of optimum-intel {installed_version('optimum-intel')} cannot be read. Install a "
+            "version that this package names in its requirements."
+        )
     near = difflib.get_close_matches(case.model_type, table, n=3, cutoff=0.5)
     nearest = f" The nearest supported ones are {', '.join(map(repr, near))}." if near else ""
     return (
@@ -501,8 +506,10 @@ def check_packages(case: ExportCase) -> str | None:
 def check_dataset(case: ExportCase) -> str | None:
     """The name of the data set is one that Optimum knows for the task."""
     dataset = dataset_of(case.recipe)
-    known = read_constants(DATASETS).get(DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
-    if not isinstance(dataset, str) or not known or dataset.partition(":")[0] in known:
+    if not isinstance(dataset, str) or installed_version("optimum-intel") is None:
+        return None
+    known = read_table(DATASETS, DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
+    if dataset.partition(":")[0] in known:
         return None
     return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
 

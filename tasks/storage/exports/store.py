@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
+from prefect_huggingface.tasks.quality import model_card
 from prefect_huggingface.tasks.records import Export, Snapshot
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.eviction import evict
@@ -64,11 +65,14 @@ from prefect_huggingface.tasks.storage.files import (
 )
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights, read_json
 from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
+from prefect_huggingface.tasks.storage.hub.cache import known_licence
 from prefect_huggingface.tasks.storage.locks import hold_export, note_use
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
 
 KEY_DIGITS = 16
+CARD = "README.md"
+"""Model card of an export. It is for people, so that it may change: it is not in the manifest."""
 LEASE = ".lease"
 
 
@@ -142,7 +146,11 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST and not any(part.startswith(".") for part in name.split("/")):
+        if (
+            path.is_file()
+            and name not in (MANIFEST, CARD)
+            and not any(part.startswith(".") for part in name.split("/"))
+        ):
             found[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     return found
 
@@ -413,6 +421,8 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
             notes=plan.notes,
         )
         write_manifest(output, manifest)
+        card = model_card(as_export(output, manifest, reused=False), known_licence(snapshot.path))
+        write_text(output / CARD, card)
         folder = exports_folder(store) / export_name(source, recipe.weight_format, plan.key)
         old = find_export_folder(store, plan.key)
         if old is not None:
