@@ -17,7 +17,7 @@ from prefect_huggingface.blocks import ModelStore
 from prefect_huggingface.flows.forms import form_flow, titled
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
 from prefect_huggingface.tasks.exports import prune_store
-from prefect_huggingface.tasks.storage.exports.eviction import PruneReport
+from prefect_huggingface.tasks.storage.eviction import PruneReport
 
 LOG_LINES = 20
 WARNING = 30

@@ -628,7 +628,7 @@ def resolve_model(model: Model, commit: str | None = None) -> ResolvedModel:
         identity["adapters"] = [adapter.digest for adapter in get_adapters(model)]
     if model.backend == "openvino":
         from prefect_huggingface.tasks.assets import note_export
-        from prefect_huggingface.tasks.storage.exports.publication import get_export
+        from prefect_huggingface.tasks.storage.exports.store import get_export
 
         export = get_export(model)
         note_export(model, export)

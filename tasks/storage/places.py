@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefect_huggingface.tasks.errors import TableError
-from prefect_huggingface.tasks.storage.scratch import scratch_file
+from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
 AHEAD_BYTES = 2**20
 
@@ -175,8 +175,6 @@ class Place:
 
     def remove(self) -> None:
         """Remove the file, or the folder with all that is in it, if it is there."""
-        import shutil
-
         if self.is_local:
             if os.path.isdir(self.url):
                 shutil.rmtree(self.url, ignore_errors=True)
@@ -232,26 +230,6 @@ def _link_alone(source: str, target: str) -> None:
     except OSError:  # a file system without links
         with open(target, "xb") as file:
             file.write(Path(source).read_bytes())
-
-
-def sync_path(path: str | os.PathLike[str]) -> None:
-    """Make a local file durable, or the names within a local folder."""
-    if os.name == "nt" and os.path.isdir(path):
-        return  # Windows cannot, and need not
-    # Windows makes only files durable that are open for writing.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make a file appear under another name: as a link, or as a copy where the system allows no links."""
-    try:
-        target.symlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def find_places(source: str) -> list[Place]:

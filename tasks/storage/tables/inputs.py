@@ -27,8 +27,8 @@ from typing_extensions import override
 
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.files import open_scratch_database
 from prefect_huggingface.tasks.storage.places import Place, find_places, is_pattern
-from prefect_huggingface.tasks.storage.scratch import open_scratch_database
 
 TableFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "openai"]
 
