@@ -247,7 +247,7 @@ class BatchJob:
 
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
-        asked = {**self.fingerprint(), "model": list(map(dict, self.asked)), "versions": {}}
+        asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
         return _hash({**asked, "output": asdict(replace(output, reasoning=None))})
 
     def as_dict(self) -> dict[str, Any]:
