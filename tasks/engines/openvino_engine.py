@@ -94,6 +94,11 @@ class OpenVINOTextEngine(EngineWorker):
     def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
         return InputProcessor.of_folder(path, model.chat_template, model.options)
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that the last step used, 0 to 1."""
+        return self._pipeline.cache_usage
+
     def add(self, state: RequestState) -> None:
         """Put a request at the end of the queue."""
         request = self._scheduled[state] = ScheduledRequest(state)

@@ -212,6 +212,11 @@ class EngineHandle(Engine):
         """Number of tokens that prompt and answer may have together, or None where it is not known."""
         return self._entry.engine.context_length
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that is in use, 0 to 1; 0 where the engine does not tell."""
+        return self._entry.engine.cache_usage
+
 
 class Registry:
     """Engines of one process by what they run, the last used one last."""
