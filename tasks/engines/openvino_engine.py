@@ -45,6 +45,7 @@ from prefect_huggingface.tasks.engines.openvino_scheduler import ScheduledReques
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.records import ErrorCode, Request
+from prefect_huggingface.tasks.storage.places import link_file
 
 logger = get_logger(__name__)
 
@@ -344,7 +345,7 @@ def link_preprocessor(path: Path) -> Path | None:
         return None
     view = Path(tempfile.mkdtemp(prefix="prefect-huggingface-images-"))
     for file in path.iterdir():
-        (view / file.name).symlink_to(file.resolve())
+        link_file(file.resolve(), view / file.name)
     (view / PREPROCESSOR_FILE).write_text(json.dumps(settings), encoding="utf-8")
     return view
 

@@ -1,4 +1,4 @@
-"""Optional packages that stop every export when they do not fit the rest, a `torchvision` for another torch above all.
+"""Optional packages that stop exports and loads when they do not fit torch, a `torchvision` for another one above all.
 
 Optimum and Transformers import these packages as soon as they are installed, whatever the model needs. Their versions
 do not tell whether they work, since a build for CUDA has the same number as one for the CPU, so they are imported in a
@@ -75,6 +75,6 @@ def _describe(name: str, reason: str) -> str:
     if name == "torch":
         return f"The package {named} cannot be imported: {reason}. Install it again."
     return (
-        f"The package {named} does not fit torch {installed_version('torch')} and stops every export: {reason}. "
-        f"Exports do not need it: remove it with `pip uninstall {name}`, or install the build for this torch."
+        f"The package {named} does not fit torch {installed_version('torch')}, and is imported where it is installed: "
+        f"{reason}. Remove it with `pip uninstall {name}`, or install the build for this torch."
     )
