@@ -112,6 +112,8 @@ class Completion:
         logprobs: Log probability (nats) of each generated token of the text, where asked for.
         parsed: Value of the text where a JSON schema was asked for.
         reasoning: What the model thought before its answer, or None where it shows nothing of it.
+        choice_probabilities: Probability of each choice of the response format, together 1, where asked for: the
+            product over its tokens, from where the answer begins. It does not depend on which one was drawn.
     """
 
     text: str
@@ -126,6 +128,7 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     parsed: Any = None
     reasoning: str | None = None
+    choice_probabilities: Mapping[str, float] | None = None
 
     @property
     def status(self) -> str:

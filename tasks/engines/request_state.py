@@ -10,6 +10,7 @@ goes on from its `context_ids`, which may end with tokens that were put there an
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -46,6 +47,7 @@ class RequestState:
         error: Why the request failed, or None.
         restart_error: Code of the error when a second attempt differs from what was streamed already.
         multimodal: What a reader of images has prepared for the engine, or None.
+        needs_choice_scores: Whether the backend has still to score the choices, where the answer begins.
     """
 
     def __init__(self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None) -> None:
@@ -66,6 +68,8 @@ class RequestState:
         self.error: RequestError | None = None
         self.restart_error: ErrorCode = "engine_error"
         self.multimodal: Any = None
+        self.needs_choice_scores = False
+        self._choice_scores: dict[str, float] | None = None
         self._ended: FinishReason | None = None
         self._deadline = float("inf")
 
@@ -95,6 +99,7 @@ class RequestState:
         self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
         self.prompt_tokens = len(self.prompt_ids) if prompt_tokens is None else prompt_tokens
         self.end_ids, self.echo, self.reasoning = frozenset(end_ids), echo, reasoning
+        self.needs_choice_scores = bool(self.choices)
         # A request that is started again must draw the same tokens, so that every request has a seed.
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
@@ -119,7 +124,13 @@ class RequestState:
         """Whether there is nothing more to generate."""
         if self.error is not None or self._ended is not None:
             return True
-        return bool(self.sequences) and all(sequence.finish_reason is not None for sequence in self.sequences)
+        if self.needs_choice_scores and self.sequences and self.sequences[0].phase == "answer":
+            return False
+        # Asked for every request in every step: a loop is half the price of `all`.
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                return False
+        return bool(self.sequences)
 
     @property
     def seconds(self) -> float:
@@ -132,6 +143,23 @@ class RequestState:
         if self.counted_tokens is not None:
             return self.counted_tokens
         return sum(sequence.generated_tokens for sequence in self.sequences)
+
+    @property
+    def choices(self) -> list[str]:
+        """Choices whose probabilities are asked for."""
+        form = self.options.response_format
+        return list(form.choices or ()) if form is not None and self.options.choice_probabilities else []
+
+    @property
+    def choice_ids(self) -> list[list[int]]:
+        """Tokens of the choices."""
+        assert self.tokenizer is not None
+        return [self.tokenizer.encode(choice, add_special_tokens=False) for choice in self.choices]
+
+    def set_choice_scores(self, scores: Iterable[float]) -> None:
+        """Take the log probability (nats) of each choice: the sum over its tokens."""
+        self._choice_scores = dict(zip(self.choices, scores, strict=True))
+        self.needs_choice_scores = False
 
     @property
     def num_seqs(self) -> int:
@@ -214,7 +242,15 @@ class RequestState:
             logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
             parsed=self._parse(),
             reasoning=first.reasoning if first else None,
+            choice_probabilities=self._choice_probabilities(),
         )
+
+    def _choice_probabilities(self) -> dict[str, float] | None:
+        if self._choice_scores is None:
+            return None
+        best = max(self._choice_scores.values())
+        weights = {choice: math.exp(score - best) for choice, score in self._choice_scores.items()}
+        return {choice: weight / sum(weights.values()) for choice, weight in weights.items()}
 
     def _parse(self) -> Any:
         """Check the form of the answers, and return the value of the first where it is JSON."""

@@ -11,7 +11,7 @@ from prefect import flow, task
 from prefect.logging.handlers import APILogHandler
 
 from prefect_huggingface.tasks.run_logs import library_logs
-from prefect_huggingface.tasks.storage.exports.child_process import describe_bar
+from prefect_huggingface.tasks.storage.exports.child import describe_bar
 from support.export_requests import LoggedExport
 from support.flow_logs import messages_of
 

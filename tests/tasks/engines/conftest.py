@@ -23,7 +23,7 @@ def tiny_t5(session_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_t5_openvino(tiny_t5: Path) -> Path:
     """OpenVINO folder of the tiny T5, with its weights in full precision."""
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return get_export(family_model("openvino-seq2seq", tiny_t5)).path
 
@@ -38,7 +38,7 @@ def tiny_llava(session_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava_openvino(tiny_llava: Path) -> Path:
     """OpenVINO folder of the tiny LLaVA, with its weights in full precision."""
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return get_export(family_model("openvino-images", tiny_llava)).path
 
