@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from prefect_huggingface.tasks.batches import plan_batch, publish_batch, run_shard
     from prefect_huggingface.tasks.chains import ChainStep
     from prefect_huggingface.tasks.downloads import download_model, plan_download
+    from prefect_huggingface.tasks.embedding import Embeddings, TextScore, embed_texts, rerank_texts
     from prefect_huggingface.tasks.endpoints import (
         get_endpoint,
         pause_endpoint,
@@ -28,12 +29,15 @@ __all__ = [
     "BatchSummary",
     "ChainStep",
     "Completion",
+    "Embeddings",
     "EndpointStatus",
     "Export",
     "Request",
     "Snapshot",
+    "TextScore",
     "compare_export",
     "download_model",
+    "embed_texts",
     "export_to_openvino",
     "generate_chat",
     "generate_text",
@@ -46,6 +50,7 @@ __all__ = [
     "plan_export",
     "prune_store",
     "publish_batch",
+    "rerank_texts",
     "resume_endpoint",
     "run_shard",
     "scale_endpoint_to_zero",
@@ -60,6 +65,7 @@ _HOMES = {
     "batches": ("plan_batch", "publish_batch", "run_shard"),
     "chains": ("ChainStep",),
     "downloads": ("download_model", "plan_download"),
+    "embedding": ("Embeddings", "TextScore", "embed_texts", "rerank_texts"),
     "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),
     "engines.registry": ("load_engine", "set_memory_budget", "unload_engines"),
     "evaluation": ("compare_export",),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.blocks import EmbeddingOptions, GenerationOptions
 
 Message = Mapping[str, Any]
 """One chat message: `role` ("system", "user", "assistant" or "tool") and `content`."""
@@ -83,6 +83,9 @@ class Request:
         tools: Functions that the model may call, as JSON schemas in the form of OpenAI; the chat template shows them.
         chat_template: Whether a plain prompt is put into the chat template, where the model's setting does not fit.
         template: Text of a chat template in place of the model's.
+        pair: Text that a reranker scores against the prompt, which is the query.
+        input_type: Whether a text for a vector is a query or a document, which models may prompt differently.
+        embedding: Options of a vector or a score, put over those of the model.
     """
 
     prompt: str | None = None
@@ -93,6 +96,9 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     chat_template: Literal["auto", "always", "never"] | None = None
     template: str | None = None
+    pair: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    embedding: EmbeddingOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,7 @@ class Completion:
         logprobs: Log probability (nats) of each generated token of the text, where asked for.
         parsed: Value of the text where a JSON schema was asked for.
         reasoning: What the model thought before its answer, or None where it shows nothing of it.
+        vector: Vector of the text, or the one score of the pair, as an array of float32; None for generated text.
     """
 
     text: str
@@ -126,6 +133,7 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     parsed: Any = None
     reasoning: str | None = None
+    vector: Any = field(default=None, compare=False)
 
     @property
     def status(self) -> str:

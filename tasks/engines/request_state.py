@@ -46,6 +46,8 @@ class RequestState:
         error: Why the request failed, or None.
         restart_error: Code of the error when a second attempt differs from what was streamed already.
         multimodal: What a reader of images has prepared for the engine, or None.
+        encoded: Tokens of a text for a vector or a score, or None.
+        vector: The vector or the score, once it is there.
     """
 
     def __init__(self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None) -> None:
@@ -66,6 +68,8 @@ class RequestState:
         self.error: RequestError | None = None
         self.restart_error: ErrorCode = "engine_error"
         self.multimodal: Any = None
+        self.encoded: Any = None
+        self.vector: Any = None
         self._ended: FinishReason | None = None
         self._deadline = float("inf")
 
@@ -214,6 +218,7 @@ class RequestState:
             logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
             parsed=self._parse(),
             reasoning=first.reasoning if first else None,
+            vector=self.vector,
         )
 
     def _parse(self) -> Any:

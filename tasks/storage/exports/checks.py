@@ -19,6 +19,7 @@ from prefect_huggingface.tasks.storage.exports.optimum_sources import DATASETS, 
 from prefect_huggingface.tasks.storage.exports.package_conflicts import find_conflict
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS, Recipe
 from prefect_huggingface.tasks.storage.exports.support_table import support_table
+from prefect_huggingface.tasks.storage.exports.vector_exports import MORE_ENCODERS, VECTOR_TASKS, is_causal
 from prefect_huggingface.tasks.storage.exports.versions import installed_version
 from prefect_huggingface.tasks.storage.gguf_files import describe_gguf
 
@@ -28,7 +29,10 @@ DATASET_TABLES = {
     "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
     "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
     "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
+    "feature-extraction": "PREDEFINED_LANGUAGE_DATASETS",
+    "text-classification": "PREDEFINED_LANGUAGE_DATASETS",
 }
+SCORED = r"(ForSequenceClassification|ForCausalLM)$"
 HEADS = {"text-generation": r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"}
 # Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
 QUANTIZED_SOURCES = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitnet": None, "mxfp4": None}
@@ -46,6 +50,11 @@ class ExportCase:
     def name(self) -> str:
         """Name of the model, quoted."""
         return repr(self.model.model_id)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the model is for vectors or scores."""
+        return self.recipe.task in VECTOR_TASKS
 
     @property
     def model_type(self) -> str:
@@ -82,7 +91,7 @@ def check_remote_code(case: ExportCase) -> str | None:
 def check_architecture(case: ExportCase) -> str | None:
     """The architecture is one that Optimum exports."""
     table = support_table()
-    if not table or case.model_type in table:
+    if not table or case.model_type in table or (case.is_vector and case.model_type in MORE_ENCODERS):
         return None
     near = difflib.get_close_matches(case.model_type, table, n=3, cutoff=0.5)
     nearest = f" The nearest supported ones are {', '.join(map(repr, near))}." if near else ""
@@ -95,7 +104,8 @@ def check_architecture(case: ExportCase) -> str | None:
 def check_task(case: ExportCase) -> str | None:
     """The architecture can do the task."""
     support = support_table().get(case.model_type)
-    if support is None or case.recipe.task in support.tasks:
+    task = "feature-extraction" if case.is_vector and is_causal(dict(case.config)) else case.recipe.task
+    if support is None or task in support.tasks:
         return None
     possible = sorted({name for name, task in EXPORT_TASKS.items() if task in support.tasks})
     if not possible:
@@ -112,6 +122,13 @@ def check_task(case: ExportCase) -> str | None:
 def check_head(case: ExportCase) -> str | None:
     """The weights are those of a model that generates, so that no head is made up of random numbers."""
     heads = [str(name) for name in case.config.get("architectures") or []]
+    if case.model.task == "text-ranking" and not any(re.search(SCORED, name) for name in heads):
+        return (
+            f"{case.name} was trained as {', '.join(map(repr, heads)) or 'nothing that is known'} and gives no scores. "
+            "Choose a reranker, or set `task='feature-extraction'` for vectors."
+        )
+    if case.is_vector:
+        return None
     causal = case.recipe.task.startswith("text-generation")
     if causal and case.config.get("is_encoder_decoder"):
         return (

@@ -16,6 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prefect_huggingface.tasks.storage.exports.vector_exports import (
+    VECTOR_TASKS,
+    add_files,
+    optimum_arguments,
+    verify_vectors,
+)
+
 REPORT_MARK = "@@export@@ "
 VERIFIED_TOKENS = 4
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -116,13 +123,15 @@ def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
     main_export(
         source,
         output,
-        task=recipe["task"],
+        **optimum_arguments(source, recipe["task"]),
         library_name="transformers",
         trust_remote_code=recipe["trust_remote_code"],
         local_files_only=True,
         convert_tokenizer=True,
         ov_config=ov_config,
     )
+    if recipe["task"] in VECTOR_TASKS:
+        add_files(source, output, recipe["task"])
 
 
 def lift_limit(source: str) -> None:
@@ -154,9 +163,10 @@ def quantize_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
     """Quantize the OpenVINO model of a folder in place."""
     from optimum.exporters.openvino.__main__ import _main_quantize
 
+    arguments = optimum_arguments(source, recipe["task"])
     _main_quantize(
         source,
-        task=recipe["task"],
+        task=arguments["task"],
         library_name="transformers",
         quantization_config=make_quantization_config(recipe, output),
         output=output,
@@ -184,6 +194,9 @@ def verify_model(source: str, output: Path, recipe: dict[str, Any]) -> dict[str,
     Raises:
         RuntimeError: If something is missing or nothing is generated.
     """
+    if recipe["task"] in VECTOR_TASKS:
+        verify_vectors(output)
+        return {"weights": count_weights(output)}
     causal = recipe["task"].startswith("text-generation")
     needed = ["config.json", "tokenizer_config.json"]
     # OpenVINO GenAI has its own tokenizer models; encoder-decoder models are run with the tokenizer of Transformers.

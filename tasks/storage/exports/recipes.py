@@ -19,6 +19,8 @@ EXPORT_TASKS = {
     "summarization": "text2text-generation-with-past",
     "translation": "text2text-generation-with-past",
     "image-text-to-text": "image-text-to-text",
+    "feature-extraction": "feature-extraction",
+    "text-ranking": "text-classification",
 }
 GROUP_SIZES = {"int4": 128, "nf4": 128, "mxfp4": 32, "cb4": -1}
 SENSITIVITY_METRICS = (

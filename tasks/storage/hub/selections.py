@@ -12,11 +12,14 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.hub_errors import HubError, NoWeightsError, PickleOnlyError
 from prefect_huggingface.tasks.storage.hub.revisions import RepositoryFile
 
-RULES = 1
+RULES = 2
 """Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
 
 # Configuration, tokenizer and chat template: small files at the top of the repository.
-_SMALL = re.compile(r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja")
+_SMALL = re.compile(
+    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
+    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"
+)
 _USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
 _OPENVINO = re.compile(r"openvino_[^/]+\.(xml|bin)")
 _OPENVINO_MODEL = re.compile(r"openvino_(model|language_model|encoder_model|decoder_model)\.xml")
