@@ -32,6 +32,9 @@ class EmbeddingOptions(BaseModel):
     document_prompt: str | None = Field(
         default=None, title="Document prompt", description="Words before a text that is a document."
     )
+    allow_empty: bool | None = Field(
+        default=None, title="Empty texts", description="Whether an empty text is the special tokens alone, or an error."
+    )
     instruction: str | None = Field(
         default=None, title="Instruction", description="Task that a reranker with instructions is told."
     )

@@ -80,6 +80,8 @@ class ModelFiles:
         config: Content of `config.json`.
         options: Options of the caller over what the files say, complete.
         dense: Linear layers after the pooling.
+        prompts: Prompts by their names.
+        default_prompt_name: Name of the prompt for texts that ask for none, or None.
     """
 
     def __init__(self, folder: Path, given: EmbeddingOptions) -> None:
@@ -94,14 +96,15 @@ class ModelFiles:
         """
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self._sentence = read_json(folder / "config_sentence_transformers.json")
+        sentence = read_json(folder / "config_sentence_transformers.json")
         self.dense: tuple[DenseLayer, ...] = ()
         found: dict[str, Any] = {"pooling": "mean", "normalize": False, **self._read_modules()}
-        prompts = self._sentence.get("prompts") or {}
-        default = prompts.get(self._sentence.get("default_prompt_name") or "")
+        self.prompts: dict[str, str] = {name: text or "" for name, text in (sentence.get("prompts") or {}).items()}
+        self.default_prompt_name = sentence.get("default_prompt_name")
+        prompts, default = self.prompts, self.prompts.get(self.default_prompt_name or "")
         found["query_prompt"] = _first(prompts, QUERY_PROMPTS, default)
         found["document_prompt"] = _first(prompts, DOCUMENT_PROMPTS, default)
-        found["dimensions"] = self._sentence.get("truncate_dim")
+        found["dimensions"] = sentence.get("truncate_dim")
         found["max_length"] = self._max_length(given.max_length)
         found["activation"] = self._activation()
         given = given.model_copy(update={"max_length": found["max_length"]})
@@ -215,10 +218,12 @@ class EmbeddingInputs(InputProcessor):
         request = state.request
         options = resolve_options(self.defaults, request)
         chosen = self.files.options.merged(request.embedding)
-        self._check(request)
+        self._check(request, bool(chosen.allow_empty))
         limit = min(chosen.max_length or 0, self.context_length or 0) or chosen.max_length or self.context_length
         encoded = self._rank(request, chosen) if self.is_ranker else self._embed(request, chosen)
         length = len(encoded.ids)
+        if not length:
+            raise RequestError("empty_prompt", "The text has no tokens, and the model adds none. Fill it in.")
         if limit is not None and length > limit:
             if options.context_overflow == "skip":
                 state.skip(length)
@@ -236,14 +241,14 @@ class EmbeddingInputs(InputProcessor):
         state.begin(options, encoded.ids, None)
         state.encoded = encoded
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request, allow_empty: bool) -> None:
         if self.is_ranker and request.pair is None:
             raise RequestError("invalid_prompt", "The model scores pairs of texts. Use `rerank_texts`.")
         if not self.is_ranker and (request.input_type is None or request.pair is not None):
             raise RequestError("invalid_prompt", "The model makes vectors of texts. Use `embed_texts`.")
-        check_text(request.prompt)
-        if self.is_ranker:
-            check_text(request.pair)
+        for text in (request.prompt, request.pair) if self.is_ranker else (request.prompt,):
+            if not (allow_empty and isinstance(text, str) and not text.strip()):
+                check_text(text)
 
     def _embed(self, request: Request, options: EmbeddingOptions, cut: tuple[int, str] | None = None) -> EncodedText:
         prompt = options.query_prompt if request.input_type == "query" else options.document_prompt
