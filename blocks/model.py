@@ -60,6 +60,42 @@ class EngineOptions(BaseModel):
     )
 
 
+class Adapter(BaseModel):
+    """LoRA adapter of PEFT, put onto a model while it is loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    repo_or_folder: str = Field(
+        title="Adapter", description="Hub id or folder with `adapter_config.json` and `adapter_model.safetensors`."
+    )
+    revision: str | None = Field(
+        default=None, title="Revision", description="Branch, tag or commit of the Hub repository."
+    )
+    scale: float = Field(default=1.0, title="Scale", description="Factor of what the adapter adds.")
+
+    @field_validator("repo_or_folder")
+    @classmethod
+    def _check_place(cls, value: str) -> str:
+        if _is_path(value):
+            return os.path.abspath(os.path.expanduser(value))
+        if not is_repo_id(value):
+            raise ValueError(
+                f"`repo_or_folder` must be a Hub id such as 'organisation/name' or an existing folder, got {value!r}. "
+                "Correct it."
+            )
+        return value
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return os.path.isabs(self.repo_or_folder)
+
+    @property
+    def name(self) -> str:
+        """Last part of its id or folder."""
+        return self.repo_or_folder.rstrip("/").rpartition("/")[2]
+
+
 class LocalModel(ConfigurationBlock):
     """Hugging Face model that runs on this machine, with its backend, device and generation defaults.
 
@@ -100,6 +136,11 @@ class LocalModel(ConfigurationBlock):
     )
     quantization: QuantizationOptions | None = Field(
         default=None, title="Quantization", description="How the weights are quantized, where the defaults do not fit."
+    )
+    adapters: list[Adapter] = Field(
+        default_factory=list,
+        title="Adapters",
+        description="LoRA adapters of PEFT that are put onto the model when it is loaded; no export holds them.",
     )
     device: str | None = Field(
         default=None,
@@ -172,7 +213,7 @@ class LocalModel(ConfigurationBlock):
     def _check_model_id(cls, model_id: str) -> str:
         if _is_path(model_id):
             return os.path.abspath(os.path.expanduser(model_id))
-        if not REPO_ID.match(model_id) or ".." in model_id or "--" in model_id:
+        if not is_repo_id(model_id):
             raise ValueError(
                 f"`model_id` must be a Hub id such as 'organisation/name' or an existing folder or GGUF file, "
                 f"got {model_id!r}. Correct it."
@@ -208,6 +249,19 @@ class LocalModel(ConfigurationBlock):
             )
         return value
 
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_fit(cls, value: list[Adapter], info: ValidationInfo) -> list[Adapter]:
+        names = [adapter.name for adapter in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`adapters` must have different names, got {names!r}. Rename a folder.")
+        task = info.data.get("task")
+        if value and info.data.get("backend") == "openvino" and task != "text-generation":
+            raise ValueError(
+                f"`adapters` work with task 'text-generation' on OpenVINO, got task {task!r}. Set `backend='torch'`."
+            )
+        return value
+
     @field_validator("device", mode="before")
     @classmethod
     def _number_is_an_index(cls, device: Any) -> Any:
@@ -235,6 +289,13 @@ class LocalModel(ConfigurationBlock):
                 f"`{info.field_name}` is for the torch backend, got {value!r}. "
                 "Use `weight_format` and `ov_config`, or set `backend='torch'`."
             )
+        return value
+
+    @field_validator("load_in")
+    @classmethod
+    def _adapters_are_merged(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("adapters"):
+            raise ValueError(f"`load_in` ({value!r}) does not work with `adapters`. Leave one of them out.")
         return value
 
     @field_validator("ov_config")
@@ -279,6 +340,11 @@ class LocalModel(ConfigurationBlock):
         That is the Hub in `HF_ENDPOINT`, a mirror for instance, or else the default one.
         """
         return self.credentials or HuggingFaceCredentials(endpoint=os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
+
+
+def is_repo_id(text: str) -> bool:
+    """Tell whether a text has the form of the id of a Hub repository."""
+    return bool(REPO_ID.match(text)) and ".." not in text and "--" not in text
 
 
 def _is_path(model_id: str) -> bool:

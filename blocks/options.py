@@ -144,6 +144,19 @@ class GenerationOptions(BaseModel):
         default=None, title="Response format", description="Form that the answer must have."
     )
 
+    choice_probabilities: bool = Field(
+        default=False, title="Choice probabilities",
+        description="Return how likely each choice of the response format is. Each costs a pass over the prompt.",
+    )  # fmt: skip
+
+    @field_validator("choice_probabilities")
+    @classmethod
+    def _needs_choices(cls, value: bool, info: Any) -> bool:
+        form = info.data.get("response_format")
+        if value and (form is None or form.choices is None):
+            raise ValueError("`choice_probabilities` needs choices, got none. Set `response_format` with `choices`.")
+        return value
+
     @field_validator("temperature", "top_p", "top_k", "min_p")
     @classmethod
     def _needs_sampling(cls, value: float | None, info: Any) -> float | None:

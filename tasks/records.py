@@ -118,6 +118,8 @@ class Completion:
         logprobs: Log probability (nats) of each generated token of the text, where asked for.
         parsed: Value of the text where a JSON schema was asked for.
         reasoning: What the model thought before its answer, or None where it shows nothing of it.
+        choice_probabilities: Probability of each choice of the response format, together 1, where asked for: the
+            product over its tokens, from where the answer begins. It does not depend on which one was drawn.
         vector: Vector of the text, or the one score of the pair, as an array of float32; None for generated text.
     """
 
@@ -133,6 +135,7 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     parsed: Any = None
     reasoning: str | None = None
+    choice_probabilities: Mapping[str, float] | None = None
     vector: Any = field(default=None, compare=False)
 
     @property

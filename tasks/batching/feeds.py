@@ -134,6 +134,6 @@ def _problem(row: int, problem: RowProblem) -> tuple[Any, ...]:
 
 
 def _details(completion: Completion) -> str | None:
-    names = ("parsed", "alternatives", "logprobs", "reasoning")
+    names = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
     details = {name: value for name in names if (value := getattr(completion, name))}
     return json.dumps(details, ensure_ascii=False, default=str) if details else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.assets import note_export
+from prefect_huggingface.tasks.storage.adapters import get_adapters
 
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
 DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
@@ -37,6 +38,8 @@ def _identify_local(model: LocalModel) -> dict[str, Any]:
 
     fields = model.model_dump(mode="json", include=set(DECISIVE_FIELDS))
     identity: dict[str, Any] = {name: value for name, value in fields.items() if value}
+    if model.adapters:
+        identity["adapters"] = [adapter.digest for adapter in get_adapters(model)]
     if model.backend == "openvino":
         export = get_export(model)
         note_export(model, export)

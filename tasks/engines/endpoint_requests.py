@@ -29,7 +29,7 @@ EXTRA_NAMES = {
     "stop_token_ids": "stop_token_ids",
     "template_options": "chat_template_kwargs",
 }
-NOWHERE = ("num_beams", "no_repeat_ngram_size", "max_reasoning_tokens")
+NOWHERE = ("num_beams", "no_repeat_ngram_size", "max_reasoning_tokens", "choice_probabilities")
 NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n", "min_p", "stop_token_ids", "template_options")
 
 

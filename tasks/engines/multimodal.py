@@ -87,11 +87,9 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _check_options(self, options: GenerationOptions) -> None:
         super()._check_options(options)
-        if options.max_reasoning_tokens is not None:
-            raise RequestError(
-                "invalid_option",
-                f"`max_reasoning_tokens` does not work with images, got {options.max_reasoning_tokens}. Leave it out.",
-            )
+        for name in ("max_reasoning_tokens", "choice_probabilities"):
+            if (value := getattr(options, name)) not in (None, False):
+                raise RequestError("invalid_option", f"`{name}` does not work with images, got {value}. Leave it out.")
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         request = state.request

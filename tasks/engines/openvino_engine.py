@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ from prefect_huggingface.tasks.engines.openvino_runtime import (
     generation_config,
     kv_cache_precision,
     last_line,
+    scoring_config,
 )
 from prefect_huggingface.tasks.engines.openvino_scheduler import ScheduledRequest, Scheduler, choose_sizes
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.records import ErrorCode, Request
+from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 
 logger = get_logger(__name__)
 
@@ -67,12 +70,17 @@ class OpenVINOTextEngine(EngineWorker):
             EngineError: If OpenVINO cannot load the model with these settings.
         """
         device, properties = choose_device(model), compile_properties(model)
+        check_fit(get_adapters(model), path)
         self.sizes = choose_sizes(path, model.engine, kv_cache_precision(device, properties))
         self._options = model.engine
         with ThreadPoolExecutor(1) as beside:
             # OpenVINO compiles on one core and lets other threads run meanwhile.
             rust = beside.submit(RustTokenizer.of_folder, path)
-            self._pipeline = GenaiPipeline(path, device, properties, self.sizes, model.engine)
+            self._load_pipeline = partial(
+                GenaiPipeline, path, device, properties, self.sizes, adapters=get_adapters(model)
+            )
+            self._pipeline = self._load_pipeline(model.engine)
+        self._scorer: GenaiPipeline | None = None
         tokenizer: Tokenizer = rust.result() or GenaiTokenizer(self._pipeline.tokenizer)
         inputs = self._make_inputs(path, model)
         ends = read_end_tokens(path, int(self._pipeline.tokenizer.get_eos_token_id()))
@@ -110,10 +118,11 @@ class OpenVINOTextEngine(EngineWorker):
         """Clear the pipeline; it is loaded again where that is not possible."""
         self._scheduler.clear()
         self._pipeline.clear()
+        self._scorer = None
 
     def release(self) -> None:
         """Let go of the model."""
-        del self._pipeline
+        del self._pipeline, self._scorer, self._load_pipeline
 
     def leftovers(self) -> list[str]:
         """Return what is still in the scheduler."""
@@ -138,6 +147,8 @@ class OpenVINOTextEngine(EngineWorker):
             except Exception as exc:
                 self._recover(exc)
                 return
+        if self._scorer is not None and self._scorer.has_work:
+            self._step_scores()
         for request in list(self._scheduler.running):
             request.stepped_once = True
             if not self._collect(request):
@@ -168,6 +179,8 @@ class OpenVINOTextEngine(EngineWorker):
         if state.multimodal is not None:
             text, images = state.multimodal.prepared
             return self._pipeline.add_with_images(text, images, config)
+        if state.needs_choice_scores and sequence.phase == "answer" and not request.scoring:
+            self._score_choices(request, sequence)
         return self._pipeline.add(sequence.context_ids, config)
 
     def _collect(self, request: ScheduledRequest) -> bool:
@@ -186,6 +199,40 @@ class OpenVINOTextEngine(EngineWorker):
             if sequences[0].must_resubmit:
                 request.handles[place] = self._submit(request, sequences[0])
         return True
+
+    def _score_choices(self, request: ScheduledRequest, sequence: Sequence) -> None:
+        """Have the choices of a request scored, in a pipeline of their own that is loaded when it is first needed."""
+        if self._scorer is None:
+            options = self._options.model_copy(
+                update={"enable_prefix_caching": False, "draft_model": None, "prompt_lookup_tokens": None}
+            )
+            self._scorer = self._load_pipeline(options)
+        for ids in request.state.choice_ids:
+            handle = self._scorer.add([*sequence.context_ids, *ids], scoring_config())
+            request.scoring.append((handle, len(ids)))
+
+    def _step_scores(self) -> None:
+        """Do one step of the pipeline for scores, and take those of the requests whose choices all have one."""
+        assert self._scorer is not None
+        requests = [request for request in self._scheduler.running if request.scoring]
+        try:
+            self._scorer.step()
+        except Exception as exc:
+            self._scorer = None
+            for request in requests:
+                self._fail(request, "engine_error", f"The choices cannot be scored: {last_line(exc)} Ask for fewer.")
+            return
+        for request in requests:
+            names = {handle.get_status().name for handle, _ in request.scoring}
+            if "IGNORED" in names:
+                self._fail(
+                    request, "out_of_cache", "The prompt with its choices does not fit the KV cache. Shorten it."
+                )
+            elif names == {"FINISHED"}:
+                # The last log probability is that of the token after the choice.
+                outputs = [(handle.read_all()[0].generated_log_probs, count) for handle, count in request.scoring]
+                request.state.set_choice_scores(sum(logprobs[-count - 1 : -1]) for logprobs, count in outputs)
+                request.scoring = []
 
     def _run_alone(self, request: ScheduledRequest) -> None:
         """Run a request again that the full cache has cut off: first with no other beside it, then no more."""

@@ -24,6 +24,7 @@ from prefect_huggingface.tasks.engines.chat_templates import read_json
 from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
 from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.storage.adapters import LoraAdapter
 
 logger = get_logger(__name__)
 
@@ -202,6 +203,20 @@ def generation_config(
     return config
 
 
+def scoring_config() -> Any:
+    """Return the settings that have OpenVINO GenAI give the log probability of every token of a prompt.
+
+    It gives wrong ones beside requests without these settings, and none of what is cached (2026.4).
+    """
+    from openvino_genai import GenerationConfig
+
+    config = GenerationConfig()
+    config.max_new_tokens, config.logprobs = 1, 1
+    config.echo = config.ignore_eos = True
+    config.apply_chat_template = False
+    return config
+
+
 def _set_search(config: Any, options: GenerationOptions, seed: int) -> None:
     """Set how tokens are chosen: at random, by beams, or else the likeliest."""
     if options.do_sample:
@@ -224,7 +239,13 @@ class GenaiPipeline:
     """One `ContinuousBatchingPipeline`. Only one thread may use it."""
 
     def __init__(
-        self, folder: Path, device: str, properties: dict[str, Any], sizes: SchedulerSizes, options: EngineOptions
+        self,
+        folder: Path,
+        device: str,
+        properties: dict[str, Any],
+        sizes: SchedulerSizes,
+        options: EngineOptions,
+        adapters: Sequence[LoraAdapter] = (),
     ) -> None:
         """Load a model.
 
@@ -234,12 +255,13 @@ class GenaiPipeline:
             properties: Properties to compile the model with.
             sizes: Sizes of the batch.
             options: Further options of the engine.
+            adapters: LoRA adapters that fit the model.
 
         Raises:
             EngineError: If OpenVINO cannot load the model.
         """
         self._folder, self._device, self._properties = folder, device, properties
-        self._sizes, self._options = sizes, options
+        self._sizes, self._options, self._adapters = sizes, options, adapters
         self._next_id = 0
         self._pipeline = self._load()
 
@@ -307,13 +329,37 @@ class GenaiPipeline:
             ) from exc
 
     def _all_properties(self) -> dict[str, Any]:
+        properties = dict(self._properties)
+        if self._adapters:
+            properties["adapters"] = self._adapter_config()
         if self._options.draft_model is not None:
             from openvino_genai import draft_model
 
-            return {**self._properties, "draft_model": draft_model(self._options.draft_model, self._device)}
-        if self._options.prompt_lookup_tokens is not None:
-            return {**self._properties, "prompt_lookup": True}
-        return self._properties
+            properties["draft_model"] = draft_model(self._options.draft_model, self._device)
+        elif self._options.prompt_lookup_tokens is not None:
+            properties["prompt_lookup"] = True
+        return properties
+
+    def _adapter_config(self) -> Any:
+        """Return the adapters for OpenVINO GenAI.
+
+        Its static mode keeps the weights of the model as they are, 4 or 8 bits, and adds the small products beside
+        them. Its other modes fail on such weights, or do nothing in a continuous batch (2026.4).
+        """
+        import numpy as np
+        from openvino import Tensor
+        from openvino_genai import Adapter, AdapterConfig
+        from safetensors.numpy import save
+
+        config = AdapterConfig(AdapterConfig.Mode.MODE_STATIC)
+        for adapter in self._adapters:
+            # The scalings of single layers go into the matrices: OpenVINO GenAI has one for a whole adapter.
+            tensors = {}
+            for name, layer in adapter.read_layers().items():
+                tensors[f"base_model.model.{name}.lora_A.weight"] = layer.a
+                tensors[f"base_model.model.{name}.lora_B.weight"] = layer.b * np.float32(layer.scaling)
+            config.add(Adapter(Tensor(np.frombuffer(save(tensors), dtype=np.uint8))), 1.0)
+        return config
 
 
 def last_line(error: Exception) -> str:

@@ -117,14 +117,14 @@ class ScheduledRequest:
         handles: What the pipeline gave for each of its sequences, or one for all sequences of a beam search.
         stepped_once: Whether the pipeline has made a step with it, so that it is not what makes a step fail.
         runs_alone: Whether it is to run with no other beside it.
-        prompt: What is handed to the pipeline, where that is not the tokens of the prompt.
+        scoring: What it gave for each choice whose probability is asked for, with the number of the choice's tokens.
     """
 
     state: RequestState
     handles: list[Any] = field(default_factory=list)
     stepped_once: bool = False
     runs_alone: bool = False
-    prompt: Any = None
+    scoring: list[tuple[Any, int]] = field(default_factory=list)
 
     @property
     def has_begun(self) -> bool:
@@ -138,9 +138,9 @@ class ScheduledRequest:
 
     def cancel(self) -> None:
         """Take it out of the pipeline, which frees its room in the next step."""
-        for handle in self.handles:
+        for handle in (*self.handles, *(handle for handle, _ in self.scoring)):
             handle.cancel()
-        self.handles = []
+        self.handles, self.scoring = [], []
 
 
 class Scheduler:

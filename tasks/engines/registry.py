@@ -34,6 +34,7 @@ from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 from prefect_huggingface.tasks.storage.leases import hold_export
 from prefect_huggingface.tasks.waiting import WaitNotice
 
@@ -44,7 +45,7 @@ DEFAULT_SHARE_OF_MEMORY = 0.8
 GIB = 2**30
 WEIGHT_SUFFIXES = (".bin", ".safetensors", ".pt", ".pth", ".xml", ".gguf")
 # What decides how a model is loaded. Options, template and credentials are matters of the caller.
-SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "offline", "allow_pickle")
+SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters", "offline", "allow_pickle")
 LOADING_FIELDS = (
     "task", "backend", "device", "device_map", "dtype", "load_in", "attn_implementation", "ov_config", "engine",
     "model_kwargs", "trust_remote_code", "allow_pickle", "embedding",
@@ -439,6 +440,9 @@ def _held(lock: threading.Lock, model: str) -> Iterator[None]:
 
 def model_folder(model: LocalModel) -> Path:
     """Return the folder that the engine of a model loads; make it first where needed."""
+    adapters = get_adapters(model)
+    if os.path.isdir(model.model_id):
+        check_fit(adapters, Path(model.model_id))
     if model.backend == "openvino":
         from prefect_huggingface.tasks.storage.exports.publication import get_export
 
@@ -461,7 +465,8 @@ def key_of(model: LocalModel, folder: Path) -> EngineKey:
         )
     key = EngineKey(name, str(folder), "")
     tuned = engine_class(key).tuned(model, folder)
-    return replace(key, settings=json.dumps([_settings_of(tuned, LOADING_FIELDS), _weight_states(folder)]))
+    adapters = [(one.scale, str(one.path), _file_states(one.files)) for one in get_adapters(model)]
+    return replace(key, settings=json.dumps([_settings_of(tuned, LOADING_FIELDS), _weight_states(folder), adapters]))
 
 
 def engine_class(key: EngineKey) -> type[Any]:
@@ -481,6 +486,7 @@ def fingerprint(model: LocalModel) -> str:
     """
     path = Path(model.model_id)
     states = (_file_states([path]) if path.is_file() else _weight_states(path)) if model.is_local else []
+    states += [state for one in model.adapters if one.is_local for state in _weight_states(Path(one.repo_or_folder))]
     return json.dumps([_settings_of(model, (*SOURCE_FIELDS, *LOADING_FIELDS)), str(model.store_path), states])
 
 

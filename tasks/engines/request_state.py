@@ -10,6 +10,7 @@ goes on from its `context_ids`, which may end with tokens that were put there an
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -68,6 +69,7 @@ class RequestState:
         self.error: RequestError | None = None
         self.restart_error: ErrorCode = "engine_error"
         self.multimodal: Any = None
+        self._choice_scores: dict[str, float] | None = None
         self.encoded: Any = None
         self.vector: Any = None
         self._ended: FinishReason | None = None
@@ -123,6 +125,8 @@ class RequestState:
         """Whether there is nothing more to generate."""
         if self.error is not None or self._ended is not None:
             return True
+        if self.needs_choice_scores and self.sequences and self.sequences[0].phase == "answer":
+            return False
         return bool(self.sequences) and all(sequence.finish_reason is not None for sequence in self.sequences)
 
     @property
@@ -136,6 +140,27 @@ class RequestState:
         if self.counted_tokens is not None:
             return self.counted_tokens
         return sum(sequence.generated_tokens for sequence in self.sequences)
+
+    @property
+    def choices(self) -> list[str]:
+        """Choices whose probabilities are asked for."""
+        form = self.options.response_format
+        return list(form.choices or ()) if form is not None and self.options.choice_probabilities else []
+
+    @property
+    def needs_choice_scores(self) -> bool:
+        """Whether the backend has still to score the choices, where the answer begins."""
+        return bool(self.choices) and self._choice_scores is None
+
+    @property
+    def choice_ids(self) -> list[list[int]]:
+        """Tokens of the choices."""
+        assert self.tokenizer is not None
+        return [self.tokenizer.encode(choice, add_special_tokens=False) for choice in self.choices]
+
+    def set_choice_scores(self, scores: Iterable[float]) -> None:
+        """Take the log probability (nats) of each choice: the sum over its tokens."""
+        self._choice_scores = dict(zip(self.choices, scores, strict=True))
 
     @property
     def num_seqs(self) -> int:
@@ -218,8 +243,16 @@ class RequestState:
             logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
             parsed=self._parse(),
             reasoning=first.reasoning if first else None,
+            choice_probabilities=self._choice_probabilities(),
             vector=self.vector,
         )
+
+    def _choice_probabilities(self) -> dict[str, float] | None:
+        if self._choice_scores is None:
+            return None
+        best = max(self._choice_scores.values())
+        weights = {choice: math.exp(score - best) for choice, score in self._choice_scores.items()}
+        return {choice: weight / sum(weights.values()) for choice, weight in weights.items()}
 
     def _parse(self) -> Any:
         """Check the form of the answers, and return the value of the first where it is JSON."""

@@ -386,6 +386,33 @@ def padded_inputs(rows: Items[Items[int]], model: Any, *, left: bool) -> dict[st
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
+def score_continuations(
+    model: Any, context: Items[int], continuations: Items[Items[int]], step_tokens: int
+) -> list[float]:
+    """Return the log probability (nats) of each continuation of a context: the sum over its tokens.
+
+    Args:
+        model: Model of `prepare_model`.
+        context: Tokens before the continuations, at least one.
+        continuations: Tokens of each.
+        step_tokens: Number of tokens, with padding, that are computed at once where more than one row is.
+    """
+    import torch
+
+    rows = [[*context, *ids] for ids in continuations]
+    at_once = max(step_tokens // max(map(len, rows)), 1)
+    kept = max(map(len, continuations)) + 1
+    scores: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), at_once):
+            inputs = padded_inputs(rows[start : start + at_once], model, left=False)
+            logits = model(**inputs, use_cache=False, return_dict=True).logits[:, len(context) - 1 :][:, :kept]
+            logprobs = logits.float().log_softmax(-1).cpu()
+            for row, ids in zip(logprobs, continuations[start : start + at_once], strict=True):
+                scores.append(float(row[torch.arange(len(ids)), torch.tensor(ids)].sum()))
+    return scores
+
+
 @dataclass(slots=True)
 class EngineSizes:
     """Limits of one engine.

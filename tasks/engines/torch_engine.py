@@ -33,6 +33,7 @@ from prefect_huggingface.tasks.engines.torch_batch import (
     prepare_model,
     run_beams,
     run_whole_batch,
+    score_continuations,
 )
 from prefect_huggingface.tasks.engines.torch_loading import end_tokens, load_tokenizer, load_torch_model, pad_token
 from prefect_huggingface.tasks.engines.torch_sampling import Sampler, advance
@@ -134,7 +135,21 @@ class TorchEngine(EngineWorker):
             grammar=None if form is None else self._compiler.compile(form),
             least_tokens=max(state.options.min_new_tokens - sequence.generated_tokens, 0),
         )
+        if state.needs_choice_scores and sequence.phase == "answer":
+            self._score_choices(sequence)
         self._waiting.append(sequence)
+
+    def _score_choices(self, sequence: Sequence) -> None:
+        """Score the choices of a request where its answer begins.
+
+        Raises:
+            RequestError: If the engine cannot.
+        """
+        raise RequestError(
+            "invalid_option",
+            f"`choice_probabilities` works with models that go on from a text, got {sequence.state.choices!r:.100}. "
+            "Leave it out.",
+        )
 
     def _resubmit(self, sequences: list[Sequence]) -> None:
         """Let the sequences that begin another phase wait for it."""
@@ -230,6 +245,11 @@ class TorchTextEngine(TorchEngine):
                 if not is_out_of_memory(exc):
                     raise
                 self._make_room()
+
+    def _score_choices(self, sequence: Sequence) -> None:
+        sequence.state.set_choice_scores(
+            score_continuations(self._model, sequence.context_ids, sequence.state.choice_ids, self._sizes.step_tokens)
+        )
 
     def _admit(self) -> None:
         """Let as many sequences join as there is room for."""

@@ -11,6 +11,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
+from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
 
 logger = get_logger(__name__)
 
@@ -30,6 +31,8 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
         EngineError: If the settings do not fit this machine or this model.
     """
     check_weights(path, allow_pickle=model.allow_pickle)
+    adapters = get_adapters(model)
+    check_fit(adapters, path)
     arguments = _placement(model) | _quantization(model)
     started = time.perf_counter()
     try:
@@ -43,6 +46,8 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
         loaded = getattr(transformers, auto_class).from_pretrained(
             path, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
         )
+        for adapter in adapters:
+            _merge(loaded, adapter)
         loaded = loaded if device is None else loaded.to(device)
     except HuggingFaceTaskError:
         raise
@@ -168,6 +173,29 @@ def pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
     """Return a token to fill up rows with. The attention never sees it."""
     pad = getattr(tokenizer, "pad_token_id", None)
     return pad if isinstance(pad, int) else min(ends, default=0)
+
+
+def _merge(loaded: Any, adapter: LoraAdapter) -> None:
+    """Add an adapter to the weights of a model."""
+    import torch
+
+    for name, layer in adapter.read_layers().items():
+        try:
+            weight = loaded.get_submodule(name).weight
+        except AttributeError:
+            raise ModelSourceError(
+                f"Adapter {adapter.name!r} changes {name!r}, which {type(loaded).__name__} lacks. "
+                "Use it with the class of model that it was made for."
+            ) from None
+        if weight.is_meta:
+            raise EngineError(
+                f"{name!r} is kept on disk by `device_map`, and an adapter cannot change it there. Use `device`."
+            )
+        added = torch.from_numpy(layer.b).to(weight.device) @ torch.from_numpy(layer.a).to(weight.device)
+        # Layers of GPT-2 keep their weights as [inputs, outputs].
+        added = added.T if adapter.config.get("fan_in_fan_out") else added
+        with torch.no_grad():
+            weight.copy_(weight.float() + layer.scaling * added)
 
 
 def _source(model: LocalModel) -> dict[str, Any]:
