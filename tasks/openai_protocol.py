@@ -92,6 +92,16 @@ class OpenAICall:
     stream: bool = False
     include_usage: bool = False
 
+    def writer(self, name: str, created: int, model: str | None) -> AnswerWriter:
+        """Return what writes the answer to this call.
+
+        Args:
+            name: Name of the answer.
+            created: Time of the answer, in seconds since 1970.
+            model: Name of the model that answers.
+        """
+        return AnswerWriter(self, name, created, model)
+
 
 def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
     """Return what a body asks for.

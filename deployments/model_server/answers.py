@@ -20,8 +20,9 @@ from starlette.types import Receive, Scope, Send
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.openai_protocol import AnswerStream, AnswerWriter, OpenAICall, error_body, error_status
+from prefect_huggingface.tasks.openai_protocol import AnswerStream, OpenAICall, error_body, error_status
 from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.vector_protocol import VectorCall
 
 # A stream that has nothing to say for so long says that it is there, and a client that reads nothing is given up.
 PING_SECONDS = 15.0
@@ -93,7 +94,7 @@ class GenerationResponse(Response):
 
     def __init__(
         self,
-        call: OpenAICall,
+        call: OpenAICall | VectorCall,
         model: ServedModel,
         name: str,
         mailbox: Mailbox,
@@ -101,7 +102,7 @@ class GenerationResponse(Response):
         check: Callable[[Engine], None],
     ) -> None:
         self._call, self._model, self._mailbox, self._metrics, self._check = call, model, mailbox, metrics, check
-        self._writer = AnswerWriter(call, name, int(time.time()), model.name)
+        self._writer: Any = call.writer(name, int(time.time()), model.name)
         self._began = time.perf_counter()
         self.background = None
 
@@ -126,7 +127,7 @@ class GenerationResponse(Response):
             self._check(engine)
             futures: list[Future[Completion]] = []
             try:
-                if self._call.stream:
+                if isinstance(self._call, OpenAICall) and self._call.stream:
                     await self._send_events(engine, futures, send)
                 else:
                     futures += [engine.submit(request) for request in self._call.requests]

@@ -21,6 +21,13 @@ from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel, ServedModels, evict_idle
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.openai_protocol import BodyError, OpenAICall, check_images, error_body, read_call
+from prefect_huggingface.tasks.vector_protocol import (
+    EMBEDDINGS_URL,
+    RERANK_URL,
+    VectorCall,
+    read_embedding_call,
+    read_rerank_call,
+)
 
 BODY_SECONDS = 60.0
 # More characters than this for each token of the context are too many in any language.
@@ -116,6 +123,17 @@ class ModelServer:
     async def _generate(self, request: Request, chat: bool) -> Response:
         call = read_call(await self._read_body(request), chat)
         check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
+        return self._answer(call)
+
+    async def embed(self, request: Request) -> Response:
+        """Return the vectors of texts."""
+        return self._answer(read_embedding_call(await self._read_body(request)))
+
+    async def rerank(self, request: Request) -> Response:
+        """Return how well texts answer a query."""
+        return self._answer(read_rerank_call(await self._read_body(request)))
+
+    def _answer(self, call: OpenAICall | VectorCall) -> Response:
         model = self.models.find(call.model)
         self._check_load()
         assert self._mailbox is not None
@@ -166,14 +184,15 @@ class ModelServer:
         return body
 
 
-def check_prompts(call: OpenAICall, engine: Engine) -> None:
+def check_prompts(call: OpenAICall | VectorCall, engine: Engine) -> None:
     """Refuse prompts that no tokenizer needs to see to find them too long.
 
     Raises:
         ApiError: If a prompt is too long.
     """
     for request in call.requests:
-        texts = [request.prompt] if request.prompt is not None else [_text(each) for each in request.messages or ()]
+        texts = [_text(each) for each in request.messages or ()]
+        texts = texts if request.prompt is None else [request.prompt, request.pair or ""]
         check_length(sum(map(len, texts)), engine)
 
 
@@ -215,6 +234,7 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     app.add_api_route("/v1/models/{name:path}", server.read_model, **guard)
     for path, route in {
         "/v1/chat/completions": server.chat, "/v1/completions": server.complete, "/tokenize": server.tokenize,
+        EMBEDDINGS_URL: server.embed, RERANK_URL: server.rerank, "/rerank": server.rerank,
     }.items():  # fmt: skip
         app.add_api_route(path, route, methods=["POST"], **guard)
     app.add_exception_handler(ApiError, _answer_api_error)

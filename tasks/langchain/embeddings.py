@@ -13,7 +13,7 @@ import httpx
 from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.embeddings import Embeddings
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from prefect_huggingface.blocks import (
     EmbeddingOptions,
@@ -265,7 +265,7 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
         route = f"{base}/embeddings" if base.endswith("/v1") else f"{base}/v1/embeddings"
         body = {"model": endpoint.model_name or "default", "input": texts, **self.model_kwargs}
         attempts = Retrying(
-            stop=stop_after_attempt(self.max_attempts), wait=wait_exponential_jitter(0.5, 20), reraise=True,
+            stop=stop_after_attempt(self.max_attempts), wait=wait_exponential(0.5, 20), reraise=True,
             retry=retry_if_exception(_is_passing),
         )  # fmt: skip
         failure = None
