@@ -1,35 +1,64 @@
-"""The flow that puts a table through a model."""
+"""The flow that puts a table through a model, or through a chain of prompts."""
 
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any
 
 from prefect.futures import PrefectFuture
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.flows.forms import form_flow, titled
-from prefect_huggingface.tasks.artifacts import ProgressReport
-from prefect_huggingface.tasks.batches import ENGINE_TAG, BatchPlan, plan_batch, publish_batch, run_shard
+from prefect_huggingface.tasks.artifacts import ProgressReport, publish_markdown
+from prefect_huggingface.tasks.batches import (
+    ENGINE_TAG,
+    BatchPlan,
+    hub_of,
+    lent_models,
+    list_upstream,
+    plan_batch,
+    publish_batch,
+    resolve_models,
+    run_shard,
+)
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
-from prefect_huggingface.tasks.batching.monitors import BatchMonitor, Progress
-from prefect_huggingface.tasks.batching.plans import check_free, check_places, may_replace
-from prefect_huggingface.tasks.batching.publications import Publication
-from prefect_huggingface.tasks.batching.runs import BatchRun, check_failures, open_run
-from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings
-from prefect_huggingface.tasks.batching.summaries import KeepJournal, is_kept, publish_artifacts, summarize
-from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.batching.job import BatchOptions, Model, add_models, check_free, list_models, pin_model
+from prefect_huggingface.tasks.batching.output import (
+    Publication,
+    RunFigures,
+    describe_batch,
+    errors_place,
+    publish_artifacts,
+)
+from prefect_huggingface.tasks.batching.run import (
+    BatchMonitor,
+    BatchRun,
+    CancelWatch,
+    Progress,
+    check_failures,
+    clear_journal,
+    find_commits,
+    find_finished,
+    is_published,
+    open_run,
+    own_journal,
+)
+from prefect_huggingface.tasks.batching.shard import ShardResult, ShardSettings
+from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
 from prefect_huggingface.tasks.parent_processes import end_with_parent
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import WhenRunning, hold_journal
-from prefect_huggingface.tasks.storage.tables.inputs import SourceOptions, TableFormat
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.waiting import WaitNotice
 
 # A shard that has not begun by then waits for something.
@@ -45,30 +74,15 @@ def batch_inference(
     destination: Annotated[str, titled("Output file", min_length=1)],
     prompt: Annotated[str | None, titled("Prompt template")] = None,
     options: Annotated[GenerationOptions | None, titled("Generation")] = None,
-    source_format: Annotated[TableFormat | None, titled("Format of the input")] = None,
-    source_options: Annotated[SourceOptions | None, titled("Delimiter and encoding of the input")] = None,
-    messages_column: Annotated[str | None, titled("Column with chat messages")] = None,
     system: Annotated[str | None, titled("System message")] = None,
-    option_columns: Annotated[list[str] | None, titled("Columns with options")] = None,
-    id_column: Annotated[str | None, titled("Column with unique ids")] = None,
-    columns: Annotated[list[str] | None, titled("Columns to keep")] = None,
-    output_prefix: Annotated[str, titled("Prefix of the added columns")] = "",
-    timings: Annotated[bool, titled("Measure each row")] = False,
-    shards: Annotated[int, titled("Number of shards", ge=1, le=10_000)] = 1,
-    in_flight: Annotated[Annotated[int, Field(ge=1)] | None, titled("Rows at once")] = None,
-    deduplicate: Annotated[bool, titled("Answer equal prompts once")] = True,
-    ordered: Annotated[bool, titled("Sort by shared beginnings")] = True,
-    max_failures: Annotated[Annotated[float, Field(gt=0)] | None, titled("Failures before giving up")] = None,
-    retry_failed: Annotated[bool, titled("Retry failed rows")] = False,
-    keep_journal: Annotated[KeepJournal, titled("Keep the journal")] = "failed",
-    when_running: Annotated[WhenRunning, titled("If the batch runs already")] = "refuse",
-    show_progress: Annotated[bool, titled("Progress bar in the terminal")] = True,
-    time_zone: Annotated[str, titled("Time zone of the dates")] = "UTC",
+    rows: Annotated[Annotated[int, Field(ge=1)] | None, titled("Rows of a trial")] = None,
+    more: Annotated[BatchOptions | None, titled("More options")] = None,
 ) -> BatchSummary:
-    """Put every row of a table through a model and write the answers beside the rows.
+    """Put every row of a table through a model, or through a chain of prompts, and write the answers beside the rows.
 
     Finished rows are kept in a journal beside the destination. Killed and started again with the same parameters, the
-    batch goes on where it was, and its output is the same as without the interruption.
+    batch goes on where it was, and its output is the same as without the interruption. The same call after its end
+    returns the same summary.
 
     Dates in `source` and `destination` are those for which the run was scheduled, so that a run that is started again
     finds its files: {date}, {yesterday}, {time}, {year}, {month}, {day}, {hour}, {minute} and {week}. Braces that stand
@@ -80,25 +94,9 @@ def batch_inference(
         destination: Output file or URL, such as "answers-{date}.jsonl". Its ending tells the format. It must not exist.
         prompt: Template over the columns, such as "What is the capital of {country}?". Other braces are doubled.
         options: Generation options, put over those of the model.
-        source_format: Format of the input where the file names do not tell it.
-        source_options: Delimiter and encoding of text files, where they are not found out.
-        messages_column: Column with a list of chat messages, in place of the prompt.
         system: Template of a system message.
-        option_columns: Columns that hold the generation option of the same name for each row.
-        id_column: Column whose values must be unique.
-        columns: Columns of the input to keep in the output. All when left empty.
-        output_prefix: Text before the names of the columns that are added.
-        timings: Fill the column `seconds`. Times differ from run to run, and with them the bytes of the output.
-        shards: Number of parts that free workers take one by one. Several times the number of workers is good.
-        in_flight: Number of rows that are in the engine at once. The engine's own number when left empty.
-        deduplicate: Generate equal prompts once.
-        ordered: Generate rows with a shared beginning together.
-        max_failures: Give up when more rows than this have failed; below 1 it is a share of all rows.
-        retry_failed: Generate the rows that failed in an earlier run again. Needs its journal.
-        keep_journal: Whether the journal stays at the end: always, never, or if rows failed.
-        when_running: What to do while another run works on the same destination: refuse or wait.
-        show_progress: Show a progress bar and a closing table in the terminal.
-        time_zone: Time zone of the dates in `source` and `destination`, such as Europe/Berlin.
+        rows: Answer the first rows only, into a file of their own beside the output. The full run takes them over.
+        more: Everything that is rarely changed. In Python, its fields may also be given by their own names.
 
     Returns:
         Counts, and where the output is.
@@ -107,59 +105,105 @@ def batch_inference(
         BatchError: If the batch cannot start or go on.
         TableError: If the input cannot be read or the output cannot be written.
     """
-    start, template = find_start(time_zone), destination
+    more = more or BatchOptions()
+    start, template = find_start(more.time_zone), destination
     end_with_parent()
     source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
     warn_of_unfinished(template, destination)
-    journal = Journal.beside(destination)
-    replace = may_replace(journal, destination, retry_failed)
-    check_free(destination, replace)
-    plan = plan_batch(
-        model, source, destination, prompt, options, source_format=source_format, source_options=source_options,
-        messages_column=messages_column, system=system, option_columns=option_columns or (), columns=columns,
-        output_prefix=output_prefix, timings=timings, id_column=id_column,
-    )  # fmt: skip
-    with hold_journal(journal, when_running):
-        check_places(plan.job, plan.output, journal, replace)
-        run = open_run(journal, plan.job, shards, retry_failed, ShardSettings(in_flight, deduplicate, ordered))
-        monitor = BatchMonitor(journal, plan.job.table.rows, run.finished)
-        if run.finished:
-            run_log().info("%d of %d rows are finished already, %d are left.", *_counts(plan, run))
-        results = _run_shards(model, plan, run, monitor, max_failures, show_progress)
-        publication: Publication = publish_batch(plan, journal.place.url, replace)
-        seconds = max((each.ended for each in results), default=0) - min((each.began for each in results), default=0)
-        summary = summarize(plan.output.destination, publication, run.finished, monitor.measure().tokens, seconds)
-        publish_artifacts(summary, publication, monitor, journal)
-        if not is_kept(keep_journal, summary):
-            journal.remove()
-    if show_progress:
-        print_summary(summary)
+    with hub_of(model):
+        journal = Journal.beside(destination)
+        check_free(destination, replaceable=bool(journal.read_published()))
+        plan = plan_batch(model, source, destination, prompt, options, system, rows, more)
+        with own_journal(journal, more.if_running) as owner:
+            outcome = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
+    if isinstance(outcome, BatchSummary) and more.show_progress:
+        print_summary(outcome)
+    return outcome
+
+
+def _answer(
+    plan: BatchPlan, models: Sequence[Model], destination: str, owner: JournalOwner, more: BatchOptions
+) -> BatchSummary:
+    """Resolve the models and run the batch, unless the same call has published its output before."""
+    finished = find_finished(owner.journal, plan.job, plan.output) if plan.chosen is None else None
+    if finished is not None and not (more.retry_failed and finished.failed):
+        return _end_again(finished, owner, more)
+    replaceable = _check_places(plan, owner.journal, destination, more)
+    resolved = resolve_models(models, find_commits(owner.journal, plan.job))
+    plan = replace(plan, job=add_models(plan.job, models, resolved))
+    pinned = [pin_model(each, found.commit) for each, found in zip(models, resolved, strict=True)]
+    try:
+        publication = _run(plan, pinned, owner, more, replaceable)
+    except BatchCancelledError as exc:
+        return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
+    if plan.chosen is None and not _is_kept(more, publication.summary):
+        clear_journal(owner)
+    return publication.summary
+
+
+def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -> BatchSummary:
+    """End a batch whose output was published before."""
+    run_log().info("The batch is finished already: its output is %s.", summary.destination)
+    publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
+    if not _is_kept(more, summary):
+        clear_journal(owner)
     return summary
 
 
-def _counts(plan: BatchPlan, run: BatchRun) -> tuple[int, int, int]:
-    rows = plan.job.table.rows
-    return run.finished, rows, rows - run.finished
+def _is_kept(more: BatchOptions, summary: BatchSummary) -> bool:
+    return more.keep_journal == "always" or (more.keep_journal == "failed" and summary.failed > 0)
 
 
-def _run_shards(
-    model: LocalModel | InferenceEndpoint,
-    plan: BatchPlan,
-    run: BatchRun,
-    monitor: BatchMonitor,
-    max_failures: float | None,
-    show: bool,
-) -> list[ShardResult]:
-    """Hand the shards to the workers and watch them. Whatever happens, they end and commit what is finished."""
-    rows = plan.job.table.rows
-    report = ProgressReport("batch-progress", f"{rows:,} rows")
+def _check_places(plan: BatchPlan, journal: Journal, destination: str, more: BatchOptions) -> bool:
+    """Check that all files of the output can be written, and return whether an output that is there is replaced.
+
+    Raises:
+        BatchError: If there is something else than the output of this very batch.
+    """
+    began = journal.read_job() is not None
+    replaceable = more.retry_failed and began and is_published(journal.read_published(), Place.of(destination))
+    check_free(Place.of(destination).url, replaceable)
+    if plan.job.table.format == "openai" and plan.chosen is None:
+        # With a journal, they are from an attempt of this job that ended between the two files.
+        check_free(errors_place(Place.of(destination)).url, replaceable or began)
+    return replaceable
+
+
+def _run(
+    plan: BatchPlan, models: Sequence[Model], owner: JournalOwner, more: BatchOptions, replaceable: bool
+) -> Publication:
+    """Generate what is left and publish the output."""
+    settings = ShardSettings(more.max_concurrency, more.deduplicate, more.group_by_prefix)
+    run = open_run(owner, plan.job, more.shards, more.retry_failed, settings, plan.chosen)
+    key = plan.job.key if more.min_valid is not None else None
+    monitor = BatchMonitor(run.journal, run.rows, run.counts, key)
+    if run.counts.finished:
+        left = run.rows - run.counts.finished
+        run_log().info("%d of %d rows are finished already, %d are left.", run.counts.finished, run.rows, left)
+    check_failures(monitor.measure(), more.max_failures, more.min_valid)
+    with lent_models(models) as lent, CancelWatch() as watch:
+        seconds = _run_shards(lent, run, monitor, watch, more)
+    progress = monitor.measure()
+    check_failures(progress, more.max_failures, more.min_valid)
+    figures = RunFigures(progress.tokens, seconds, run.counts.finished)
+    publication: Publication = publish_batch(plan, owner, replaceable, figures, list_upstream(plan, models))
+    publish_artifacts(publication, monitor.samples, run.journal)
+    return publication
+
+
+def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: CancelWatch, more: BatchOptions) -> float:
+    """Hand the shards to the workers, watch them, and return the time from the first request to the last answer.
+
+    Whatever happens, they end and commit what is finished.
+    """
+    report = ProgressReport("batch-progress", f"{run.rows:,} rows")
     finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
-    futures = [run_shard.submit(model, run.journal.place.url, shard) for shard in run.shards]
+    futures = [run_shard.submit(models, run.journal.place.url, shard) for shard in run.shards]
     for future in futures:
         future.add_done_callback(finished.put)
-    results: list[ShardResult] = []
+    results: list[tuple[float, ShardResult]] = []
     start = _StartWatch(futures)
-    with ProgressBar("rows", rows, show) as bar:
+    with ProgressBar("rows", run.rows, more.show_progress) as bar:
 
         def tell(final: bool = False) -> Progress:
             progress = monitor.measure()
@@ -170,25 +214,28 @@ def _run_shards(
         try:
             while len(results) < len(futures):
                 try:
-                    results.append(finished.get(timeout=run.journal.poll_seconds).result())
+                    result = finished.get(timeout=run.journal.poll_seconds).result()
+                    # By the clock of this process, since those of other machines may differ.
+                    results.append((time.monotonic(), result))
                 except queue.Empty:
                     start.look()
-                check_failures(tell().failed, rows, max_failures)
+                watch.check()
+                check_failures(tell(), more.max_failures, more.min_valid)
         except BaseException as exc:
             _end_shards(run, futures, type(exc).__name__)
             raise
         finally:
             tell(final=True)
-    if not all(result.complete for result in results):
+    if not all(result.complete for _, result in results):
         raise BatchError(
             f"The batch was stopped, or taken over by another run. {run.journal.place.url!r} keeps its rows."
         )
-    return results
+    return max((end for end, _ in results), default=0) - min((end - each.seconds for end, each in results), default=0)
 
 
 def _end_shards(run: BatchRun, futures: Sequence[PrefectFuture[Any]], cause: str) -> None:
     """Ask the shards to end, and wait until they have committed what is finished."""
-    run.journal.request_stop(cause)
+    run.owner.request_stop(cause)
     for future in futures:
         future.wait()
 

@@ -7,16 +7,19 @@ descriptions from the docstring. What the form and the API let pass is refused h
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, ParamSpec, TypeVar, cast, get_args, get_origin
 
 from prefect import Flow
 from prefect.blocks.core import Block
 from prefect.exceptions import ParameterTypeError
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MAX_PARAMETER_BYTES = 524_288  # what a Prefect server takes unless it is told otherwise
 
 
 def titled(title: str, **limits: Any) -> Any:
@@ -32,7 +35,43 @@ def titled(title: str, **limits: Any) -> Any:
 
 
 class FormFlow(Flow[P, R]):
-    """A flow that says which parameter of a run is wrong, and what to do about it."""
+    """A flow that says which parameter of a run is wrong, and what to do about it.
+
+    Parameters that are rarely changed are the fields of one parameter, `more`, which is a group of the form. A call in
+    Python may also give them by their own names.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the flow."""
+        own = inspect.signature(self.fn, eval_str=True).parameters
+        group = _group_of(own)
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name not in own and name in group}
+        if given:
+            more = kwargs.get("more") or {}
+            kwargs["more"] = {**(more if isinstance(more, Mapping) else dict(more)), **given}
+        return super().__call__(*args, **kwargs)
+
+    def with_options(self, **options: Any) -> FormFlow[P, R]:
+        """Return a copy with other settings, which says as well what is wrong."""
+        plain = super().with_options(**options)
+        plain.__class__ = FormFlow
+        return cast("FormFlow[P, R]", plain)
+
+    def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters as JSON values.
+
+        Raises:
+            ParameterTypeError: If they are larger than the server takes; its own error would repeat them.
+        """
+        values = super().serialize_parameters(parameters)
+        sizes = {name: len(json.dumps(value, default=str)) for name, value in values.items()}
+        if sum(sizes.values()) > MAX_PARAMETER_BYTES:
+            name = max(sizes, key=sizes.__getitem__)
+            raise ParameterTypeError(
+                f"`{name}` has {sizes[name]:,} bytes, and the parameters of a run must have less than "
+                f"{MAX_PARAMETER_BYTES:,}. Write it to a file, and use `batch_inference`."
+            )
+        return values
 
     def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return the parameters with their blocks loaded and their values converted.
@@ -53,7 +92,14 @@ class FormFlow(Flow[P, R]):
         return super().validate_parameters(loaded)
 
 
-def form_flow(**settings: Any) -> Callable[[Callable[P, R]], Flow[P, R]]:
+def _group_of(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str]:
+    """Return the names of the fields of the parameter `more`, where a flow has one."""
+    more = parameters.get("more")
+    kinds = [kind for kind in _parts(more.annotation) if isinstance(kind, type)] if more else []
+    return frozenset(name for kind in kinds if issubclass(kind, BaseModel) for name in kind.model_fields)
+
+
+def form_flow(**settings: Any) -> Callable[[Callable[P, R]], FormFlow[P, R]]:
     """Return a decorator like `prefect.flow` whose flow explains wrong parameters.
 
     Args:

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefect_huggingface.tasks.batches import plan_batch, publish_batch, run_shard
+    from prefect_huggingface.tasks.batches import plan_batch, publish_batch, resolve_models, run_shard
+    from prefect_huggingface.tasks.batching.job import BatchOptions
     from prefect_huggingface.tasks.chains import ChainStep
     from prefect_huggingface.tasks.downloads import download_model, plan_download
     from prefect_huggingface.tasks.embedding import Embeddings, TextScore, embed_texts, rerank_texts
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         wait_for_endpoint,
     )
     from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines
+    from prefect_huggingface.tasks.estimation import estimate_batch
     from prefect_huggingface.tasks.evaluation import compare_export
     from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
     from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from prefect_huggingface.tasks.tuning import tune_engine
 
 __all__ = [
+    "BatchOptions",
     "BatchSummary",
     "ChainStep",
     "Completion",
@@ -38,6 +41,7 @@ __all__ = [
     "compare_export",
     "download_model",
     "embed_texts",
+    "estimate_batch",
     "export_to_openvino",
     "generate_chat",
     "generate_text",
@@ -51,6 +55,7 @@ __all__ = [
     "prune_store",
     "publish_batch",
     "rerank_texts",
+    "resolve_models",
     "resume_endpoint",
     "run_shard",
     "scale_endpoint_to_zero",
@@ -62,12 +67,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "batches": ("plan_batch", "publish_batch", "run_shard"),
+    "batches": ("plan_batch", "publish_batch", "resolve_models", "run_shard"),
+    "batching.job": ("BatchOptions",),
     "chains": ("ChainStep",),
     "downloads": ("download_model", "plan_download"),
     "embedding": ("Embeddings", "TextScore", "embed_texts", "rerank_texts"),
     "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),
     "engines.registry": ("load_engine", "set_memory_budget", "unload_engines"),
+    "estimation": ("estimate_batch",),
     "evaluation": ("compare_export",),
     "exports": ("export_to_openvino", "list_store", "plan_export", "prune_store"),
     "generation": ("generate_chat", "generate_text", "stream_text"),

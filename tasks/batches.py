@@ -1,26 +1,45 @@
-"""Tasks of a batch: plan it, run its shards, publish its output, and look at its journal."""
+"""Tasks of a batch: plan it, resolve its models, run its shards, publish its output, and look at its journal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefect import task
+from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
 from prefect_huggingface.tasks.assets import model_keys, note_asset, place_key
-from prefect_huggingface.tasks.batching.identities import identify_model, is_greedy, name_backend, name_model
-from prefect_huggingface.tasks.batching.jobs import BatchJob, get_versions
-from prefect_huggingface.tasks.batching.plans import check_ids, choose_columns, plan_job, plan_output
-from prefect_huggingface.tasks.batching.publications import Output, Publication, get_fields, publish_output
-from prefect_huggingface.tasks.batching.shards import Shard, ShardResult, process_shard
-from prefect_huggingface.tasks.batching.statuses import get_status
+from prefect_huggingface.tasks.batching.job import (
+    BatchJob,
+    BatchOptions,
+    Model,
+    Output,
+    ResolvedModel,
+    check_ids,
+    choose_columns,
+    describe_models,
+    get_fields,
+    list_models,
+    plan_job,
+    plan_output,
+    resolve_model,
+)
+from prefect_huggingface.tasks.batching.output import Publication, RunFigures, publish_output, trial_of
+from prefect_huggingface.tasks.batching.run import choose_rows, get_status
+from prefect_huggingface.tasks.batching.shard import Chosen, Shard, ShardResult, process_shard
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
+from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import library_logs
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.tables.inputs import SourceOptions, TableFormat
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.places import reach_hub
 
 ENGINE_TAG = "hugging-face-engine"
 """Tag of the tasks that load a model. A concurrency limit on it keeps a machine from loading two by accident."""
@@ -28,86 +47,220 @@ ENGINE_TAG = "hugging-face-engine"
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What a batch will do: its job and its output, all checked, and the assets that it reads."""
+    """What a batch will do, all checked.
+
+    Attributes:
+        job: Its job.
+        output: Its output, that of the trial where it is one.
+        chosen: Rows of a trial, None for all.
+    """
 
     job: BatchJob
     output: Output
-    upstream: tuple[str, ...] = ()
+    chosen: Chosen | None = None
 
 
 def check_batch(
-    model: LocalModel | InferenceEndpoint,
+    model: Model,
     source: str,
     destination: str,
     prompt: str | None,
     options: GenerationOptions | None = None,
-    *,
-    source_format: TableFormat | None = None,
-    source_options: SourceOptions | None = None,
-    messages_column: str | None = None,
     system: str | None = None,
-    option_columns: Sequence[str] = (),
-    columns: Sequence[str] | None = None,
-    output_prefix: str = "",
-    timings: bool = False,
-    id_column: str | None = None,
+    rows: int | None = None,
+    more: BatchOptions | None = None,
 ) -> BatchPlan:
-    """Check a batch in the order of cost: the destination, the input and its columns, then the model.
-
-    The model is prepared if it has to be: downloaded, exported.
+    """Check a batch in the order of cost: the destination, then the input and its columns. Nothing is changed.
 
     Raises:
         BatchError: If the parts do not go together.
+        ChainError: If the steps of a chain do not.
         TableError: If the input cannot be read.
-        ModelSourceError: If there is no model.
     """
-    output = plan_output(source, destination, output_prefix, timings)
-    job = plan_job(source, source_format, prompt, messages_column, system, option_columns, options, source_options)
-    if id_column:
-        check_ids(job.table, id_column)
+    more = more or BatchOptions()
+    output = plan_output(source, destination, more.output_prefix, more.timings)
+    job = plan_job(source, prompt, system, options, more)
+    if more.id_column:
+        check_ids(job.table, more.id_column)
     fields = get_fields([model.options.model_dump(mode="json"), job.options])
-    output = choose_columns(job.table, output, columns, fields)
-    with library_logs():
-        identity = identify_model(model)
-    job = replace(
-        job,
-        model=identity,
-        versions=get_versions(name_backend(model)),
-        greedy=is_greedy(model, options, job.option_columns),
-        served_names=name_model(model),
-    )
-    return BatchPlan(job, output, (place_key(source), *model_keys(model, job.model.get("export"))))
+    output = choose_columns(job, output, more.columns, fields)
+    models = list_models(model, more.steps or ())
+    job = describe_models(job, models, options, more.served_names)
+    chosen = choose_rows(job.table.rows, rows, more)
+    return BatchPlan(job, output if chosen is None else trial_of(output), chosen)
 
 
-def infer_shard(model: LocalModel | InferenceEndpoint, journal: str, shard: Shard) -> ShardResult:
-    """Generate the rows of a shard with the engine of this process.
+def prepare_models(models: Sequence[Model], commits: Sequence[str | None]) -> list[ResolvedModel]:
+    """Resolve each model to one content for the whole job: its commit is found, it is downloaded and exported.
 
     Args:
-        model: Model or endpoint to use.
+        models: Models of the job.
+        commits: Commit of each that an earlier run of the job has found, or None.
+
+    Raises:
+        ModelSourceError: If there is no model.
+        HubError: If it cannot be had.
+        ExportError: If its export failed.
+    """
+    with library_logs():
+        return [resolve_model(model, commit) for model, commit in zip(models, commits, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardModel:
+    """A model on its way to the process of a shard, without its secrets.
+
+    In the process that lends it, it is the model itself. Another process reads the secrets from the saved blocks that
+    hold them.
+
+    Attributes:
+        kind: Name of its class.
+        fields: Its fields, without secrets.
+        key: What the process that lends it knows it by.
+        secrets: For each field that holds a secret, the reference to a saved block with it, None where there is none.
+    """
+
+    kind: str
+    fields: Mapping[str, Any]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    secrets: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Model) -> ShardModel:
+        """Return a model without its secrets."""
+        fields = _plain(model.model_dump(mode="json", exclude={"credentials": {"token"}, "headers": True}))
+        secrets = {}
+        if model.credentials is not None and model.credentials.token is not None:
+            secrets["credentials"] = _reference(model.credentials)
+        if isinstance(model, InferenceEndpoint) and model.headers is not None:
+            secrets["headers"] = _reference(model)
+        return cls(type(model).__name__, fields, secrets=secrets)
+
+    def borrow(self) -> Model:
+        """Return the model.
+
+        Raises:
+            BatchError: If this is another process, and a secret that the model needs is in no saved block.
+        """
+        if self.key in _lent:
+            return _lent[self.key]
+        kind = {each.__name__: each for each in (LocalModel, InferenceEndpoint)}[self.kind]
+        model: Any = kind(**self.fields)
+        for name, reference in self.secrets.items():
+            if reference is not None:
+                block: Any = Block.load_from_ref(dict(reference), _sync=True)  # type: ignore[call-arg]
+                model = model.model_copy(update={name: block.headers if name == "headers" else block})
+            elif kind is InferenceEndpoint:  # a local model is here already, and needs no token any more
+                raise BatchError(
+                    f"The {name} of the endpoint {model.base_url!r} are not saved, and no token travels to another "
+                    "process. Save the block, `.save('name')`, and use the saved one."
+                )
+        return model  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    """Return the fields of a block without what Prefect notes of saved ones."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if not name.startswith("_")}
+    return value
+
+
+def _reference(block: Any) -> Mapping[str, str] | None:
+    try:
+        reference: Mapping[str, str] = block.ref()["$ref"]
+    except ValueError:
+        return None
+    return reference
+
+
+_lent: dict[str, Model] = {}
+
+
+@contextmanager
+def lent_models(models: Sequence[Model]) -> Iterator[tuple[ShardModel, ...]]:
+    """Yield models without their secrets; in this process they are themselves for the time of the block.
+
+    Meanwhile the parameters of the flow run, which Prefect would send along, are out of reach.
+    """
+    lent = tuple(map(ShardModel.of, models))
+    _lent.update(zip((each.key for each in lent), models, strict=True))
+    context = FlowRunContext.get()
+    try:
+        if context is None:
+            yield lent
+            return
+        with context.model_copy(update={"parameters": {}}):
+            yield lent
+    finally:
+        for each in lent:
+            _lent.pop(each.key, None)
+
+
+@contextmanager
+def hub_of(model: Model) -> Iterator[None]:
+    """Use the credentials of a model for inputs and outputs on the Hub, `hf://datasets/...` for instance."""
+    # What a server of one's own takes for a token is not for the Hub.
+    own = None if isinstance(model, InferenceEndpoint) and model.url is not None else model.credentials
+    credentials = own or HuggingFaceCredentials(endpoint=os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
+    with reach_hub(credentials.endpoint, credentials.get_token()):
+        yield
+
+
+def infer_shard(models: Sequence[ShardModel], journal: str, shard: Shard) -> ShardResult:
+    """Generate the rows of a shard with the engines of this process.
+
+    Args:
+        models: Models of the job, pinned to their commits.
         journal: Path or URL of the journal.
         shard: Rows to generate; those that are in the journal are left out.
+
+    Raises:
+        BatchError: If a model in a folder has changed since the batch began.
     """
     from prefect_huggingface.tasks.engines.registry import load_engine
+    from prefect_huggingface.tasks.storage.journals.journal import Journal
     from prefect_huggingface.tasks.storage.places import Place
 
-    with library_logs():
-        return process_shard(load_engine(model), Journal(Place.of(journal)), shard)
+    place = Journal(Place.of(journal))
+    here = [model.borrow() for model in models]
+    with library_logs(), hub_of(here[0]):
+        engines = [load_engine(model) for model in here]
+        identities = (place.read_job() or {}).get("models", ())
+        for model, identity in zip(here, identities, strict=True):
+            # What is pinned to a commit cannot change.
+            loose = isinstance(model, LocalModel) and (model.is_local or model.adapters)
+            if loose and resolve_model(model).identity != identity:
+                raise BatchError(f"{model.model_id!r} has changed since the batch began. Put it back, or start anew.")
+        return process_shard(engines, place, shard)
 
 
-def publish_rows(plan: BatchPlan, journal: str, replace: bool = False) -> Publication:
+def publish_rows(
+    plan: BatchPlan,
+    owner: JournalOwner,
+    replaceable: bool = False,
+    figures: RunFigures | None = None,
+    upstream: Sequence[str] = (),
+) -> Publication:
     """Write the output of a finished batch and publish it."""
-    from prefect_huggingface.tasks.storage.places import Place
-
-    publication = publish_output(plan.job, Journal(Place.of(journal)), plan.output, replace)
+    trial = plan.chosen is not None
+    publication = publish_output(plan.job, owner, plan.output, replaceable or trial, figures, plan.chosen)
     facts = {"rows": publication.rows, "failed": publication.failed, "generated_tokens": publication.generated_tokens}
     for place in filter(None, (plan.output.destination, publication.errors_destination)):
-        note_asset(place_key(place), plan.upstream, facts)
+        note_asset(place_key(place), upstream, facts)
     return publication
+
+
+def list_upstream(plan: BatchPlan, models: Sequence[Model]) -> tuple[str, ...]:
+    """Return the keys of the assets that a batch reads: its input, its models and their exports."""
+    pairs = zip(models, plan.job.models, strict=True)
+    keys = (key for model, identity in pairs for key in model_keys(model, identity.get("export")))
+    return (place_key(plan.job.table.source), *keys)
 
 
 _settings: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
-plan_batch = task(name="plan-batch", **_settings, **HUB_RETRIES)(check_batch)
+plan_batch = task(name="plan-batch", **_settings)(check_batch)
+resolve_models = task(name="resolve-models", **_settings, **HUB_RETRIES)(prepare_models)
 run_shard = task(name="run-shard", tags=[ENGINE_TAG], task_run_name="rows-{shard.start}-{shard.stop}", **_settings)(
     infer_shard
 )

@@ -14,6 +14,7 @@ HuggingFaceTaskError
 ├── ChainError             a prompt chain that cannot be filled in or parsed
 ├── TableError             an input that cannot be read or an output that cannot be written
 ├── BatchError             a batch that cannot start or go on
+│   └── BatchCancelledError a batch whose run was cancelled in Prefect
 """
 
 from __future__ import annotations
@@ -87,3 +88,7 @@ class TableError(HuggingFaceTaskError):
 
 class BatchError(HuggingFaceTaskError):
     """A batch cannot start or go on."""
+
+
+class BatchCancelledError(BatchError):
+    """The run of a batch was cancelled in Prefect. Its journal keeps what is finished."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from prefect_huggingface.tasks.batching.monitors import Progress as BatchProgress
+from prefect_huggingface.tasks.batching.run import Progress as BatchProgress
 from prefect_huggingface.tasks.records import BatchSummary
 
 logger = get_logger(__name__)

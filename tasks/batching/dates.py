@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import SUFFIX, Journal
-from prefect_huggingface.tasks.storage.journals.locks import is_held
+from prefect_huggingface.tasks.storage.journals.ownership import is_held
 from prefect_huggingface.tasks.storage.places import Place
 
 PLACEHOLDERS = {

@@ -6,6 +6,7 @@ fsspec's own configuration, never from the URL's user.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefect_huggingface.tasks.errors import TableError
-from prefect_huggingface.tasks.storage.scratch import scratch_file
+from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
 AHEAD_BYTES = 2**20
 
@@ -104,6 +105,19 @@ class Place:
         with self.open() as file:
             return file.read()
 
+    def digest(self) -> str:
+        """Return the sha256 of the content as it lies there."""
+        with self.open(ahead=True) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def version(self) -> str:
+        """Return what a remote store says of the content, such as an ETag; nothing for a local file."""
+        if self.is_local:
+            return ""
+        system, path = _file_system(self.url)
+        _forget(system)
+        return str(system.ukey(path))
+
     def write(self, content: bytes) -> None:
         """Write the whole content at once: a reader sees all of it or nothing.
 
@@ -113,14 +127,40 @@ class Place:
             system, path = _file_system(self.url)
             system.pipe_file(path, content)
             return
+        with self._written(content) as temporary:
+            os.replace(temporary, self.url)
+
+    @contextmanager
+    def _written(self, content: bytes) -> Iterator[str]:
+        """Yield a durable local file with the content, to be moved to this place."""
         os.makedirs(os.path.dirname(self.url), exist_ok=True)
         temporary = f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.url)
-        sync_path(os.path.dirname(self.url))
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+            sync_path(os.path.dirname(self.url))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def create(self, content: bytes) -> bool:
+        """Write the whole content unless there is a file already, and return whether it was written.
+
+        Of several processes that do so at once one succeeds, on local file systems and where fsspec has conditional
+        writes (S3, GCS, Azure, memory). Elsewhere fsspec looks first and then writes.
+        """
+        try:
+            if not self.is_local:
+                system, path = _file_system(self.url)
+                system.pipe_file(path, content, mode="create")
+                return True
+            with self._written(content) as temporary:
+                _link_alone(temporary, self.url)
+        except FileExistsError:
+            return False
+        return True
 
     def names(self) -> list[str]:
         """Return the sorted names in this folder; a folder that does not exist has none."""
@@ -135,8 +175,6 @@ class Place:
 
     def remove(self) -> None:
         """Remove the file, or the folder with all that is in it, if it is there."""
-        import shutil
-
         if self.is_local:
             if os.path.isdir(self.url):
                 shutil.rmtree(self.url, ignore_errors=True)
@@ -165,36 +203,33 @@ class Place:
             self._publish(temporary, replace)
 
     def _publish(self, temporary: Path, replace: bool) -> None:
-        if not replace and self.exists():
-            raise TableError(f"{self.url!r} exists already. Choose another destination, or move the file away.")
-        if not self.is_local:
-            system, path = _file_system(self.url)
-            system.put_file(str(temporary), path)
-            return
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.url)
-        sync_path(os.path.dirname(self.url))
+        try:
+            if not self.is_local:  # in parts, and as a whole for those who read
+                system, path = _file_system(self.url)
+                system.put_file(str(temporary), path, mode="overwrite" if replace else "create")
+                return
+            sync_path(temporary)
+            (os.replace if replace else _link_alone)(str(temporary), self.url)
+            sync_path(os.path.dirname(self.url))
+        except FileExistsError:
+            raise TableError(
+                f"{self.url!r} exists already. Choose another destination, or move the file away."
+            ) from None
 
 
-def sync_path(path: str | os.PathLike[str]) -> None:
-    """Make a local file durable, or the names within a local folder."""
-    if os.name == "nt" and os.path.isdir(path):
-        return  # Windows cannot, and need not
-    # Windows makes only files durable that are open for writing.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+def _link_alone(source: str, target: str) -> None:
+    """Give a file another name that nobody has yet.
+
+    Raises:
+        FileExistsError: If somebody has it.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make a file appear under another name: as a link, or as a copy where the system allows no links."""
-    try:
-        target.symlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with open(target, "xb") as file:
+            file.write(Path(source).read_bytes())
 
 
 def find_places(source: str) -> list[Place]:
@@ -236,11 +271,29 @@ def _like(pattern: Place, path: str) -> Place:
     return Place(str(system.unstrip_protocol(path)))
 
 
+_hub: dict[str, Any] = {}
+
+
+@contextmanager
+def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
+    """Read and write `hf://` of a Hub with its own token, or with none, for the time of the block.
+
+    It holds for the whole process, since files are also written by threads. A token never goes to another Hub.
+    """
+    before = dict(_hub)
+    _hub.update(endpoint=endpoint, token=token or False)
+    try:
+        yield
+    finally:
+        _hub.clear()
+        _hub.update(before)
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        system, path = fsspec.url_to_fs(url)
+        system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     return system, path

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,10 +120,12 @@ def measure_scale(rows: int, format: str, folder: Path) -> None:
     """Put rows through the whole flow, with an engine that gives a constant answer at once."""
     from prefect_huggingface.blocks import LocalModel
     from prefect_huggingface.flows.batches import batch_inference
-    from prefect_huggingface.tasks.engines import cache_table
+    from prefect_huggingface.tasks.engines import registry
 
     checkpoint = make_checkpoint(folder / "tiny-llama", MAKE_TINY)
-    cache_table.ENGINE_CLASSES["torch", "text-generation"] = "support.instant_engines:ConstantEngine"
+    # Classes of engines are looked up in the package.
+    sys.modules["prefect_huggingface.tasks.engines.instant"] = import_module("support.instant_engines")
+    registry.ENGINE_CLASSES["torch", "text-generation"] = "instant:ConstantEngine"
     model = LocalModel(model_id=str(checkpoint), backend="torch")
     with tempfile.TemporaryDirectory(dir=folder) as work, prefect_server():
         source, destination = Path(work) / f"in.{format}", Path(work) / f"out.{format}"
@@ -233,7 +236,7 @@ def measure_sharing(rows: int, format: str, folder: Path) -> None:
             began = time.monotonic()
             batch_inference(
                 model, str(source), str(destination), beginning + " {question}", options, deduplicate=shared,
-                ordered=shared, show_progress=False,
+                group_by_prefix=shared, show_progress=False,
             )  # fmt: skip
             results[shared] = (time.monotonic() - began, destination.read_bytes())
     report(

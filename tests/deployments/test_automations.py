@@ -23,7 +23,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect_huggingface.deployments.automations.__main__ import main
 from prefect_huggingface.deployments.automations.creation import FOLDER, create_automations, read_file
 from prefect_huggingface.flows.batches import batch_inference
-from prefect_huggingface.flows.reports import report_failure
+from prefect_huggingface.flows.maintenance import report_failure
 from prefect_huggingface.tasks.errors import PlanError
 from support.prefect_services import PrefectServices, prefect_services, wait_until
 
@@ -68,7 +68,7 @@ def deploy(client: SyncPrefectClient, flow: Any, **parameters: Any) -> Any:
 @pytest.fixture(scope="module")
 def deployed(client: SyncPrefectClient) -> dict[str, Any]:
     return {
-        "batch": deploy(client, batch_inference, prompt="{question}", shards=2),
+        "batch": deploy(client, batch_inference, prompt="{question}", more={"shards": 2}),
         "report": deploy(client, report_failure),
     }
 
@@ -151,7 +151,7 @@ def test_a_file_that_arrives_starts_a_batch(
     literal = path.replace("{", "{{").replace("}", "}}")
     assert len(runs) == before + 1
     assert runs[0]["parameters"] == {
-        "prompt": "{question}", "shards": 2, "source": literal, "destination": f"{literal}.answers.jsonl",
+        "prompt": "{question}", "more": {"shards": 2}, "source": literal, "destination": f"{literal}.answers.jsonl",
     }  # fmt: skip
 
 

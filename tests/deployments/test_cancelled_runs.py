@@ -72,7 +72,7 @@ def test_a_batch_outlives_its_operator(operator: Operator, tmp_path, tiny_openvi
     parameters = {
         "model": {"model_id": str(tiny_openvino), "chat_template": "never"},
         "source": str(source), "destination": str(destination), "prompt": PROMPT,
-        "in_flight": 2, "deduplicate": False, "show_progress": False, "when_running": "wait",
+        "more": {"max_concurrency": 2, "deduplicate": False, "show_progress": False, "if_running": "wait"},
         "options": {"max_new_tokens": 400, "ignore_eos": True},
     }  # fmt: skip
     journal, dice = Journal.beside(str(destination)), random.Random(seed)

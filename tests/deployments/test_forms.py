@@ -72,18 +72,24 @@ def test_blocks_are_chosen_from_a_list(deployments):
 
 
 def test_limits_and_choices_reach_the_form(deployments):
-    fields = deployments["batch-inference"]["parameter_openapi_schema"]["properties"]
+    schema = deployments["batch-inference"]["parameter_openapi_schema"]
+    assert list(schema["properties"]) == [
+        "model", "source", "destination", "prompt", "options", "system", "rows", "more",
+    ]  # fmt: skip
+    assert {"minimum": 1, "type": "integer"} in schema["properties"]["rows"]["anyOf"]
+    fields = schema["definitions"]["BatchOptions"]["properties"]
     assert (fields["shards"]["minimum"], fields["shards"]["maximum"]) == (1, 10_000)
     assert fields["keep_journal"]["enum"] == ["failed", "always", "never"]
-    assert {"minimum": 1, "type": "integer"} in fields["in_flight"]["anyOf"]
+    assert {"minimum": 1, "type": "integer"} in fields["max_concurrency"]["anyOf"]
 
 
 @pytest.mark.parametrize(
     ("parameters", "status", "words"),
     [
-        ({"shards": 0}, 409, "'shards'. Failure reason: 0 is less than the minimum of 1"),
-        ({"in_flight": -1}, 409, "'in_flight'"),
-        ({"keep_journal": "maybe"}, 409, "'maybe' is not one of ['failed', 'always', 'never']"),
+        ({"more": {"shards": 0}}, 409, "'more.shards'. Failure reason: 0 is less than the minimum of 1"),
+        ({"more": {"max_concurrency": -1}}, 409, "max_concurrency"),
+        ({"rows": 0}, 409, "'rows'"),
+        ({"more": {"keep_journal": "maybe"}}, 409, "'maybe' is not one of ['failed', 'always', 'never']"),
         ({"sources": "x.jsonl"}, 409, "'sources' was unexpected"),
         ({"source": [{"question": "a"}, {"question": "b"}]}, 409, "is not of type 'string'"),
         ({"source": "x" * 600_000}, 422, "must be less than 524,288 bytes"),
@@ -111,7 +117,7 @@ def test_a_wrong_value_is_refused_before_a_run_is_made(deployed, deployments, pa
         ({"model": slug("model-store", "default")}, "got one of type hugging-face-model-store"),
         ({"source": "/nowhere/rows.jsonl"}, "'/nowhere/rows.jsonl' holds no file to read. Correct the path"),
         ({"source": "{questions}.jsonl"}, "questions"),
-        ({"time_zone": "Europe/Nowhere"}, "Europe/Nowhere"),
+        ({"more": {"time_zone": "Europe/Nowhere"}}, "Europe/Nowhere"),
         ({"prompt": "What is {nothing}?"}, "nothing"),
     ],
     ids=lambda value: str(value)[:50],

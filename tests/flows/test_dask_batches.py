@@ -14,7 +14,7 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
-from prefect_huggingface.tasks.batching.runs import cut_shards
+from prefect_huggingface.tasks.batching.run import cut_shards
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 
 pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingface[dask]"')
@@ -59,7 +59,14 @@ def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> 
         thread.start()
         on_dask = batch_inference.with_options(task_runner=DaskTaskRunner(address=cluster.scheduler_address))
         summary = on_dask(
-            model, str(source), str(destination), PROMPT, OPTIONS, shards=SHARDS, in_flight=4, keep_journal="always"
+            model,
+            str(source),
+            str(destination),
+            PROMPT,
+            OPTIONS,
+            shards=SHARDS,
+            max_concurrency=4,
+            keep_journal="always",
         )
         thread.join()
 

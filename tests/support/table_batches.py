@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect_huggingface.tasks.batching.plans import choose_columns, plan_job, plan_output
-from prefect_huggingface.tasks.batching.publications import Publication, publish_output
-from prefect_huggingface.tasks.batching.runs import open_run
-from prefect_huggingface.tasks.batching.shards import process_shard
+from prefect_huggingface.tasks.batching.job import BatchOptions, choose_columns, plan_job, plan_output
+from prefect_huggingface.tasks.batching.output import Publication, publish_output
+from prefect_huggingface.tasks.batching.run import open_run
+from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from support.instant_engines import InstantEngine
 
 
@@ -25,10 +26,12 @@ def answer_table(
 ) -> Publication:
     """Put a table through an engine that gives the same answer to everything, and publish its output."""
     output = plan_output(str(source), str(destination), prefix)
-    job = plan_job(str(source), None, prompt, **reading)
-    output = choose_columns(job.table, output, columns, {})
+    more = BatchOptions(source_options=reading.pop("source_options", None), source_format=reading.pop("format", None))
+    job = plan_job(str(source), prompt, more=more, **reading)
+    output = choose_columns(job, output, columns, {})
     journal = Journal.beside(str(destination))
-    run = open_run(journal, job)
-    for shard in run.shards:
-        process_shard(InstantEngine(answer), journal, shard)
-    return publish_output(job, journal, output)
+    with hold_journal(journal) as owner:
+        run = open_run(owner, job)
+        for shard in run.shards:
+            process_shard([InstantEngine(answer)], journal, shard)
+        return publish_output(job, owner, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.batches import check_batch
-from prefect_huggingface.tasks.batching.plans import check_free
-from prefect_huggingface.tasks.batching.runs import check_failures
+from prefect_huggingface.tasks.batching.job import BatchOptions, add_models, check_free, resolve_model
+from prefect_huggingface.tasks.batching.run import Progress, check_failures
 from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, ModelSourceError, TableError
+from prefect_huggingface.tasks.storage.journals import ownership
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal, is_held
 
 # A model that is not there: whatever is refused before it is looked at costs nothing.
 NO_MODEL = LocalModel(model_id="/no/such/model", backend="torch")
@@ -30,7 +32,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def check(source: Path | str, destination: Path | str, prompt: str | None = "{country}", **settings: Any) -> None:
-    check_batch(NO_MODEL, str(source), str(destination), prompt, **settings)
+    own = {name: settings.pop(name) for name in ("system", "rows") if name in settings}
+    check_batch(NO_MODEL, str(source), str(destination), prompt, **own, more=BatchOptions(**settings))
 
 
 @pytest.mark.parametrize(
@@ -58,10 +61,29 @@ def test_settings_that_do_not_fit_the_table(
 
 
 @pytest.mark.parametrize("prefix", ["", "new_"])
-def test_the_model_is_looked_at_last(tmp_path: Path, source: Path, prefix: str) -> None:
-    columns = None if prefix else ["country"]
+def test_a_plan_changes_nothing_and_leaves_the_model_alone(tmp_path: Path, source: Path, prefix: str) -> None:
+    check(source, tmp_path / "out.csv", output_prefix=prefix, columns=None if prefix else ["country"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
     with pytest.raises(ModelSourceError, match="/no/such/model"):
-        check(source, tmp_path / "out.csv", output_prefix=prefix, columns=columns)
+        resolve_model(NO_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("in.jsonl/deeper/out.csv", "in.jsonl' is not a folder"), (f"{'n' * 240}.csv", "its name has 244 characters")],
+)
+def test_a_destination_that_cannot_be_written_is_found_in_the_plan(
+    tmp_path: Path, source: Path, name: str, message: str
+) -> None:
+    with pytest.raises(BatchError, match=message):
+        check(source, tmp_path / name, columns=["country"])
+
+
+def test_a_full_disk_is_found_in_the_plan(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    with pytest.raises(BatchError, match=r"the disk has 2.0 MB left"):
+        check(source, tmp_path / "out.csv", columns=["country"])
 
 
 @pytest.mark.parametrize(
@@ -107,18 +129,26 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_too_many_failures_as_a_number_or_a_share() -> None:
-    check_failures(1000, 1000, None)
-    check_failures(5, 1000, 5)
-    check_failures(100, 1000, 0.1)
-    for failed, limit in ((6, 5), (101, 0.1)):
+    def progress(failed: int, finished: int = 1000, invalid: int = 0) -> Progress:
+        return Progress(1000, finished, 0, failed, 0, 1.0, 1.0, 1.0, invalid)
+
+    check_failures(progress(1000), None)
+    check_failures(progress(5), 5)
+    check_failures(progress(100), 0.1)
+    check_failures(progress(40, 49), 0.1)  # too early for a share
+    for failed, finished, limit in ((6, 1000, 5), (6, 7, 5), (101, 1000, 0.1), (6, 50, 0.1)):
         with pytest.raises(BatchError, match="retry_failed=True"):
-            check_failures(failed, 1000, limit)
+            check_failures(progress(failed, finished), limit)
+
+    check_failures(progress(30, 100, 10), None, min_valid=0.87)  # 10 of 80 answers
+    with pytest.raises(BatchError, match="10 of 80 answers"):
+        check_failures(progress(30, 100, 10), None, min_valid=0.9)
+    check_failures(progress(10, 49, 10), None, min_valid=0.9)
 
 
 HOLDER = """
 import sys, time
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 with hold_journal(Journal.beside(sys.argv[1]), "refuse"):
     print("holding", flush=True)
@@ -131,7 +161,10 @@ def test_two_runs_at_once_are_refused_or_wait(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLDER, destination], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"holding\n"
-    with pytest.raises(BatchError, match="Another run works on"), hold_journal(Journal.beside(destination), "refuse"):
+    with (
+        pytest.raises(BatchError, match="Another run is already writing"),
+        hold_journal(Journal.beside(destination), "refuse"),
+    ):
         pass
     assert is_held(Journal.beside(destination))
     process.kill()  # the lock ends with its process
@@ -142,25 +175,25 @@ def test_two_runs_at_once_are_refused_or_wait(tmp_path: Path) -> None:
     assert not is_held(Journal.beside(destination))
 
 
-def test_leases_on_other_places(tmp_path: Path) -> None:
+def test_leases_on_other_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "RENEWAL_SECONDS", 0.1)
     journal = Journal.beside(f"memory://{tmp_path.name}/out.csv")
     assert not is_held(journal)
     with hold_journal(journal):
         assert is_held(journal)
-        with pytest.raises(BatchError, match="Another run works on"), hold_journal(journal):
+        with pytest.raises(BatchError, match="Another run is already writing"), hold_journal(journal):
             pass
     assert not is_held(journal)
-    journal.place.child("lock").write(json.dumps({"owner": "gone", "until": 1.0}).encode())
-    with hold_journal(journal):  # the owner did not renew it
-        assert is_held(journal)
 
 
 def test_the_plan_names_what_decides_the_text(tmp_path: Path, source: Path, tiny_llama: Path) -> None:
     def key(**changes: Any) -> str:
         model = LocalModel(model_id=str(tiny_llama), backend="torch", **changes.pop("model", {}))
         prompt = changes.pop("prompt", "{country}")
-        plan = check_batch(model, str(source), str(tmp_path / "out.csv"), prompt, output_prefix="x", **changes)
-        return plan.job.key
+        more = BatchOptions(output_prefix="x", timings=changes.pop("timings", False))
+        plan = check_batch(model, str(source), str(tmp_path / "out.csv"), prompt, more=more, **changes)
+        return add_models(plan.job, [model], [resolve_model(model)]).key
 
     first = key()
     assert key(timings=True) == first  # how the output looks is no part of it

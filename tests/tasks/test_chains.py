@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from prefect_huggingface.tasks.chains import ChainStep, check_chain, parse_output, render_prompt
+from prefect_huggingface.tasks.batching.chains import ChainRows, ChainStep, check_chain, parse_output
+from prefect_huggingface.tasks.batching.requests import RowProblem, RowRequest
 from prefect_huggingface.tasks.errors import ChainError
 
 
@@ -19,7 +20,7 @@ def step(prompt: str = "Say {word}", name: str = "first", parser: str = "text") 
         ([step("{second}"), step("x", "second")], "neither an input nor an earlier step"),
         ([step(), step()], "'first' is used twice"),
         ([step("x", "word")], "'word' is used twice"),
-        ([step("{word")], "is not a prompt template"),
+        ([step("{word")], "not a prompt template"),
         ([step("x"), step("{first_age}", "second")], "neither an input nor an earlier step"),
     ],
 )
@@ -38,16 +39,23 @@ def test_later_prompts_use_outputs_and_the_fields_of_json():
     steps = [step("{word}", "person", "json"), step("{person_age} {word} {person}", "second")]
     check_chain(steps, {"word": "hi"})
     values = {"word": "hi", "person": {"name": "Ada", "age": 36}}
-    assert render_prompt(steps[1], values) == "36 hi {'name': 'Ada', 'age': 36}"
+    made = ChainRows(steps).make(0, 1, values)
+    assert isinstance(made, RowRequest)
+    assert made.request.prompt == "36 hi {'name': 'Ada', 'age': 36}"
 
 
 def test_a_field_that_the_json_lacks_is_named():
-    with pytest.raises(ChainError, match=r"\{person_age\}.*no such field.*person_name"):
-        render_prompt(step("{person_age}"), {"person": {"name": "Ada"}})
+    steps = [step("x", "person", "json"), step("{person_age}")]
+    problem = ChainRows(steps).make(0, 1, {"person": {"name": "Ada"}})
+    assert isinstance(problem, RowProblem)
+    assert problem.message.startswith("Step 'first': {person_age} is not there, since the JSON")
+    assert "person_name" in problem.message
 
 
 def test_double_braces_are_text():
-    assert render_prompt(step('{{"a": {word}}}'), {"word": 1}) == '{"a": 1}'
+    made = ChainRows([step('{{"a": {word}}}')]).make(0, 0, {"word": 1})
+    assert isinstance(made, RowRequest)
+    assert made.request.prompt == '{"a": 1}'
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from prefect_huggingface.tasks.batching.monitors import Progress
+from prefect_huggingface.tasks.batching.run import Progress
 from prefect_huggingface.tasks.progress import ProgressBar, describe, format_seconds, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-VECTOR_TASKS = ("feature-extraction", "text-classification")
+VECTOR_EXPORTS = ("feature-extraction", "text-classification")
 # Files and folders of Sentence Transformers, which say how vectors are made of what the model gives.
 SENTENCE_FILES = re.compile(r"modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json")
 MODULE_FOLDERS = re.compile(r"\d+_[A-Za-z]+")
@@ -23,7 +24,7 @@ ANSWERS = ("yes", "no")
 MORE_ENCODERS = {"modernbert": "DistilBertOpenVINOConfig"}
 
 
-def is_causal(config: dict[str, Any]) -> bool:
+def is_causal(config: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint is a language model."""
     return any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or [])
 
@@ -34,7 +35,7 @@ def optimum_arguments(source: str, task: str) -> dict[str, Any]:
     A reranker that is a language model gives the probability of one next token, so that its inner model is enough: the
     output layer for all words and all tokens would cost more memory than everything else.
     """
-    if task not in VECTOR_TASKS:
+    if task not in VECTOR_EXPORTS:
         return {"task": task}
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     if is_causal(config):

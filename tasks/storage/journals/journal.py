@@ -1,40 +1,204 @@
 """The journal of a batch: what the job is, and every finished row, durable from the moment its segment is there.
 
-It is a folder beside the destination:
+It is a folder beside the destination. Every file belongs to one owner, whose number (`epoch`) stands in its name, so
+that nobody ever writes or deletes what another owner has written:
 
-    job.json       what the job consists of, human readable, and its key
-    attempt.json   the run that owns the journal now; shards of an older run notice it and stop
-    published.json the hash of the output, once there is one
-    stop           asks all shards to stop, wherever they run
-    lock           held while a run owns the journal (local file systems)
-    segments/      finished rows, see `segments`
+    owner-000001.json      a run that owns the journal, or did; the highest number owns it, see `ownership`
+    alive-000001-ID.json   written again and again while that run lives (remote journals)
+    job-000001.json        what the job consists of, human readable, and its key
+    published-000001.json  what is known of the output, once there is one
+    stop-000001.json       asks the shards of that run to stop, wherever they run
+    segments/              finished rows
 
-A segment appears whole or not at all: by rename locally, as a single object elsewhere. One that cannot be trusted is
-set aside under a `.damaged` name and its rows are generated again.
+A segment is an Arrow IPC file with the key of its job in the metadata and a checksum of the file in its name. It
+appears whole or not at all: by rename locally, as a single object elsewhere. One that cannot be trusted is set aside
+under a `.damaged` name and its rows are generated again. (Measured: Arrow writes 600,000 and reads 1,400,000 rows per
+second of processor time where Parquet has 420,000 and 450,000, and Parquet's checksums leave out its footer, so that
+a quarter of all flipped bits would pass.)
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, NamedTuple, Self
 
 from prefect.logging import get_logger
 
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.segments import (
-    SegmentError,
-    SegmentName,
-    decode_segment,
-    encode_segment,
-)
 from prefect_huggingface.tasks.storage.places import Place
 
 logger = get_logger(__name__)
 
 SUFFIX = ".journal"
+SEGMENT_NAME = re.compile(
+    r"^e(\d{6,})-([0-9a-f]{8})-(\d{6,})-(\d{12,})-(\d{12,})-n(\d+)-r(\d+)-f(\d+)-t(\d+)-([0-9a-f]{16})\.arrow$"
+)
+TORN_READS = 5  # of a record that a store without whole writes shows while it is written
+TORN_SECONDS = 0.2
+COMMIT_ROWS = 512  # rows that are worth a segment of their own
+SHORT_INTERVAL_SECONDS = 0.2  # between two segments when rows come fast
+FIRST_INTERVAL_SECONDS = 0.1  # between two segments when rows come slowly, in the beginning ...
+REMOTE_INTERVAL_SECONDS = 2.0  # the same where every segment is a request to a remote store
+LONG_INTERVAL_SECONDS = 4.0  # ... and in the long run, so that a night makes thousands of segments and not more
+BUFFER_ROWS = 32_768  # rows that wait for the disk at most
+
+
+class SegmentError(Exception):
+    """A segment is torn, changed, or of another job."""
+
+
+class ResultRow(NamedTuple):
+    """A finished step of one row: the output columns, and what the journal needs besides.
+
+    The journal keeps one for each step of each row; of two with the same row and step, that of the later epoch counts.
+
+    Attributes:
+        row: Number of the row in the input, from 0.
+        step: Number of the step in the chain, from 0. A batch without steps has the step 0 only.
+        completion: Text that was generated.
+        status: "ok", "length", or the kind of the error.
+        finish_reason: Why the text ends.
+        prompt_tokens: Number of tokens of the prompt.
+        generated_tokens: Number of tokens of the text.
+        seconds: Time that the step took.
+        error: What went wrong, or None.
+        details: JSON of what else belongs to the step (structured values, further answers), or None.
+        shared: Whether the text was generated for another row with the same prompt.
+        digest: Hash of the prompt and its options, where the text may be shared with other rows.
+        is_last: Whether the row is finished with it: it is the last step of the chain, or it failed.
+    """
+
+    row: int
+    step: int = 0
+    completion: str | None = None
+    status: str = "ok"
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+    details: str | None = None
+    shared: bool = False
+    digest: bytes | None = None
+    is_last: bool = True
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SegmentName:
+    """What the name of a segment tells.
+
+    Attributes:
+        epoch: Number of the owner that wrote it.
+        attempt: Random name of the attempt at a shard that it belongs to.
+        number: Number within the attempt.
+        first: Least number of its rows.
+        last: Greatest number of its rows.
+        steps: Number of finished steps in it.
+        rows: Number of rows that are finished with them.
+        failed: Number of those that failed.
+        tokens: Number of tokens that were generated for them.
+        checksum: Hash of the content.
+    """
+
+    epoch: int
+    attempt: str
+    number: int
+    first: int
+    last: int
+    steps: int
+    rows: int
+    failed: int
+    tokens: int
+    checksum: str = ""
+
+    @classmethod
+    def parse(cls, name: str) -> SegmentName | None:
+        """Return what a file name tells, or None if it is not that of a segment."""
+        found = SEGMENT_NAME.match(name)
+        if found is None:
+            return None
+        epoch, attempt, *numbers, checksum = found.groups()
+        return cls(int(epoch), attempt, *map(int, numbers), checksum=checksum)
+
+    def __str__(self) -> str:
+        return (
+            f"e{self.epoch:06}-{self.attempt}-{self.number:06}-{self.first:012}-{self.last:012}"
+            f"-n{self.steps}-r{self.rows}-f{self.failed}-t{self.tokens}-{self.checksum}.arrow"
+        )
+
+
+@lru_cache(maxsize=1)
+def segment_schema() -> Any:
+    """Return the types of a segment's columns, in the order of `ResultRow`."""
+    import pyarrow as pa
+
+    kinds = {
+        "row": pa.int64(), "step": pa.int16(), "prompt_tokens": pa.int32(), "generated_tokens": pa.int32(),
+        "seconds": pa.float64(), "shared": pa.bool_(), "digest": pa.binary(), "is_last": pa.bool_(),
+    }  # fmt: skip
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in ResultRow._fields])
+
+
+def encode_segment(job: str, rows: Sequence[ResultRow]) -> bytes:
+    """Return the content of a segment.
+
+    Args:
+        job: Key of the job.
+        rows: At least one.
+    """
+    import pyarrow as pa
+
+    schema = segment_schema()
+    columns = [_to_array(values, field.type) for values, field in zip(zip(*rows, strict=True), schema, strict=True)]
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_file(sink, schema.with_metadata({"job": job}), options=options) as file:
+        file.write_batch(pa.record_batch(columns, schema=schema))
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _to_array(values: Sequence[Any], kind: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:  # a lone surrogate, in a message that quotes its input for instance
+        return pa.array([value and value.encode("utf-8", "replace").decode() for value in values], kind)
+
+
+def decode_segment(job: str, name: SegmentName, content: bytes) -> Any:
+    """Return the rows of a segment as a `pyarrow.Table`.
+
+    Raises:
+        SegmentError: If it is torn, changed, or of another job.
+    """
+    import pyarrow as pa
+
+    if checksum(content) != name.checksum:
+        raise SegmentError("its content does not match the checksum in its name")
+    try:
+        table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
+    except pa.ArrowInvalid as exc:
+        raise SegmentError(f"it is no Arrow file: {exc}") from None
+    if not table.schema.equals(segment_schema()):
+        raise SegmentError("it is of another version")
+    if (owner := (table.schema.metadata or {}).get(b"job", b"").decode()) != job:
+        raise SegmentError(f"it belongs to another job: {owner!r}")
+    return table.replace_schema_metadata(None)
+
+
+def checksum(content: bytes) -> str:
+    """Return the checksum that stands in the name of a segment."""
+    return blake2b(content, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,45 +236,34 @@ class Journal:
         return 0.5 if self.place.is_local else 5.0
 
     def read_job(self) -> dict[str, Any] | None:
-        """Return what the job consists of, or None if there is no journal.
+        """Return what the job consists of, or None if there is no journal, or it was removed.
 
         Raises:
             BatchError: If the record cannot be read.
         """
-        return self._read_record("job.json")
-
-    def write_job(self, job: Mapping[str, Any]) -> None:
-        """Write what the job consists of."""
-        self._write_record("job.json", job)
+        return self._read_latest("job")
 
     def read_published(self) -> dict[str, Any]:
-        """Return the record of the output that was published last, empty if there is none."""
-        return self._read_record("published.json") or {}
+        """Return what is known of the output that was published last, empty if there is none."""
+        return self._read_latest("published") or {}
 
-    def write_published(self, record: Mapping[str, Any]) -> None:
-        """Note what was published."""
-        self._write_record("published.json", record)
+    def read_owner(self) -> dict[str, Any] | None:
+        """Return the record of the run that owns the journal, or owned it last: its `epoch`, `id` and so on."""
+        return self._read_latest("owner", since=0)
 
-    def read_attempt(self) -> dict[str, Any]:
-        """Return the record of the run that owns the journal, empty if there is none."""
-        return self._read_record("attempt.json") or {}
+    def is_stopped(self, epoch: int, owner: str) -> bool:
+        """Return whether the shards of an owner have to stop: they were asked to, or another run has taken over.
 
-    def write_attempt(self, attempt: Mapping[str, Any]) -> None:
-        """Make a run the owner of the journal, and withdraw an earlier wish to stop."""
-        self.place.child("stop").remove()
-        self._write_record("attempt.json", attempt)
-
-    def request_stop(self, reason: str) -> None:
-        """Ask all shards to stop. They commit what is finished."""
-        self._write_record("stop", {"reason": reason})
-
-    def is_stopped(self, attempt: str) -> bool:
-        """Tell whether the shards of a run have to stop: they were asked to, or another run has taken over."""
-        return self.place.child("stop").exists() or self.read_attempt().get("id") != attempt
+        Only names are looked at, which no store shows torn.
+        """
+        names = set(self.place.names())
+        ended = {f"stop-{epoch:06}.json", f"owner-{epoch + 1:06}.json"} & names
+        return bool(ended) or f"alive-{epoch:06}-{owner}.json" not in names
 
     def names(self) -> list[SegmentName]:
         """Return the names of all segments, which are not read."""
-        return [name for name in map(SegmentName.parse, self.segments.names()) if name]
+        since = self._valid_since()
+        return [name for name in map(SegmentName.parse, self.segments.names()) if name and name.epoch > since]
 
     def count(self) -> JournalCounts:
         """Return the counts that the names of the segments tell, without reading them."""
@@ -122,21 +275,39 @@ class Journal:
             len(names),
         )
 
-    def append(self, name: SegmentName, job: str, answers: list[tuple[Any, ...]]) -> None:
-        """Write a segment durably."""
-        self.segments.child(str(name)).write(encode_segment(job, answers))
+    def append(self, epoch: int, attempt: str, number: int, job: str, rows: Sequence[ResultRow]) -> SegmentName:
+        """Write a segment durably, and return its name.
+
+        Args:
+            epoch: Number of the owner.
+            attempt: Random name of the attempt at a shard, 8 hexadecimal digits.
+            number: Number within the attempt.
+            job: Key of the job.
+            rows: Finished steps. At least one.
+        """
+        content = encode_segment(job, rows)
+        numbers = [row.row for row in rows]
+        name = SegmentName(
+            epoch, attempt, number, min(numbers), max(numbers), len(rows),
+            rows=sum(row.is_last for row in rows),
+            failed=sum(row.is_last and row.error is not None for row in rows),
+            tokens=sum(row.generated_tokens for row in rows if not row.shared),
+            checksum=checksum(content),
+        )  # fmt: skip
+        self.segments.child(str(name)).write(content)
+        return name
 
     def load(self, name: SegmentName, job: str) -> Any:
-        """Return the rows of a segment as a `pyarrow.Table`.
+        """Return the rows of a segment as a `pyarrow.Table` with the columns of `ResultRow`.
 
         Raises:
             SegmentError: If the segment cannot be trusted.
         """
         import pyarrow.compute as pc
 
-        table = decode_segment(job, self.segments.child(str(name)).read())
+        table = decode_segment(job, name, self.segments.child(str(name)).read())
         bounds = pc.min_max(table["row"]).as_py()
-        if (name.rows, name.first, name.last) != (table.num_rows, bounds["min"], bounds["max"]):
+        if (name.steps, name.first, name.last) != (table.num_rows, bounds["min"], bounds["max"]):
             raise SegmentError("its rows are not those that its name tells")
         return table
 
@@ -146,24 +317,18 @@ class Journal:
         Call it only while the journal is owned and no shard runs.
         """
         trusted = []
-        for text in self.segments.names():
-            name = SegmentName.parse(text)
-            if name is None:
-                if text.endswith(".tmp"):  # what a killed process was about to rename
-                    self.segments.child(text).remove()
-                continue
+        for name in self.names():
             try:
                 self.load(name, job)
             except SegmentError as exc:
-                logger.warning("Segment %s is set aside: %s. Its rows are generated again.", text, exc)
-                self._set_aside(self.segments.child(text))
+                logger.warning("Segment %s is set aside: %s. Its rows are generated again.", name, exc)
+                self._set_aside(self.segments.child(str(name)))
                 continue
             trusted.append(name)
+        for text in self.segments.names():
+            if text.endswith(".tmp"):  # what a killed process was about to rename
+                self.segments.child(text).remove()
         return trusted
-
-    def remove(self) -> None:
-        """Delete the journal."""
-        self.place.remove()
 
     def _set_aside(self, place: Place) -> None:
         if place.is_local:
@@ -172,17 +337,208 @@ class Journal:
         place.beside(".damaged").write(place.read())
         place.remove()
 
-    def _read_record(self, name: str) -> dict[str, Any] | None:
-        place = self.place.child(name)
-        try:
-            record: dict[str, Any] = json.loads(place.read())
-        except FileNotFoundError:
-            return None
-        except ValueError as exc:
-            raise BatchError(
-                f"{place.url!r} cannot be read: {exc}. Delete the journal to start from the beginning."
-            ) from None
-        return record
+    def _valid_since(self) -> int:
+        """Return the number of the owner who removed the journal last: what is not younger is about to be deleted."""
+        return 0 if self.place.is_local else int((self.read_owner() or {}).get("base", 0))
 
-    def _write_record(self, name: str, record: Mapping[str, Any]) -> None:
-        self.place.child(name).write(json.dumps(record, indent=1, ensure_ascii=False).encode())
+    def _read_latest(self, kind: str, since: int | None = None) -> dict[str, Any] | None:
+        pattern = re.compile(rf"{kind}-(\d{{6,}})\.json")
+        while True:
+            epochs = [int(found[1]) for found in map(pattern.fullmatch, self.place.names()) if found]
+            since = (self._valid_since() if epochs else 0) if since is None else since
+            latest = max((epoch for epoch in epochs if epoch > since), default=None)
+            # One that was removed meanwhile has a successor.
+            record = None if latest is None else self.read_record(f"{kind}-{latest:06}.json")
+            if latest is None or record is not None:
+                return record
+
+    def read_record(self, name: str) -> dict[str, Any] | None:
+        """Return the content of a record, None if there is none."""
+        place = self.place.child(name)
+        for left in reversed(range(TORN_READS)):
+            try:
+                record: dict[str, Any] = json.loads(place.read())
+                return record
+            except FileNotFoundError:
+                return None
+            except ValueError as exc:
+                if place.is_local or not left:
+                    raise BatchError(
+                        f"{place.url!r} cannot be read: {exc}. Delete the journal to start from the beginning."
+                    ) from None
+            time.sleep(TORN_SECONDS)
+        return None
+
+    def write_record(self, kind: str, epoch: int, record: Mapping[str, Any]) -> None:
+        """Write a record of an owner; `JournalOwner` is what calls it."""
+        self.place.child(f"{kind}-{epoch:06}.json").write(encode_record(record))
+
+
+def encode_record(record: Mapping[str, Any]) -> bytes:
+    """Return the content of a record."""
+    return json.dumps(record, indent=1, ensure_ascii=False).encode()
+
+
+class JournalRows:
+    """A sweep over the rows of a journal. Ranges are taken in ascending order.
+
+    Only the segments that overlap the current range are in memory: rows finish within a bounded window, so these are
+    few, whatever the number of rows.
+
+    Args:
+        journal: Journal to read.
+        job: Key of its job.
+        names: Segments to look at; all of the journal by default.
+    """
+
+    def __init__(self, journal: Journal, job: str, names: Iterable[SegmentName] | None = None) -> None:
+        self._journal, self._job = journal, job
+        chosen = journal.names() if names is None else names
+        self._waiting = sorted(chosen, key=lambda name: (name.first, name), reverse=True)
+        self._open: list[Any] = []
+
+    def take(self, start: int, stop: int) -> Any:
+        """Return what is finished of the rows from `start` up to, and without, `stop`, as a `pyarrow.Table`.
+
+        It has the columns of `ResultRow` and the epoch, and is sorted by row and step. Rows before `stop` cannot be
+        taken any more.
+
+        Raises:
+            BatchError: If a segment cannot be trusted any more.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        while self._waiting and self._waiting[-1].first < stop:
+            self._open.append(self._load(self._waiting.pop()))
+        taken, kept = [], []
+        for table in self._open:
+            rows = table["row"]
+            inside = table.filter(pc.and_(pc.greater_equal(rows, start), pc.less(rows, stop)))
+            rest = table.filter(pc.greater_equal(rows, stop))
+            taken += [inside] if inside.num_rows else []
+            kept += [rest] if rest.num_rows else []
+        self._open = kept
+        if not taken:
+            return segment_schema().append(pa.field("epoch", pa.int32())).empty_table()
+        return _latest(pa.concat_tables(taken).combine_chunks())
+
+    def _load(self, name: SegmentName) -> Any:
+        import pyarrow as pa
+
+        try:
+            table = self._journal.load(name, self._job)
+        except (SegmentError, FileNotFoundError) as exc:
+            raise BatchError(
+                f"Segment {str(name)!r} of the journal {self._journal.place.url!r} is damaged: {exc}. Start again: "
+                "it is set aside then, and its rows are generated again."
+            ) from None
+        return table.append_column("epoch", pa.array([name.epoch] * table.num_rows, pa.int32()))
+
+
+def _latest(table: Any) -> Any:
+    """Sort by row and step, and keep of each the one with the latest epoch."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table = table.sort_by([("row", "ascending"), ("step", "ascending"), ("epoch", "descending")])
+    if table.num_rows > 1:
+        rows, steps = table["row"].combine_chunks(), table["step"].combine_chunks()
+        is_first = pc.or_(pc.not_equal(rows[1:], rows[:-1]), pc.not_equal(steps[1:], steps[:-1]))
+        if not pc.all(is_first).as_py():
+            table = table.filter(pa.concat_arrays([pa.array([True]), is_first]))
+    return table
+
+
+class JournalWriter:
+    """Commits the finished rows of one shard, in a thread of its own so that no engine waits for a disk.
+
+    `add` is for one thread.
+
+    Args:
+        journal: Journal to write to.
+        job: Key of the job.
+        epoch: Number of the owner.
+    """
+
+    def __init__(self, journal: Journal, job: str, epoch: int) -> None:
+        self._journal, self._job, self._epoch = journal, job, epoch
+        self._attempt = os.urandom(4).hex()
+        self._first_interval = FIRST_INTERVAL_SECONDS if journal.place.is_local else REMOTE_INTERVAL_SECONDS
+        self._number = 0
+        self._rows: list[ResultRow] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._error: BaseException | None = None
+        self._began = self._committed = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
+        self._thread.start()
+
+    def add(self, rows: Sequence[ResultRow]) -> None:
+        """Take over finished rows. They are committed within seconds.
+
+        Raises:
+            OSError: What the disk said to an earlier row.
+        """
+        with self._wake:
+            while len(self._rows) > BUFFER_ROWS and self._error is None:
+                self._wake.wait()
+            self._check()
+            self._rows += rows
+            if len(self._rows) >= COMMIT_ROWS:
+                self._wake.notify_all()
+
+    def close(self) -> None:
+        """Commit what is left and end the thread.
+
+        Raises:
+            OSError: What the disk said.
+        """
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._thread.join()
+        self._check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while (rows := self._next_rows()) is not None:
+                self._commit(rows)
+        except BaseException as exc:
+            with self._wake:
+                self._error = exc
+                self._wake.notify_all()
+
+    def _next_rows(self) -> list[ResultRow] | None:
+        """Wait until rows are due, and return them; None after the last."""
+        with self._wake:
+            while not self._closed:
+                waited = time.monotonic() - self._committed
+                due = self._interval()
+                if len(self._rows) >= COMMIT_ROWS:
+                    due = min(due, max(SHORT_INTERVAL_SECONDS, self._first_interval))
+                if self._rows and waited >= due:
+                    break
+                self._wake.wait(max(due - waited, 0.01) if self._rows else self._interval())
+            rows, self._rows = self._rows, []
+            self._wake.notify_all()
+        return rows or None
+
+    def _interval(self) -> float:
+        age = time.monotonic() - self._began
+        return min(max(age / 60, self._first_interval), LONG_INTERVAL_SECONDS)
+
+    def _commit(self, rows: list[ResultRow]) -> None:
+        self._journal.append(self._epoch, self._attempt, self._number, self._job, rows)
+        self._number += 1
+        self._committed = time.monotonic()

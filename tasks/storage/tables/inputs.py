@@ -2,26 +2,33 @@
 
 A table is looked at once before the work starts (`inspect_table`): every row is read, so that what is wrong with a file
 is known before a model is loaded. It is then read in chunks, from any row on, so that memory does not grow with its
-rows.
+rows. How its text lies in a file (compression, encoding, delimiter) is guessed where a guess is safe.
 """
 
 from __future__ import annotations
 
 import base64
+import bz2
 import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import IO, Any, Literal, get_args
 from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing_extensions import override
 
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.files import open_scratch_database
 from prefect_huggingface.tasks.storage.places import Place, find_places, is_pattern
-from prefect_huggingface.tasks.storage.scratch import open_scratch_database
 
 TableFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "openai"]
 
@@ -34,6 +41,20 @@ DATASET_FILES = {"dataset_info.json", "state.json"}  # beside the data in a fold
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 4 * 2**20
+BLOCK_BYTES = 2**20
+SAMPLE_BYTES = 2**16  # what is looked at to find out what a file is
+SAMPLE_RECORDS = 20
+MAGIC = {
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow file",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook", b"%PDF": "a PDF file", b"SQLite": "an SQLite database",
+    b"<!DOCTYPE": "an HTML page", b"<html": "an HTML page", b"version https://git-lfs": "a pointer of Git LFS",
+}  # fmt: skip
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+_SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?[\r\n]+')
 
 
 class SourceOptions(BaseModel):
@@ -65,6 +86,8 @@ class TableFile:
         digest: Hash of its content.
         layout: How it is read where that is not the usual way: compression, encoding, delimiter, partition and so on.
         marks: Row number, line number and byte offset of some rows, to start reading there.
+        bad_rows: Number of rows that cannot be read.
+        version: What a remote store says of the content, such as its ETag.
     """
 
     url: str
@@ -72,6 +95,8 @@ class TableFile:
     digest: str
     layout: Mapping[str, Any] = field(default_factory=dict)
     marks: tuple[tuple[int, int, int], ...] = ()
+    bad_rows: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,42 +127,39 @@ class Table:
         return cls(**{**record, "files": files, "columns": tuple(record["columns"])})
 
 
+@dataclass(slots=True)
 class Chunk:
     """Some rows of a table, in order.
 
     Attributes:
         first: Number of the first row in the table, from 0.
-        problems: What is wrong with the rows that could not be read, by their place in the chunk.
+        size: Number of rows.
+        make: Makes the rows when they are asked for.
         batch: The rows as a `pyarrow.RecordBatch`, where the format has types.
         lines: Line of each row in its file, where the format has lines.
+        problems: What is wrong with the rows that could not be read, by their place in the chunk.
+        texts: The rows as JSON objects, where they are written so in the file.
         origin: Line and byte offset in its file at which reading can start with this chunk.
     """
 
-    __slots__ = ("_make", "_rows", "_size", "batch", "first", "lines", "origin", "problems")
-
-    def __init__(
-        self,
-        first: int,
-        size: int,
-        make: Callable[[], list[dict[str, Any]]],
-        batch: Any = None,
-        lines: Sequence[int] = (),
-        problems: dict[int, str] | None = None,
-    ) -> None:
-        self.first, self.batch, self.lines = first, batch, lines
-        self.problems = problems or {}
-        self.origin: tuple[int, int] | None = None
-        self._size, self._make = size, make
-        self._rows: list[dict[str, Any]] | None = None
+    first: int
+    size: int
+    make: Callable[[], list[dict[str, Any]]]
+    batch: Any = None
+    lines: Sequence[int] = ()
+    problems: dict[int, str] = field(default_factory=dict)
+    texts: Sequence[bytes] = ()
+    origin: tuple[int, int] | None = None
+    _rows: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
-        return self._size
+        return self.size
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows as dictionaries. One that could not be read holds what could be read of it."""
         if self._rows is None:
-            self._rows = self._make()
+            self._rows = self.make()
         return self._rows
 
     def where(self, place: int) -> str:
@@ -146,13 +168,14 @@ class Chunk:
 
     def part(self, start: int, stop: int) -> Chunk:
         """Return the chunk without the rows before `start` and from `stop` on, numbered as the chunk is."""
-        low, high = max(start - self.first, 0), min(stop - self.first, self._size)
-        if (low, high) == (0, self._size):
+        low, high = max(start - self.first, 0), min(stop - self.first, self.size)
+        if (low, high) == (0, self.size):
             return self
         problems = {place - low: text for place, text in self.problems.items() if low <= place < high}
         batch = None if self.batch is None else self.batch.slice(low, high - low)
         return Chunk(
-            self.first + low, high - low, lambda: self.rows[low:high], batch, self.lines[low:high], problems
+            self.first + low, high - low, lambda: self.rows[low:high], batch, self.lines[low:high], problems,
+            self.texts[low:high],
         )  # fmt: skip
 
 
@@ -188,7 +211,6 @@ def inspect_table(
     Raises:
         TableError: If there is nothing, a file cannot be read, or the files do not go together.
     """
-    from prefect_huggingface.tasks.storage.tables.layouts import find_layout
     from prefect_huggingface.tasks.storage.tables.readers import ColumnTypes, open_reader
 
     options = SourceOptions.model_validate(options or {})
@@ -200,26 +222,20 @@ def inspect_table(
         raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
     else:
         (found,) = formats
-    files: list[TableFile] = []
-    columns: tuple[str, ...] = ()
-    kinds: Any = None
-    types = ColumnTypes(nested=found != "openai")
+    types, readers, files = ColumnTypes(), [], []
     for place in places:
         layout = find_layout(place, format or get_format(place.name)[0], options, guess=format is None)
         layout |= {"partition": partition} if (partition := _partition_of(source, place)) else {}
+        readers.append(open_reader(place, found, layout))
         try:
-            file, file_columns, file_kinds = open_reader(place, found, layout).inspect(types)
+            files.append(replace(readers[-1].inspect(types), version=place.version()))
         except TableError:
             raise
         except Exception as exc:
             raise TableError(f"{place.url!r} cannot be read as {found}: {exc}. Check the file.") from None
-        if files:
-            _check_same(places[0], columns, kinds, place, file_columns, file_kinds)
-        else:
-            columns, kinds = file_columns, file_kinds
-        files.append(file)
+        _check_same(readers[0], readers[-1])
     text = base64.b64encode(types.schema().serialize()).decode() if found == "jsonl" else ""
-    table = Table(source, found, tuple(files), columns or tuple(types.columns), text)
+    table = Table(source, found, tuple(files), readers[0].columns or tuple(types.types), text)
     if table.rows == 0:
         raise TableError(f"{source!r} has no rows. Give a file with at least one row.")
     return table
@@ -260,18 +276,18 @@ def _partition_of(source: str, place: Place) -> dict[str, str | None]:
     return {name: None if value == "__HIVE_DEFAULT_PARTITION__" else value for name, value in values.items()}
 
 
-def _check_same(first: Place, columns: tuple[str, ...], kinds: Any, place: Place, others: Any, other: Any) -> None:
-    if kinds is None:  # rows of JSONL need not have the same columns
-        return
-    if tuple(columns) != tuple(others):
-        different = sorted(set(columns) ^ set(others)) or list(others)
+def _check_same(first: Any, other: Any) -> None:
+    """Check that the files of two readers go together. Rows of JSONL need not have the same columns."""
+    if first.columns != other.columns:
+        different = sorted({*first.columns} ^ {*other.columns}) or list(other.columns)
         raise TableError(
-            f"{place.url!r} has other columns than {first.url!r}: {different!r} differ. "
+            f"{other.place.url!r} has other columns than {first.place.url!r}: {different!r} differ. "
             "Give all files the same columns in the same order."
         )
-    if kinds != other:
+    if first.kinds != other.kinds:
         raise TableError(
-            f"{place.url!r} has other column types than {first.url!r}: {other!r}, not {kinds!r}. Convert the file."
+            f"{other.place.url!r} has other column types than {first.place.url!r}: {other.kinds!r}, not "
+            f"{first.kinds!r}. Convert the file."
         )
 
 
@@ -290,18 +306,16 @@ def get_schema(table: Table) -> Any:
 
 
 def check_unchanged(table: Table) -> None:
-    """Check that the local files of a table have the content that they had when it was looked at.
+    """Check that the files of a table have the content that they had when it was looked at.
 
-    Remote files are not read once more for this; their number of rows is checked while they are read.
+    Remote files are not read once more for this: their store says whether they have changed.
 
     Raises:
         TableError: If one has changed.
     """
-    from prefect_huggingface.tasks.storage.tables.layouts import hash_place
-
     for file in table.files:
         place = Place(file.url)
-        if place.is_local and hash_place(place) != file.digest:
+        if (place.digest() != file.digest) if place.is_local else (place.version() != file.version):
             raise TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
 
 
@@ -344,3 +358,160 @@ def find_duplicates(table: Table, column: str) -> Iterator[tuple[int, str, Any]]
                 text = f"{type(value).__name__} {value}".encode("utf-8", "surrogatepass")
                 if base.execute("INSERT OR IGNORE INTO ids VALUES (?)", (text,)).rowcount == 0:
                     yield chunk.first + place, chunk.where(place), value
+
+
+def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess: bool = True) -> dict[str, Any]:
+    """Return how a file is read where that is not the usual way, from its first bytes; guesses are logged.
+
+    Args:
+        place: The file.
+        format: Format that was given, or that the name tells.
+        options: What was given.
+        guess: Whether a JSON file may turn out to be an array or indented objects.
+
+    Raises:
+        TableError: If the file is something else.
+    """
+    if options.delimiter and format not in ("csv", "tsv"):
+        raise TableError(f"`delimiter` {options.delimiter!r} is for CSV files, but {place.url!r} is {format}. Drop it.")
+    with place.open() as file:
+        head = file.read(16)
+    layout: dict[str, Any] = {}
+    if packed := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
+        layout["compression"] = packed
+    try:
+        with open_bytes(place, layout) as stream:
+            head = stream.read(SAMPLE_BYTES)
+    except Exception as exc:  # each kind of compression has its own errors
+        raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
+    if format in ("parquet", "arrow"):
+        what = _describe(head) or packed
+        if what and what.split()[1] != format.title():
+            raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, or the file.")
+        return {}
+    if encoding := options.encoding or next((e for mark, e in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None):
+        layout |= {"encoding": encoding} if encoding != "utf-8" else {}
+    elif what := _describe(head):
+        raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, convert it, or get it again.")
+    whole = len(head) < SAMPLE_BYTES
+    decoder = codecs.getincrementaldecoder(encoding or "utf-8")("replace")
+    text = decoder.decode(head, final=whole).removeprefix("\ufeff")
+    layout |= _find_form(place, format, text, whole, options, guess)
+    _log_guesses(place, layout, options)
+    return layout
+
+
+def _find_form(
+    place: Place, format: TableFormat, text: str, whole: bool, options: SourceOptions, guess: bool
+) -> dict[str, Any]:
+    if format in ("csv", "tsv"):
+        return _find_dialect(place, text, whole, options.delimiter or ("\t" if format == "tsv" else None))
+    if (format == "json" and not guess) or (format != "openai" and guess and not _is_lines(text, whole)):
+        return {"values": True}
+    return {}
+
+
+def _log_guesses(place: Place, layout: Mapping[str, Any], options: SourceOptions) -> None:
+    guessed = []
+    if "encoding" in layout and not options.encoding:
+        guessed.append(layout["encoding"])
+    if "delimiter" in layout and not options.delimiter and not place.name.lower().partition(".")[2].startswith("tsv"):
+        guessed.append(f"with the delimiter {layout['delimiter']!r}")
+    if "values" in layout:
+        guessed.append("as JSON values over several lines")
+    if guessed:
+        run_log().info("%r is read %s.", place.name, ", ".join(guessed))
+
+
+def _describe(head: bytes) -> str | None:
+    """Return what a file is that is no text in UTF-8, as far as its first bytes tell."""
+    if found := next((what for magic, what in MAGIC.items() if head.lstrip().startswith(magic)), None):
+        return found
+    if head.count(0) > 0.3 * len(head):
+        return "UTF-16 or binary data (set `source_options` to {'encoding': 'utf-16-le'} if it is text)"
+    return None
+
+
+def _is_lines(text: str, whole: bool) -> bool:
+    """Return whether JSON stands one value per line, as far as the first lines tell."""
+    first, _, rest = text.lstrip().partition("\n")
+    if first.strip() == "{":
+        return False
+    try:
+        return not isinstance(json.loads(first), list) or not whole or bool(rest.strip())
+    except ValueError:  # an array that goes on in the next line, unless the line is torn
+        return not re.match(r"\[\s*(\{|\[|$)", first)
+
+
+def _find_dialect(place: Place, text: str, whole: bool, delimiter: str | None) -> dict[str, Any]:
+    """Return the delimiter of a CSV file, if it is not the comma, and whether a line that names it stands before."""
+    layout: dict[str, Any] = {}
+    if text.lstrip().startswith(('{"', "[{")):
+        raise TableError(f"{place.url!r} holds JSON, not CSV. Set `source_format='jsonl'`, or correct its name.")
+    if named := _SEPARATOR_LINE.match(text):
+        layout["skip"] = True
+        text, delimiter = text[named.end() :], delimiter or named[1]
+    if delimiter is None:
+        fitting = [each for each in ",;\t|" if _fits(text, whole, each)]
+        delimiter = fitting[0] if fitting and (fitting[0] == "," or len(fitting) == 1) else ","
+    return {**layout, "delimiter": delimiter} if delimiter != "," else layout
+
+
+def _fits(text: str, whole: bool, delimiter: str) -> bool:
+    """Return whether all of the first records have the same number of cells, and more than one."""
+    try:
+        records = [cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if "".join(cells)]
+    except csv.Error:
+        return False
+    widths = set(map(len, (records if whole else records[:-1])[:SAMPLE_RECORDS]))
+    return len(widths) == 1 and widths != {1} and len(records) > 1
+
+
+@contextmanager
+def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None) -> Iterator[IO[bytes]]:
+    """Open a text file: unpacked, and as UTF-8 whatever its encoding. All bytes that are read go into the digest."""
+    with place.open(ahead=True) as file:
+        raw: Any = file if digest is None else io.BufferedReader(_Hashed(file, digest), BLOCK_BYTES)
+        kind = layout.get("compression")
+        if kind == "zstd":
+            import pyarrow as pa
+
+            raw = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), BLOCK_BYTES)
+        elif kind:
+            opens: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+            raw = opens[kind](raw, "rb")
+        if "encoding" in layout:
+            raw = io.BufferedReader(_Transcoded(raw, layout["encoding"]), BLOCK_BYTES)
+        yield raw
+
+
+class _Hashed(io.RawIOBase):
+    """A file whose bytes are hashed while they are read."""
+
+    def __init__(self, file: Any, digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._file.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+
+class _Transcoded(io.RawIOBase):
+    """A text file of any encoding, as UTF-8. Bytes that the encoding lacks become bytes that are not UTF-8."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._text.read(len(buffer) // 4).encode("utf-8", "surrogateescape")
+        buffer[: len(content)] = content
+        return len(content)

@@ -10,11 +10,12 @@ import csv
 import io
 import json
 import math
-from abc import ABC, abstractmethod
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import date, time
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from typing_extensions import override
 
@@ -23,49 +24,53 @@ from prefect_huggingface.tasks.storage.tables.inputs import Chunk, TableFormat
 
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 * 2**20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class TableWriter(ABC):
+class TableWriter(AbstractContextManager["TableWriter"]):
     """Writes rows of an input and, beside them, further columns.
 
     Args:
-        path: Local file to write.
         kept: Columns of the input to write, in order, or None for all that a row has.
         added: Names of the further columns.
     """
 
-    def __init__(self, path: Path, kept: Sequence[str] | None, added: Sequence[str]) -> None:
-        self.path, self.kept, self.added = path, kept, tuple(added)
+    def __init__(self, kept: Sequence[str] | None, added: Sequence[str]) -> None:
+        self.kept, self.added = kept, tuple(added)
 
-    @abstractmethod
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
         """Write the rows of a chunk. `further` holds a `pyarrow` array as long as the chunk for each added column."""
+        raise NotImplementedError
 
-    @abstractmethod
     def close(self) -> None:
         """Finish the file."""
+        raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        return self
-
+    @override
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class JsonLinesWriter(TableWriter):
-    """One JSON object per line. NaN and infinities become null, since JSON has none of them."""
+    """One JSON object per line. NaN and infinities become null, since JSON has none of them.
+
+    Rows of JSONL keep their text, to which the further columns are appended.
+    """
 
     def __init__(self, path: Path, kept: Sequence[str] | None, added: Sequence[str]) -> None:
-        super().__init__(path, kept, added)
+        super().__init__(kept, added)
         self._file: IO[bytes] = open(path, "wb")
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
-        rows = chunk.rows
         if self.kept is not None:
-            rows = [{name: row[name] for name in self.kept if name in row} for row in rows]
+            rows = [to_json({name: row[name] for name in self.kept if name in row}) for row in chunk.rows]
+        else:
+            rows = chunk.texts or [to_json(row) for row in chunk.rows]
         added = zip(*(further[name].to_pylist() for name in self.added), strict=True)
-        lines = [to_json(row | dict(zip(self.added, values))) for row, values in zip(rows, added, strict=True)]  # noqa: B905
+        tails = [to_json(dict(zip(self.added, values)))[1:] for values in added]  # noqa: B905
+        # An object without a quote has no key.
+        lines = [row[:-1] + b"," + tail if b'"' in row else b"{" + tail for row, tail in zip(rows, tails, strict=True)]
         self._file.write(b"\n".join([*lines, b""]))
 
     @override
@@ -102,31 +107,25 @@ class CsvWriter(TableWriter):
     """Comma-separated values with a header. Lists and structures become JSON; null becomes an empty cell."""
 
     def __init__(self, path: Path, kept: Sequence[str], added: Sequence[str], delimiter: str = ",") -> None:
-        super().__init__(path, kept, added)
+        super().__init__(kept, added)
         self._columns = tuple(kept)
         self._file = open(path, "w", encoding="utf-8", newline="")
-        # With this line end, a cell with a lone carriage return is quoted too. `_Records` shortens it.
-        self._writer = csv.writer(_Records(self._file), delimiter=delimiter, lineterminator="\r\n")
+        # With this line end, a cell with a lone carriage return is quoted too. `write` shortens it.
+        self._writer = csv.writer(self, delimiter=delimiter, lineterminator="\r\n")
         self._writer.writerow(_to_cells([*kept, *added]))
 
     @override
-    def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
-        rows = chunk.rows
-        columns = [_to_cells([row.get(name) for row in rows]) for name in self._columns]
-        columns += [_to_cells(further[name].to_pylist()) for name in self.added]
+    def write(self, chunk: Chunk | str, further: Mapping[str, Any] | None = None) -> None:
+        if isinstance(chunk, str):  # a record of the `csv` module
+            self._file.write(chunk[:-2] + "\n")
+            return
+        columns = [_to_cells([row.get(name) for row in chunk.rows]) for name in self._columns]
+        columns += [_to_cells((further or {})[name].to_pylist()) for name in self.added]
         self._writer.writerows(zip(*columns, strict=True))
 
     @override
     def close(self) -> None:
         self._file.close()
-
-
-class _Records:
-    def __init__(self, file: IO[str]) -> None:
-        self._write = file.write
-
-    def write(self, record: str) -> None:
-        self._write(record[:-2] + "\n")
 
 
 def _to_cells(values: list[Any]) -> list[Any]:
@@ -135,22 +134,14 @@ def _to_cells(values: list[Any]) -> list[Any]:
         return values
     if kinds <= {str, type(None)} and "".join(filter(None, values)).isascii():
         return values
-    return [_to_cell(value) for value in values]
+    return [
+        to_json(value).decode() if isinstance(value, (dict, list, tuple)) else to_unicode(value) for value in values
+    ]
 
 
-def _to_cell(value: Any) -> Any:
-    if isinstance(value, str):
-        return to_unicode(value)
-    return to_json(value).decode() if isinstance(value, (dict, list, tuple)) else value
-
-
-def to_unicode(text: str) -> str:
-    """Return a text that UTF-8 can hold, with a replacement character for each lone surrogate."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
+def to_unicode(value: Any) -> Any:
+    """Return a text that UTF-8 can hold, with a replacement character for each lone surrogate; others as they are."""
+    return _SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 class ColumnarWriter(TableWriter):
@@ -170,11 +161,10 @@ class ColumnarWriter(TableWriter):
     ) -> None:
         import pyarrow as pa
 
-        super().__init__(path, kept, added)
+        super().__init__(kept, added)
         self._input = pa.schema([schema.field(name) for name in kept])
         self._schema = pa.schema([*self._input, *(further.field(name) for name in added)])
         self._pending: list[Any] = []
-        self._pending_rows = self._pending_bytes = 0
         self._writer = _open_columnar(str(path), self._schema, format)
 
     @override
@@ -185,11 +175,8 @@ class ColumnarWriter(TableWriter):
             columns = [chunk.batch.column(name) for name in self._input.names]
         else:
             columns = [_to_array([row.get(field.name) for row in chunk.rows], field.type) for field in self._input]
-        table = pa.table([*columns, *(further[name] for name in self.added)], schema=self._schema)
-        self._pending.append(table)
-        self._pending_rows += table.num_rows
-        self._pending_bytes += table.nbytes
-        if self._pending_rows >= ROW_GROUP_ROWS or self._pending_bytes >= ROW_GROUP_BYTES:
+        self._pending.append(pa.table([*columns, *(further[name] for name in self.added)], schema=self._schema))
+        if sum(map(len, self._pending)) >= ROW_GROUP_ROWS or sum(t.nbytes for t in self._pending) >= ROW_GROUP_BYTES:
             self._flush()
 
     @override
@@ -202,7 +189,7 @@ class ColumnarWriter(TableWriter):
 
         if self._pending:
             self._writer.write_table(pa.concat_tables(self._pending))
-        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+        self._pending = []
 
 
 def _open_columnar(target: Any, schema: Any, format: TableFormat) -> Any:
@@ -221,7 +208,7 @@ def _to_array(values: list[Any], kind: Any) -> Any:
     try:
         return pa.array(values, kind)
     except UnicodeEncodeError:
-        return pa.array([value and to_unicode(value) for value in values], kind)
+        return pa.array([to_unicode(value) for value in values], kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         # An integer within a list that a floating-point number does not hold exactly.
         return pa.array([json.loads(to_json(value), parse_int=float) for value in values], kind)

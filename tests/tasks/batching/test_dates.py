@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from prefect_huggingface.tasks.batching.dates import PLACEHOLDERS, fill_dates, find_start, find_unfinished
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
+from support.journals import claim_journal
 
 START = datetime(2026, 3, 1, 0, 30, 5, tzinfo=UTC)
 
@@ -73,7 +74,7 @@ def test_unknown_time_zones_are_refused(name: str) -> None:
 
 def begin(destination: Path) -> Journal:
     journal = Journal.beside(str(destination))
-    journal.write_job({"key": "k"})
+    claim_journal(journal).write_job({"key": "k"})
     return journal
 
 
@@ -94,7 +95,7 @@ def test_batches_that_were_left_are_found_in_a_remote_store() -> None:
     import fsspec
 
     begin_at = "memory://dates/answers-2026-02-21.jsonl"
-    Journal.beside(begin_at).write_job({"key": "k"})
+    claim_journal(Journal.beside(begin_at)).write_job({"key": "k"})
     try:
         assert find_unfinished("memory://dates/answers-{date}.jsonl", "memory://dates/answers-x.jsonl") == [begin_at]
     finally:

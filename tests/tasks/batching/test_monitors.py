@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.tasks.batches import get_batch_status
-from prefect_huggingface.tasks.batching.monitors import MAX_SAMPLES, BatchMonitor
-from prefect_huggingface.tasks.batching.plans import plan_job
-from prefect_huggingface.tasks.batching.runs import open_run
-from prefect_huggingface.tasks.batching.shards import process_shard
-from prefect_huggingface.tasks.batching.statuses import STATUSES
+from prefect_huggingface.tasks.batching.job import plan_job
+from prefect_huggingface.tasks.batching.run import MAX_SAMPLES, STATUSES, BatchMonitor, open_run
+from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.locks import hold_journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from support.instant_engines import InstantEngine
+from support.journals import claim_journal
 
 
 @pytest.fixture
@@ -29,26 +28,26 @@ def destination(tmp_path: Path) -> str:
 
 
 def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
-    job = plan_job(str(Path(destination).parent / "in.jsonl"), None, "{country}")
+    job = plan_job(str(Path(destination).parent / "in.jsonl"), "{country}")
     journal = Journal.beside(destination)
     with pytest.raises(BatchError, match="is not there"):
         get_batch_status.fn(destination)
 
-    run = open_run(journal, job, shards=2)
-    monitor = BatchMonitor(journal, 1000, run.finished)
+    run = open_run(claim_journal(journal), job, shards=2)
+    monitor = BatchMonitor(journal, 1000, run.counts)
     assert monitor.measure().finished == 0
-    process_shard(InstantEngine(), journal, run.shards[0])
+    process_shard([InstantEngine()], journal, run.shards[0])
     half = monitor.measure()
     assert (half.finished, half.failed, half.resumed, half.tokens, half.share) == (500, 125, 0, 3 * 375, 0.5)
     assert half.rows_per_second > 0
     assert half.seconds_left == pytest.approx(500 / half.rows_per_second)
 
-    run = open_run(journal, job)
-    assert run.finished == 500
-    monitor = BatchMonitor(journal, 1000, run.finished)
-    with hold_journal(journal):
+    with hold_journal(journal) as owner:
+        run = open_run(owner, job)
+        assert run.counts.finished == 500
+        monitor = BatchMonitor(journal, 1000, run.counts)
         assert get_batch_status.fn(destination).running
-    process_shard(InstantEngine(), journal, run.shards[0])
+        process_shard([InstantEngine()], journal, run.shards[0])
     whole = monitor.measure()
     assert (whole.finished, whole.failed, whole.resumed, whole.tokens, whole.share) == (1000, 250, 500, 3 * 375, 1.0)
     status = get_batch_status.fn(destination)
@@ -56,11 +55,11 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     assert status.statuses == {"missing_value": 250, "ok": 750}
     assert set(status.statuses) <= set(STATUSES)
 
-    run = open_run(journal, job, retry_failed=True)
-    monitor = BatchMonitor(journal, 1000, run.finished)
+    run = open_run(claim_journal(journal), job, retry_failed=True)
+    monitor = BatchMonitor(journal, 1000, run.counts)
     before = monitor.measure()
     assert (before.finished, before.failed, before.resumed) == (750, 0, 750)
-    process_shard(InstantEngine(), journal, run.shards[0])
+    process_shard([InstantEngine()], journal, run.shards[0])
     assert (monitor.measure().finished, monitor.measure().failed) == (1000, 250)
 
 

@@ -9,12 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.prompts import PromptTemplate
 
-from prefect_huggingface.tasks.batching.jobs import BatchJob
-from prefect_huggingface.tasks.batching.prompts import PromptRows, RowProblem, RowRequest, Template
+from prefect_huggingface.tasks.batching.requests import PromptRows, RowProblem, RowRequest, Template
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.tables.inputs import Table
 
-TABLE = Table("rows.jsonl", "jsonl", (), ("country",))
 TEMPLATES = [
     "What is the capital of {country}?",
     'Answer as JSON, {{"name": ...}}: {text}\n{text!r:>20}',
@@ -61,7 +58,7 @@ def test_missing_values_are_problems_of_the_row(row: dict[str, Any], what: str) 
 
 
 def ask(row: dict[str, Any], **fields: Any) -> RowRequest | RowProblem:
-    return PromptRows(BatchJob(TABLE, **fields))(5, row)
+    return PromptRows(**{"prompt": None, **fields})(5, row)
 
 
 def test_a_system_prompt_makes_a_conversation() -> None:

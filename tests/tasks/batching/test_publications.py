@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.jobs import BatchJob
-from prefect_huggingface.tasks.batching.plans import plan_job
-from prefect_huggingface.tasks.batching.publications import Output, get_fields, publish_output
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.segments import Answer, SegmentName
+from prefect_huggingface.tasks.batching.job import BatchJob, Output, get_fields, plan_job
+from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
+from support.journals import claim_journal
 
 SCHEMA = {
     "type": "object",
@@ -37,7 +36,7 @@ PARSED: list[dict[str, Any] | None] = [
 def job(tmp_path: Path) -> BatchJob:
     source = tmp_path / "in.csv"
     source.write_text("id\n1\n2\n3\n")
-    return plan_job(str(source), None, "{id}")
+    return plan_job(str(source), "{id}")
 
 
 def test_fields_of_a_schema() -> None:
@@ -52,13 +51,13 @@ def test_fields_of_a_schema() -> None:
 def test_values_get_columns_of_their_own(tmp_path: Path, job: BatchJob, format: Any) -> None:
     journal = Journal.beside(str(tmp_path / "out"))
     answers = [
-        Answer(row, "text", "ok", "stop", details=json.dumps({"parsed": parsed}) if parsed else None).as_tuple()
+        ResultRow(row, completion="text", details=json.dumps({"parsed": parsed}) if parsed else None)
         for row, parsed in enumerate(PARSED)
     ]
-    journal.append(SegmentName(1, "00000000", 0, 0, 2, 3, 0, 0), job.key, answers)
+    journal.append(1, "00000000", 0, job.key, answers)
     fields = get_fields([{"response_format": {"json_schema": SCHEMA}}])
     output = Output(str(tmp_path / f"out.{format}"), format, prefix="x_", fields=fields)
-    publish_output(job, journal, output)
+    publish_output(job, claim_journal(journal), output)
     rows = [row for chunk in read_chunks(inspect_table(output.destination)) for row in chunk.rows]
 
     names = [f"x_{name}" for name in fields]

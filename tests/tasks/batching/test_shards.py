@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.garbage import rare_collections
-from prefect_huggingface.tasks.batching.jobs import BatchJob
-from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
-from prefect_huggingface.tasks.batching.publications import publish_output
-from prefect_huggingface.tasks.batching.runs import count_finished, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shards import ShardResult, ShardSettings, process_shard
+from prefect_huggingface.tasks.batching.job import BatchJob, plan_job, plan_output
+from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
+from prefect_huggingface.tasks.batching.shard import ShardResult, ShardSettings, process_shard
 from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.instant_engines import InstantEngine
+from support.journals import claim_journal
 
 PROMPT = "What is the capital of {country}?"
 
@@ -30,17 +29,17 @@ class Batch:
         self.source, self.destination = folder / "in.jsonl", folder / "out.jsonl"
         self.source.write_text("".join(f"{line}\n" for line in lines))
         self.journal = Journal.beside(str(self.destination))
-        self.job: BatchJob = plan_job(str(self.source), None, prompt)
+        self.job: BatchJob = plan_job(str(self.source), prompt)
 
     def run(
         self, engine: InstantEngine, shards: int = 1, settings: ShardSettings | None = None, retry: bool = False
     ) -> list[ShardResult]:
-        run = open_run(self.journal, self.job, shards, retry, settings)
-        return [process_shard(engine, self.journal, shard) for shard in run.shards]
+        run = open_run(claim_journal(self.journal), self.job, shards, retry, settings)
+        return [process_shard([engine], self.journal, shard) for shard in run.shards]
 
     def publish(self, replace: bool = False) -> list[dict[str, Any]]:
         output = plan_output(str(self.source), str(self.destination))
-        publish_output(self.job, self.journal, output, replace)
+        publish_output(self.job, claim_journal(self.journal), output, replace)
         return [json.loads(line) for line in self.destination.read_text().splitlines()]
 
 
@@ -85,7 +84,8 @@ def test_equal_prompts_are_generated_once_over_the_whole_input(tmp_path: Path, d
 
 def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
     batch = Batch(tmp_path, [json.dumps({"country": f"Land {index % 50}"}) for index in range(5000)])
-    process_shard(InstantEngine(), batch.journal, open_run(batch.journal, batch.job, shards=2).shards[0])
+    first = open_run(claim_journal(batch.journal), batch.job, shards=2).shards[0]
+    process_shard([InstantEngine()], batch.journal, first)
     assert batch.journal.count().rows == 2500
     engine = recording()
     batch.run(engine)
@@ -110,15 +110,15 @@ def test_bad_rows_are_rows(tmp_path: Path) -> None:
 
 def test_a_stop_ends_a_shard_soon_and_keeps_what_is_finished(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(5000))
-    run = open_run(batch.journal, batch.job)
+    run = open_run(claim_journal(batch.journal), batch.job)
     results: list[ShardResult] = []
     engine = recording(seconds=0.05)
     thread = threading.Thread(
-        target=lambda: results.append(process_shard(engine, batch.journal, run.shards[0])), daemon=True
+        target=lambda: results.append(process_shard([engine], batch.journal, run.shards[0])), daemon=True
     )
     thread.start()
     time.sleep(1.5)
-    batch.journal.request_stop("test")
+    run.owner.request_stop("test")
     began = time.monotonic()
     thread.join(10)
 
@@ -134,9 +134,9 @@ def test_a_stop_ends_a_shard_soon_and_keeps_what_is_finished(tmp_path: Path) -> 
 
 def test_a_shard_of_an_older_run_gives_way(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(100))
-    old = open_run(batch.journal, batch.job).shards[0]
-    open_run(batch.journal, batch.job)
-    assert process_shard(InstantEngine(), batch.journal, old).finished == 0
+    old = open_run(claim_journal(batch.journal), batch.job).shards[0]
+    open_run(claim_journal(batch.journal), batch.job)
+    assert process_shard([InstantEngine()], batch.journal, old).finished == 0
 
 
 def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
@@ -162,12 +162,12 @@ def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
 def test_the_journal_of_another_job_is_refused(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(20))
     batch.run(InstantEngine())
-    other = plan_job(str(batch.source), None, "Where is {country}?")
+    other = plan_job(str(batch.source), "Where is {country}?")
     with pytest.raises(BatchError, match=r'prompt: "What is the capital of .* there, "Where is'):
-        open_run(batch.journal, other)
+        open_run(claim_journal(batch.journal), other)
     batch.source.write_text('{"country": "New"}\n')
     with pytest.raises(BatchError, match="input: "):
-        open_run(batch.journal, plan_job(str(batch.source), None, PROMPT))
+        open_run(claim_journal(batch.journal), plan_job(str(batch.source), PROMPT))
 
 
 def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
@@ -187,22 +187,11 @@ def test_shards_cover_all_rows_and_none_is_tiny() -> None:
 
 def test_another_number_of_shards_goes_on_as_well(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(1000))
-    run = open_run(batch.journal, batch.job, 4)
-    process_shard(InstantEngine(), batch.journal, run.shards[1])
-    assert count_finished(batch.journal, batch.job, cut_shards(1000, 2), 0) == [250, 0]
+    run = open_run(claim_journal(batch.journal), batch.job, 4)
+    process_shard([InstantEngine()], batch.journal, run.shards[1])
+    counts = count_rows(batch.journal, batch.job, cut_shards(1000, 2), 0)
+    assert [each.finished for each in counts] == [250, 0]
     engine = recording()
     batch.run(engine, 3)
     assert len(engine.prompts or ()) == 750
     assert len(batch.publish()) == 1000
-
-
-def test_the_garbage_collector_is_left_as_it_was() -> None:
-    import gc
-
-    before = gc.get_threshold()
-    with rare_collections():
-        assert gc.get_threshold()[0] > before[0]
-        with pytest.raises(ValueError), rare_collections():
-            raise ValueError
-        assert gc.get_threshold()[0] > before[0]
-    assert gc.get_threshold() == before

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, ModelStore
-from prefect_huggingface.tasks.batching.identities import identify_model
+from prefect_huggingface.tasks.batching.job import resolve_model
 from prefect_huggingface.tasks.downloads import fetch_model
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import ModelSourceError, PlanError
@@ -97,9 +97,9 @@ def test_a_file_is_known_by_its_content(gguf_file: Path, gguf_store: ModelStore,
     assert again.reused
     assert again.path == made.path
     assert plan_model(copy).path == made.path
-    assert identify_model(copy) == identify_model(model)
+    assert resolve_model(copy).identity == resolve_model(model).identity
     other = model.model_copy(update={"backend": "torch", "weight_format": None})
-    assert identify_model(other)["commit"] == planned.commit
+    assert resolve_model(other).identity["commit"] == planned.commit
 
 
 def test_an_export_outlives_its_checkpoint(gguf_file: Path, gguf_store: ModelStore) -> None:

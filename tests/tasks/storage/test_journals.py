@@ -8,37 +8,37 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.rows import JournalRows
-from prefect_huggingface.tasks.storage.journals.segments import (
-    Answer,
+from prefect_huggingface.tasks.storage.journals.journal import (
+    Journal,
+    JournalCounts,
+    JournalRows,
+    JournalWriter,
+    ResultRow,
     SegmentError,
     SegmentName,
+    checksum,
     decode_segment,
     encode_segment,
-    segment_schema,
 )
-from prefect_huggingface.tasks.storage.journals.writers import JournalWriter
 from prefect_huggingface.tasks.storage.places import Place
+from support.journals import claim_journal
 
 JOB = "a" * 32
 
 
-def answer(row: int, text: str = "", error: str | None = None) -> tuple[Any, ...]:
-    return Answer(row, text or f"text {row}", "ok", "stop", 3, 4, 0.5, error).as_tuple()
+def answer(row: int, text: str = "", error: str | None = None, **fields: Any) -> ResultRow:
+    return ResultRow(row, 0, text or f"text {row}", "ok", "stop", 3, 4, 0.5, error)._replace(**fields)
 
 
-def append(journal: Journal, number: int, answers: list[tuple[Any, ...]], epoch: int = 1) -> SegmentName:
-    rows = [answer[0] for answer in answers]
-    name = SegmentName(epoch, "0123abcd", number, min(rows), max(rows), len(rows), 0, 0)
-    journal.append(name, JOB, answers)
-    return name
+def append(journal: Journal, number: int, answers: list[ResultRow], epoch: int = 1) -> SegmentName:
+    return journal.append(epoch, "0123abcd", number, JOB, answers)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -48,11 +48,9 @@ def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
 
 
 def test_names_tell_the_counts() -> None:
-    segment = SegmentName(12, "00ff00ff", 7, 5000, 9000, 512, 3, 99)
+    segment = SegmentName(12, "00ff00ff", 7, 5000, 9000, 700, 512, 3, 99, "0" * 16)
     assert SegmentName.parse(str(segment)) == segment
     assert SegmentName.parse("notes.txt") is None
-    assert Answer.__slots__[0] == "row"
-    assert len(segment_schema()) == len(Answer.__slots__)
 
 
 def test_rows_come_back_in_order_whatever_the_order_of_writing(journal: Journal) -> None:
@@ -78,27 +76,42 @@ def test_a_later_epoch_replaces_rows_and_no_row_comes_twice(journal: Journal) ->
     assert table["completion"].to_pylist()[1] == "better"
 
 
-@pytest.mark.parametrize(
-    "damage", ["cut", "flipped", "empty", "foreign", "other version", "not a segment", "longer", "other rows"]
-)
+def test_steps_of_a_row_are_kept_apart_and_counted_once(journal: Journal) -> None:
+    append(journal, 0, [answer(0, is_last=False), answer(1, is_last=False), answer(0, step=1, shared=True)])
+    append(journal, 1, [answer(1, step=1, error="bad"), answer(2, step=0, error="worse")])
+    assert journal.count() == JournalCounts(rows=3, failed=2, tokens=16, segments=2)
+    append(journal, 0, [answer(1, "better", step=1)], epoch=2)
+
+    table = JournalRows(journal, JOB).take(0, 10)
+    assert list(zip(table["row"].to_pylist(), table["step"].to_pylist(), strict=True)) == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0),
+    ]  # fmt: skip
+    assert table["is_last"].to_pylist() == [False, True, False, True, True]
+    assert table["error"].to_pylist() == [None, None, None, None, "worse"]
+    assert [ResultRow(*row.values()) for row in table.drop("epoch").to_pylist()][3].completion == "better"
+
+
+def test_texts_that_are_not_unicode_do_not_end_a_batch(journal: Journal) -> None:
+    append(journal, 0, [answer(0, error="not a number: '\udcff'")])
+    assert JournalRows(journal, JOB).take(0, 1)["error"].to_pylist() == ["not a number: '?'"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign", "no Arrow", "other rows"])
 def test_damaged_segments_are_set_aside(journal: Journal, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     append(journal, 0, [answer(0)])
-    place = journal.segments.child(str(append(journal, 1, [answer(1)])))
+    name = append(journal, 1, [answer(1)])
+    place = journal.segments.child(str(name))
     content = bytearray(place.read())
     if damage == "flipped":
         content[-200] ^= 1
-    place.write(
-        {
-            "cut": bytes(content[: len(content) // 2]),
-            "flipped": bytes(content),
-            "empty": b"",
-            "foreign": encode_segment("b" * 32, [answer(1)]),
-            "other rows": encode_segment(JOB, [answer(2)]),
-            "other version": bytes(content).replace(b"segment-1", b"segment-9"),
-            "not a segment": b"[]\n",
-            "longer": bytes(content) + b"\0",
-        }[damage]
-    )
+    if damage == "no Arrow":
+        content = bytearray(b"{}")
+    if damage in ("foreign", "other rows"):
+        content = bytearray(encode_segment("b" * 32 if damage == "foreign" else JOB, [answer(2)]))
+    if damage in ("no Arrow", "foreign", "other rows"):
+        place.remove()
+        place = journal.segments.child(str(replace(name, checksum=checksum(bytes(content)))))
+    place.write({"cut": bytes(content[: len(content) // 2]), "empty": b""}.get(damage, bytes(content)))
     with pytest.raises(BatchError, match="is damaged"):
         JournalRows(journal, JOB).take(0, 10)
     names = journal.check(JOB)
@@ -109,37 +122,48 @@ def test_damaged_segments_are_set_aside(journal: Journal, damage: str, caplog: p
     assert journal.check(JOB) == names  # it is noticed once
 
 
-def test_every_cut_and_every_flipped_bit_is_noticed() -> None:
-    content = encode_segment(JOB, [answer(row) for row in range(5)])
-    head = content.index(b"\n")
-    assert decode_segment(JOB, content).num_rows == 5
+def test_every_cut_and_every_flipped_bit_is_noticed(journal: Journal) -> None:
+    rows = [answer(row) for row in range(5)]
+    content, name = encode_segment(JOB, rows), append(journal, 0, rows)
+    assert decode_segment(JOB, name, content).num_rows == 5
     for end in range(len(content)):
         with pytest.raises(SegmentError):
-            decode_segment(JOB, content[:end])
-    for position in range(head + 1, len(content)):
+            decode_segment(JOB, name, content[:end])
+    for position in range(len(content)):
         flipped = bytearray(content)
         flipped[position] ^= 1 << position % 8
         with pytest.raises(SegmentError):
-            decode_segment(JOB, bytes(flipped))
+            decode_segment(JOB, name, bytes(flipped))
 
 
 def test_a_broken_record_is_an_error_with_a_remedy(journal: Journal) -> None:
     assert journal.read_job() is None
-    journal.write_job({"key": "x"})
+    owner = claim_journal(journal)
+    owner.write_job({"key": "x"})
     assert journal.read_job() == {"key": "x"}
-    journal.place.child("job.json").write(b'{"key"')
+    journal.place.child("job-000001.json").write(b'{"key"')
     with pytest.raises(BatchError, match="Delete the journal"):
         journal.read_job()
 
 
 def test_stopping_and_being_taken_over(journal: Journal) -> None:
-    journal.write_attempt({"id": "one", "epoch": 1})
-    assert not journal.is_stopped("one")
-    journal.request_stop("cancelled")
-    assert journal.is_stopped("one")
-    journal.write_attempt({"id": "two", "epoch": 2})
-    assert journal.is_stopped("one")
-    assert not journal.is_stopped("two")
+    one = claim_journal(journal)
+    assert not journal.is_stopped(one.epoch, one.id)
+    one.request_stop("cancelled")
+    assert journal.is_stopped(one.epoch, one.id)
+    two = claim_journal(journal)
+    one.request_stop("cancelled once more")  # a stop is for those of its owner
+    assert not journal.is_stopped(two.epoch, two.id)
+    assert journal.is_stopped(one.epoch, one.id)
+    assert two.is_current()
+    with pytest.raises(BatchError, match="Another run has taken over"):
+        one.check()
+
+
+def test_records_that_are_being_written_do_not_stop_a_shard(journal: Journal) -> None:
+    owner = claim_journal(journal)
+    journal.place.child("owner-000001.json").write(b'{"epo')  # as sftp and smb show it
+    assert not journal.is_stopped(owner.epoch, owner.id)
 
 
 def test_the_writer_commits_without_being_closed(tmp_path: Path) -> None:
@@ -165,14 +189,13 @@ def test_an_error_of_the_disk_reaches_the_caller(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from prefect_huggingface.tasks.storage.journals.writers import JournalWriter
-from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalWriter, ResultRow
 from prefect_huggingface.tasks.storage.places import Place
 writer = JournalWriter(Journal(Place.of(sys.argv[1])), "a" * 32, int(sys.argv[2]))
 row = int(sys.argv[3])
 print("writing", flush=True)
 while True:
-    writer.add([(row, "text %d" % row * 50, "ok", "stop", 3, 4, 0.5, None, None, False, None)])
+    writer.add([ResultRow(row, completion="text %d" % row * 50)])
     row += 1
 """
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from prefect_huggingface.tasks.batching.plans import plan_job, plan_output
+from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job, plan_output
 from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.table_batches import answer_table
@@ -203,7 +203,7 @@ def test_a_damaged_page_of_parquet_is_found_before_the_model(tmp_path: Path) -> 
 def test_a_header_that_is_not_utf8_is_refused_with_the_option(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "in.csv", "größe,q\n1,wärme\n".encode("latin-1"))
     with pytest.raises(TableError, match=r"in\.csv.*line 1.*encoding"):
-        plan_job(str(path), None, "{q}")
+        plan_job(str(path), "{q}")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -368,7 +368,8 @@ def test_options_say_how_to_read(tmp_path: Path) -> None:
 
 def test_other_options_are_another_job(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "in.csv", "q\nwärme\n".encode("latin-1"))
-    keys = {plan_job(str(path), None, "{q}", source_options={"encoding": name}).key for name in ("latin-1", "cp437")}
+    read_as = [BatchOptions(source_options={"encoding": name}) for name in ("latin-1", "cp437")]
+    keys = {plan_job(str(path), "{q}", more=more).key for more in read_as}
     assert len(keys) == 2
 
 
@@ -385,7 +386,7 @@ def test_every_column_name_may_stand_in_a_template(tmp_path: Path, name: str) ->
 def test_a_name_that_no_template_can_hold_is_explained(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"a:b": "x"}])
     with pytest.raises(BatchError, match=r"no column 'a'.*'a:b'.*[Rr]ename"):
-        plan_job(str(source), None, "{a:b}")
+        plan_job(str(source), "{a:b}")
 
 
 # T9: outputs within inputs, names given twice, deep nesting
@@ -473,9 +474,9 @@ def test_a_partitioned_folder_is_read_with_its_columns(tmp_path: Path, suffix: s
 
 def test_the_partition_is_part_of_the_job(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data" / "year=2023" / "a.jsonl", [{"q": "a"}])
-    before = plan_job(str(tmp_path / "data"), None, "{q} {year}").key
+    before = plan_job(str(tmp_path / "data"), "{q} {year}").key
     path.parent.rename(tmp_path / "data" / "year=2024")
-    assert plan_job(str(tmp_path / "data"), None, "{q} {year}").key != before
+    assert plan_job(str(tmp_path / "data"), "{q} {year}").key != before
 
 
 def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:

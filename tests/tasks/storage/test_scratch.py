@@ -7,15 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from prefect_huggingface.tasks.storage.files import scratch_file
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.scratch import scratch_file
 
 # More than SQLite keeps in memory, so that there is a file.
 INDEX_ANSWERS = """
 import os, signal
-from prefect_huggingface.tasks.storage.journals.answer_index import AnswerIndex
-index = AnswerIndex()
-index.add((number.to_bytes(8) * 2, "text" * 10) for number in range(400_000))
+from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
+from prefect_huggingface.tasks.storage.journals.journal import ResultRow
+index = ResultIndex()
+index.add(ResultRow(number, completion="text" * 10, digest=number.to_bytes(8) * 2) for number in range(400_000))
 index.add([])
 assert index.find([(7).to_bytes(8) * 2])
 paths = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
@@ -42,7 +43,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 
 def test_a_killed_process_leaves_no_index(tmp_path: Path) -> None:
     printed = run(INDEX_ANSWERS, TMPDIR=str(tmp_path), SQLITE_TMPDIR=str(tmp_path))
-    assert printed.strip() == "2", "answers and table are on disk"
+    assert printed.strip() == "1", "the results are on disk"
     assert os.listdir(tmp_path) == []
 
 

@@ -1,0 +1,476 @@
+"""One shard: a range of rows that one worker puts through its engines, committing as it goes.
+
+The feed turns rows into requests and completions into results. All steps of all rows share the batch of an engine:
+a row goes on with its next step as soon as it has finished one, before new rows begin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.batching.chains import ChainRows, parse_output
+from prefect_huggingface.tasks.batching.job import BatchJob
+from prefect_huggingface.tasks.batching.requests import RequestMaker, RowProblem, RowRequest
+from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
+from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows, JournalWriter, ResultRow
+from prefect_huggingface.tasks.storage.tables.inputs import Chunk, read_chunks
+
+STOP_CHECK_SECONDS = 0.5
+WINDOW_ROWS = 4096
+WINDOW_CHARACTERS = 16 * 2**20
+OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
+PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
+
+Chosen = range | tuple[int, ...]
+"""Rows that a trial answers, in ascending order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSettings:
+    """How a shard goes through its rows. None of it changes the output.
+
+    Attributes:
+        max_concurrency: Upper limit of requests that are queued or running, or None for the engine's own.
+        deduplicate: Whether equal prompts are generated once.
+        group_by_prefix: Whether rows with a shared prefix are generated together.
+    """
+
+    max_concurrency: int | None = None
+    deduplicate: bool = True
+    group_by_prefix: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of rows of a batch.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        owner: Random name of the run that it belongs to.
+        epoch: Number of that run.
+        retry_before: Rows that failed in a run before this one are generated again.
+        settings: How to go through the rows.
+        chosen: The rows to generate, or None for all.
+    """
+
+    start: int
+    stop: int
+    owner: str
+    epoch: int
+    retry_before: int = 0
+    settings: ShardSettings = ShardSettings()
+    chosen: Chosen | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of its rows."""
+        return count_chosen(self.chosen, self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What a shard came to.
+
+    Attributes:
+        start: First row.
+        stop: Row after the last.
+        finished: Number of its rows that are in the journal.
+        complete: Whether these are all.
+        seconds: Time from the beginning of its engine to the last commit.
+    """
+
+    start: int
+    stop: int
+    finished: int
+    complete: bool
+    seconds: float
+
+
+def count_chosen(chosen: Chosen | None, start: int, stop: int) -> int:
+    """Return how many of a range of rows are chosen."""
+    return stop - start if chosen is None else sum(1 for row in chosen if start <= row < stop)
+
+
+def process_shard(engines: Sequence[Engine], journal: Journal, shard: Shard) -> ShardResult:
+    """Generate the rows of a shard that are not in the journal yet.
+
+    It ends early, with what is finished committed, when the journal asks for it.
+
+    Args:
+        engines: Engine of each model of the job.
+        journal: Journal of the job.
+        shard: Rows to generate.
+    """
+    began = time.monotonic()
+    job = BatchJob.from_dict(journal.read_job() or {})
+    for engine in engines:
+        check_template(engine, job)
+    names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
+    should_stop = _StopCheck(journal, shard)
+    done = FinishedRows(JournalRows(journal, job.key, names), shard, should_stop)
+    finished = 0
+    with ExitStack() as stack:
+        writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
+        index = stack.enter_context(ResultIndex()) if shard.settings.deduplicate else None
+
+        def commit(rows: list[ResultRow]) -> None:
+            nonlocal finished
+            finished += sum(row.is_last for row in rows)
+            writer.add(rows)
+
+        chunks = done.add_to(read_chunks(job.table, shard.start, shard.stop))
+        chain = job.make_chain()
+        feed = RowFeed(chain or job.make_requests(), chunks, commit, index, shard.settings.group_by_prefix)
+        limit = shard.settings.max_concurrency or sum(engine.in_flight for engine in engines)
+        for completions in stack.enter_context(closing(run_requests(engines, feed, limit, should_stop))):
+            feed.finish(completions)
+    finished += done.rows
+    return ShardResult(shard.start, shard.stop, finished, finished == shard.rows, time.monotonic() - began)
+
+
+def check_template(engine: Engine, job: BatchJob) -> None:
+    """Refuse a system message, or variables of the template, that the model cannot take, before the first row.
+
+    Raises:
+        BatchError: With what the template says.
+    """
+    if engine.inputs is None or (job.system is None and not job.options.get("template_options")):
+        return
+    system = [{"role": "system", "content": "Be brief."}] if job.system is not None else []
+    probe = Request(messages=[*system, {"role": "user", "content": "Hello"}], options=GenerationOptions(**job.options))
+    try:
+        engine.inputs.write(probe, probe.options)
+    except RequestError as exc:
+        raise BatchError(f"No row can be asked: {exc}") from None
+
+
+def run_requests(
+    engines: Sequence[Engine], feed: RowFeed, limit: int, should_stop: Callable[[], bool]
+) -> Generator[list[Completion], None, None]:
+    """Yield what has finished until the feed has no more, or until it has to stop.
+
+    It looks for a stop also while every request takes long. Closing the iterator cancels those under way.
+
+    Raises:
+        EngineError: If an engine was closed, or can be used no more.
+    """
+    finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
+    pending: set[Future[Completion]] = set()
+    try:
+        while not should_stop():
+            for asked in feed.take(limit - len(pending)):
+                future = engines[asked.engine].submit(asked.request)
+                pending.add(future)
+                future.add_done_callback(finished.put)
+            if not pending:
+                return
+            try:
+                done = [finished.get(timeout=STOP_CHECK_SECONDS)]
+            except queue.Empty:
+                continue
+            while not finished.empty():
+                done.append(finished.get())
+            pending.difference_update(done)
+            yield from _finished(engines, [future.result() for future in done])
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _finished(engines: Sequence[Engine], completions: list[Completion]) -> Iterator[list[Completion]]:
+    """Yield what is finished; what an engine that was closed, or failed for good, leaves undone is for the next run."""
+    failures = [engine.failure for engine in engines if engine.failure is not None]
+    finished = [one for one in completions if one.error_code != "cancelled" and one.error not in failures]
+    if finished:
+        yield finished
+    if len(finished) < len(completions):
+        raise EngineError(f"{failures[0] if failures else 'The engine was closed while the batch ran.'} Run it again.")
+
+
+class _StopCheck:
+    """Asks the journal now and then."""
+
+    def __init__(self, journal: Journal, shard: Shard) -> None:
+        self._journal, self._shard = journal, shard
+        self._next = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._journal.poll_seconds
+        return self._journal.is_stopped(self._shard.epoch, self._shard.owner)
+
+
+class FinishedRows:
+    """What earlier runs have finished of the rows of a shard."""
+
+    def __init__(self, sweep: JournalRows, shard: Shard, should_stop: Callable[[], bool]) -> None:
+        self._sweep, self._shard, self._should_stop = sweep, shard, should_stop
+        self.rows = 0
+
+    def add_to(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, set[int], list[ResultRow]]]:
+        """Yield each chunk with the numbers of its rows that are not to be asked, and with what is known of all."""
+        chosen = self._shard.chosen
+        picked = chosen if chosen is None or isinstance(chosen, range) else frozenset(chosen)
+        for chunk in chunks:
+            if self._should_stop():
+                return
+            numbers = range(chunk.first, chunk.first + len(chunk))
+            left_out = set() if picked is None else {number for number in numbers if number not in picked}
+            if len(left_out) == len(chunk):
+                continue
+            known = []
+            for row in self._sweep.take(numbers.start, numbers.stop).to_pylist():
+                epoch = row.pop("epoch")
+                if row["row"] in left_out or (row["error"] is not None and epoch < self._shard.retry_before):
+                    continue
+                known.append(ResultRow(**row))
+            finished = {row.row for row in known if row.is_last}
+            self.rows += len(finished)
+            yield chunk, finished | left_out, known
+
+
+class RowFeed:
+    """Turns the rows that are left into requests, and completions into results. It is for one thread.
+
+    Args:
+        make: Makes the request of a row, or of each step of a chain.
+        chunks: Rows in order; with each chunk the numbers of its rows that are not to be asked, and what is known.
+        commit: Takes finished steps.
+        index: Results by prompt, or None where equal prompts are generated anew.
+        group_by_prefix: Whether rows with a shared prefix are put together.
+    """
+
+    def __init__(
+        self,
+        make: RequestMaker | ChainRows,
+        chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]],
+        commit: Callable[[list[ResultRow]], None],
+        index: ResultIndex | None = None,
+        group_by_prefix: bool = True,
+    ) -> None:
+        self._chain = make if isinstance(make, ChainRows) else None
+        self._steps = len(self._chain.steps) if self._chain else 1
+        self._make, self._commit, self._index, self._group = make, commit, index, group_by_prefix
+        self._windows = make_windows(self._requests(chunks))
+        self._ready: deque[RowRequest] = deque()
+        self._following: list[RowRequest] = []  # next steps of rows, which go first
+        self._values: dict[int, dict[str, Any]] = {}  # columns and outputs of the rows of a chain that have begun
+        self._waiting: dict[int, list[int]] = {}  # requests that wait for the result of their first one
+        self._digests: dict[int, bytes] = {}
+        self._firsts: dict[bytes, int] = {}  # requests in flight by the hash of their prompt
+        self._learnt: list[ResultRow] = []
+
+    def take(self, count: int) -> list[RowRequest]:
+        """Return the next requests; none when there are none before a request in flight is finished."""
+        taken: list[RowRequest] = []
+        while len(taken) < count:
+            while self._following:
+                following, self._following = self._following, []
+                self._ready.extendleft(reversed(self._admit(following)))
+            if not self._ready:
+                window = next(self._windows, None) if len(self._values) < OPEN_ROWS else None
+                if window is None:
+                    break
+                asked = self._admit(window)
+                self._ready.extend(order_window(asked) if self._group else asked)
+                continue
+            taken += [self._ready.popleft() for _ in range(min(count - len(taken), len(self._ready)))]
+        return taken
+
+    def finish(self, completions: Iterable[Completion]) -> None:
+        """Commit the results of requests, for all rows that wait for them."""
+        results: list[ResultRow] = []
+        for completion in completions:
+            if completion.finish_reason == "cancelled":  # somebody closed the engine; the next run takes the row
+                continue
+            number = int(completion.request_id or 0)
+            digest = self._digests.pop(number, None)
+            result = _to_result(completion, *divmod(number, self._steps), digest)
+            waiting = self._waiting.pop(number, ())
+            if digest is not None:
+                del self._firsts[digest]
+                if completion.error is None:  # what failed for want of time or memory may do better next time
+                    self._learnt.append(result)
+            self._settle(result, results)
+            for other in waiting:
+                self._share(result, other, results)
+        self._commit(results)
+
+    def _share(self, result: ResultRow, number: int, results: list[ResultRow]) -> None:
+        row, step = divmod(number, self._steps)
+        self._settle(result._replace(row=row, step=step, shared=True), results)
+
+    def _settle(self, result: ResultRow, results: list[ResultRow]) -> None:
+        """Add a result, and make the next step of its row."""
+        if self._chain is None:
+            results.append(result)
+            return
+        step = self._chain.steps[result.step]
+        if result.error is not None:
+            result = result._replace(error=f"Step {step.name!r}: {result.error}", is_last=True)
+        else:
+            try:
+                self._values[result.row][step.name] = parse_output(step, result.completion or "")
+                result = result._replace(is_last=result.step == self._steps - 1)
+            except ChainError as exc:
+                result = result._replace(status="schema_invalid", error=exc.message, is_last=True)
+        results.append(result)
+        if result.is_last:
+            del self._values[result.row]
+            return
+        made = self._chain.make(result.row, result.step + 1, self._values[result.row])
+        if isinstance(made, RowProblem):
+            del self._values[result.row]
+            results.append(_problem(result.row, made, result.step + 1))
+        else:
+            self._following.append(made)
+
+    def _requests(self, chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]]) -> Iterator[RowRequest]:
+        """Yield the first request of all rows but those that are done or cannot be asked."""
+        for chunk, done, known in chunks:
+            if self._index is not None:
+                self._learnt += [row for row in known if row.digest is not None and row.error is None]
+            problems: list[ResultRow] = []
+            begun = self._begun(known, done) if self._chain else {}
+            for number, row in enumerate(chunk.rows if len(done) < len(chunk) else (), chunk.first):
+                if number in done:
+                    continue
+                if message := chunk.problems.get(number - chunk.first):
+                    problems.append(_problem(number, RowProblem("malformed", message)))
+                    continue
+                step = len(begun.get(number, ()))
+                made = self._start(number, step, {**row, **begun[number]} if step else row)
+                if isinstance(made, RowProblem):
+                    problems.append(_problem(number, made, step))
+                else:
+                    yield made
+            if problems:
+                self._commit(problems)
+
+    def _start(self, number: int, step: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
+        if self._chain is None:
+            return self._make(number, row)  # type: ignore[operator]
+        made = self._chain.make(number, step, row)
+        if isinstance(made, RowRequest):
+            self._values[number] = dict(row)
+        return made
+
+    def _begun(self, known: list[ResultRow], done: set[int]) -> dict[int, dict[str, Any]]:
+        """Return the outputs of the steps that rows have finished, without a gap from the first step on."""
+        outputs: dict[int, dict[str, Any]] = {}
+        for result in known:
+            own = outputs.setdefault(result.row, {})
+            if result.row not in done and result.error is None and result.step == len(own) and self._chain:
+                step = self._chain.steps[result.step]
+                own[step.name] = parse_output(step, result.completion or "")
+        return outputs
+
+    def _admit(self, asked: list[RowRequest]) -> list[RowRequest]:
+        """Return the requests that are new; the others get, or wait for, the result of their like."""
+        if self._index is None:
+            return asked
+        if self._learnt:
+            self._index.add(self._learnt)
+            self._learnt = []
+        new = [each for each in asked if not each.shareable]
+        shared = [each for each in asked if each.shareable]
+        digests = [blake2b(each.text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for each in shared]
+        known = self._index.find(digests)
+        results: list[ResultRow] = []
+        for each, digest in zip(shared, digests, strict=True):
+            number = int(each.request.id or 0)
+            if (found := known.get(digest)) is not None:
+                self._share(found, number, results)
+            elif (first := self._firsts.get(digest)) is not None:
+                self._waiting.setdefault(first, []).append(number)
+            else:
+                self._firsts[digest], self._digests[number] = number, digest
+                new.append(each)
+        if results:
+            self._commit(results)
+        return new
+
+
+def _to_result(completion: Completion, row: int, step: int, digest: bytes | None) -> ResultRow:
+    text = completion.text if completion.error is None else completion.text or None
+    return ResultRow(
+        row, step, text, completion.status, completion.finish_reason, completion.prompt_tokens,
+        completion.generated_tokens, completion.seconds, completion.error, _details(completion), False, digest, True,
+    )  # fmt: skip
+
+
+def _problem(row: int, problem: RowProblem, step: int = 0) -> ResultRow:
+    return ResultRow(row, step, None, problem.status, "error", error=problem.message)
+
+
+def _details(completion: Completion) -> str | None:
+    names = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
+    details = {name: value for name in names if (value := getattr(completion, name))}
+    return json.dumps(details, ensure_ascii=False, default=str) if details else None
+
+
+def make_windows(
+    requests: Iterable[RowRequest], rows: int = WINDOW_ROWS, characters: int = WINDOW_CHARACTERS
+) -> Iterator[list[RowRequest]]:
+    """Yield the requests in lists that are bounded by their number and by the length of their texts together."""
+    window: list[RowRequest] = []
+    size = 0
+    for request in requests:
+        window.append(request)
+        size += len(request.text)
+        if len(window) >= rows or size >= characters:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def order_window(window: list[RowRequest]) -> list[RowRequest]:
+    """Return the requests of a window in the order in which an engine has the least work with them.
+
+    Those that go on alike after what all have in common stand together, so that the engine finds their prefix in its
+    cache. The others come by falling length, so that no long one is left for the end.
+    """
+    if len(window) < 3:
+        return window
+    texts = [request.text for request in window]
+    common = len(os.path.commonprefix([min(texts), max(texts)]))
+    prefixes = [each[common : common + PREFIX_CHARACTERS] for each in texts]
+    count = Counter(prefixes)
+
+    def place(index: int) -> tuple[str, int]:
+        prefix = prefixes[index]
+        shared = count[prefix] > 1 and len(prefix) == PREFIX_CHARACTERS
+        return (prefix if shared else "", -len(texts[index]))
+
+    return [window[index] for index in sorted(range(len(window)), key=place)]
+
+
+def answer_row(engines: Sequence[Engine], chain: ChainRows, values: Mapping[str, Any]) -> list[ResultRow]:
+    """Put one row of values through a chain and return what became of its steps, in their order.
+
+    It is the same machinery as that of a table.
+    """
+    results: list[ResultRow] = []
+    chunk = Chunk(0, 1, lambda: [dict(values)])
+    feed = RowFeed(chain, [(chunk, set(), [])], results.extend)
+    for completions in run_requests(engines, feed, limit=1, should_stop=lambda: False):
+        feed.finish(completions)
+    return results

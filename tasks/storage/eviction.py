@@ -1,0 +1,162 @@
+"""Room in a store: what it holds, and which of it goes when there is too much. What is in use never goes.
+
+Only what this library has downloaded or made counts and goes. Content that several snapshots share counts once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect_huggingface.blocks import ModelStore
+from prefect_huggingface.tasks.hub_errors import StoreBusyError
+from prefect_huggingface.tasks.storage.files import MANIFEST, discard, exports_folder, sweep_staging
+from prefect_huggingface.tasks.storage.hub.cache import StoredSnapshot, list_snapshots, remove_partials, remove_snapshot
+from prefect_huggingface.tasks.storage.locks import LEASE, is_held, take_alone
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One thing that a store holds.
+
+    Attributes:
+        kind: Whether it is an export or a snapshot of the Hub.
+        name: Name of its folder for an export, repository id for a snapshot.
+        path: Its folder.
+        size_bytes: Size that its removal frees.
+        last_used: Time of its last use (seconds since 1970).
+        in_use: Whether a live process holds it.
+        source: What an export was made from, the repository of a snapshot.
+        commit: Commit of the source.
+        recipe: Settings of an export.
+    """
+
+    kind: Literal["export", "snapshot"]
+    name: str
+    path: Path
+    size_bytes: int
+    last_used: float
+    in_use: bool
+    source: str | None = None
+    commit: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What was removed from a store.
+
+    Attributes:
+        removed: What was removed, the least recently used first.
+        freed_bytes: Size of it.
+        kept_bytes: Size of what is left.
+        in_use: Paths that would have gone but are in use.
+        abandoned_bytes: Size of downloads that were never finished and have not grown for a week; they go in any case.
+    """
+
+    removed: tuple[StoredModel, ...]
+    freed_bytes: int
+    kept_bytes: int
+    in_use: tuple[Path, ...] = ()
+    abandoned_bytes: int = 0
+
+
+def list_models(store: ModelStore) -> list[StoredModel]:
+    """Return the exports and snapshots of a store, the least recently used first."""
+    snapshots = [_describe_snapshot(snapshot) for snapshot in list_snapshots(store)]
+    return sorted([*_list_exports(store.folder), *snapshots], key=lambda entry: entry.last_used)
+
+
+def evict(store: ModelStore, limit_bytes: int, keep: Collection[Path] = ()) -> PruneReport:
+    """Remove abandoned downloads, and the least recently used models until the rest is within a limit.
+
+    Args:
+        store: The store.
+        limit_bytes: Size that the rest may have; 0 removes everything that is not in use.
+        keep: Folders that stay in any case.
+    """
+    sweep_staging(store.folder)
+    abandoned = remove_partials(store)
+    snapshots = {snapshot.path: snapshot for snapshot in list_snapshots(store)}
+    contents = {blob: size for snapshot in snapshots.values() for blob, size in snapshot.contents.items()}
+    entries = list_models(store)
+    total = sum(contents.values()) + sum(entry.size_bytes for entry in entries if entry.kind == "export")
+    removed: list[StoredModel] = []
+    in_use: list[Path] = []
+    for entry in entries:
+        if total <= limit_bytes:
+            break
+        if entry.path in keep:
+            continue
+        freed = _remove(store.folder, entry, snapshots.get(entry.path))
+        if freed is None:
+            in_use.append(entry.path)
+            continue
+        removed.append(replace(entry, size_bytes=freed))
+        total -= freed
+    return PruneReport(tuple(removed), sum(entry.size_bytes for entry in removed), total, tuple(in_use), abandoned)
+
+
+def _remove(folder: Path, entry: StoredModel, snapshot: StoredSnapshot | None) -> int | None:
+    """Remove an entry and return the freed bytes, or None if it is in use."""
+    if snapshot is not None:
+        with suppress(StoreBusyError):
+            return remove_snapshot(snapshot)
+        return None
+    lease = take_alone(entry.path / LEASE)
+    if lease is None and (entry.path / LEASE).exists():
+        return None
+    discard(folder, entry.path)
+    if lease is not None:
+        lease.close()
+    return entry.size_bytes
+
+
+def _list_exports(store: Path) -> Iterator[StoredModel]:
+    with suppress(FileNotFoundError):
+        for folder in sorted(exports_folder(store).iterdir()):
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            manifest = _read_manifest(folder)
+            yield StoredModel(
+                kind="export",
+                name=folder.name,
+                path=folder,
+                size_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                last_used=_last_used(folder),
+                in_use=is_held(folder),
+                source=manifest.get("source"),
+                commit=manifest.get("commit"),
+                recipe=manifest.get("recipe") or {},
+            )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _last_used(folder: Path) -> float:
+    for path in (folder / LEASE, folder):
+        with suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _describe_snapshot(snapshot: StoredSnapshot) -> StoredModel:
+    return StoredModel(
+        kind="snapshot",
+        name=snapshot.repo_id,
+        path=snapshot.path,
+        size_bytes=snapshot.freed_bytes,
+        last_used=snapshot.last_used,
+        in_use=is_held(snapshot.path),
+        source=snapshot.repo_id,
+        commit=snapshot.commit,
+    )

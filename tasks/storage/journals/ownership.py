@@ -1,0 +1,235 @@
+"""Owning a journal, so that two runs of one batch never work at once.
+
+Owners are numbered. A run becomes the next one by creating the record of its number, which only one of several can:
+a conditional write where the store has them (S3, GCS, Azure), a link on a local file system. Numbers are not used
+again, and everything that an owner writes or deletes bears its number, so that a run that stalled and wakes up finds
+that it was succeeded, and can neither stop nor delete anything of its successor.
+
+On a local file system a lock of the kernel tells whether the owner lives; it ends with its process however that ends.
+Elsewhere the owner rewrites a file of its own while it lives. Who wants to succeed it watches that file for the time of
+a lease by its own clock, so that the clocks of two machines are never compared. One that ended says so there.
+
+What was removed leaves the number of its last owner behind, a file of a few bytes, on remote stores only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.journals.journal import Journal, encode_record
+from prefect_huggingface.tasks.storage.locks import Lease, is_taken, take_alone
+from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice
+
+IfRunning = Literal["refuse", "wait"]
+
+LEASE_SECONDS = 60.0
+RENEWAL_SECONDS = 10.0
+POLL_SECONDS = 2.0
+LOCK_TRIES, LOCK_SECONDS = 3, 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class JournalOwner:
+    """A run that owns a journal, until another run succeeds it.
+
+    Attributes:
+        journal: What it owns.
+        epoch: Its number.
+        id: Its random name.
+        base: Number of the owner who removed the journal last, 0 if nobody did.
+    """
+
+    journal: Journal
+    epoch: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    base: int = 0
+
+    def is_current(self) -> bool:
+        """Return whether no other run has succeeded this one."""
+        names = self.journal.place.names()
+        return f"owner-{self.epoch + 1:06}.json" not in names and self._alive.name in names
+
+    def check(self) -> None:
+        """Check that no other run has succeeded this one, before something that cannot be undone.
+
+        Raises:
+            BatchError: If another run has.
+        """
+        if not self.is_current():
+            raise BatchError(
+                f"Another run has taken over {self.journal.place.url!r}, since this one did not answer for a while. "
+                "Wait for its end, or set `if_running='wait'`."
+            )
+
+    def write_job(self, job: Mapping[str, Any]) -> None:
+        """Write what the job consists of."""
+        self.journal.write_record("job", self.epoch, job)
+
+    def write_published(self, record: Mapping[str, Any]) -> None:
+        """Write what is known of the output."""
+        self.journal.write_record("published", self.epoch, record)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the shards of this run to stop. They commit what is finished."""
+        self.journal.write_record("stop", self.epoch, {"reason": reason, "owner": self.id})
+
+    def remove(self) -> None:
+        """Delete the journal, unless another run has succeeded this one."""
+        place, segments = self.journal.place, self.journal.segments
+        if place.is_local:
+            if self.is_current():
+                place.remove()
+            return
+        # From here on nobody can succeed this run but somebody who knows that all of this is void.
+        if not JournalOwner(self.journal, self.epoch + 1, base=self.epoch + 1).claim(removed=True):
+            return
+        for folder in (segments, place):
+            for name in folder.names():
+                number = re.match(r"(?:e|\w+-)(\d{6,})", name)
+                if number and int(number[1]) <= self.epoch:
+                    folder.child(name).remove()
+
+    def claim(self, removed: bool = False) -> bool:
+        """Become the owner of this number, unless somebody else already is, and return whether it worked."""
+        record = {
+            "epoch": self.epoch, "id": self.id, "base": self.base, "removed": removed, "host": socket.gethostname(),
+            "process": os.getpid(), "time": time.time(),
+        }  # fmt: skip
+        claimed = self.journal.place.child(f"owner-{self.epoch:06}.json").create(encode_record(record))
+        if claimed and not removed:
+            self.beat(0)
+        return claimed
+
+    def beat(self, count: int, ended: bool = False) -> None:
+        """Say that this run lives, or that it has ended."""
+        self._alive.write(encode_record({"count": count, "ended": ended, "time": time.time()}))
+
+    @property
+    def _alive(self) -> Place:
+        return self.journal.place.child(f"alive-{self.epoch:06}-{self.id}.json")
+
+
+@contextmanager
+def hold_journal(journal: Journal, if_running: IfRunning = "refuse") -> Iterator[JournalOwner]:
+    """Own the journal for the time of the block.
+
+    Args:
+        journal: Journal to own.
+        if_running: Whether to fail, or to wait, while another run owns it.
+
+    Raises:
+        BatchError: If another run owns it and `if_running` is "refuse".
+    """
+    notice = WaitNotice(run_log(), f"Waiting for the run that works on {journal.place.url!r}")
+    if journal.place.is_local:
+        with ExitStack() as stack:
+            for name in ("lock", "held"):
+                stack.enter_context(_take_lock(journal, name, if_running if name == "lock" else "wait", notice))
+            yield _succeed(journal, journal.read_owner())
+        return
+    owner = _succeed_remotely(journal, if_running, notice)
+    ended = threading.Event()
+    renewal = threading.Thread(target=_renew, args=(owner, ended), name="journal-lease", daemon=True)
+    renewal.start()
+    try:
+        yield owner
+    finally:
+        ended.set()
+        renewal.join()
+        if owner.is_current():
+            owner.beat(0, ended=True)
+
+
+def is_held(journal: Journal) -> bool:
+    """Return whether a run seems to own the journal now. Asking never disturbs a run that begins or ends."""
+    if journal.place.is_local:
+        # Beginning is decided by another lock than this one.
+        return is_taken(Path(journal.place.url, "held"))
+    record = journal.read_owner()
+    alive = _read_alive(journal, record)
+    return bool(alive) and not alive["ended"] and abs(time.time() - alive["time"]) < LEASE_SECONDS
+
+
+def _take_lock(journal: Journal, name: str, if_running: IfRunning, notice: WaitNotice) -> Lease:
+    tries = 0
+    while True:
+        # The run before may just have removed the journal, and the file with it.
+        with suppress(FileNotFoundError):
+            os.makedirs(journal.place.url, exist_ok=True)
+            lease = take_alone(Path(journal.place.url, name), create=True)
+            if lease is not None:
+                return lease
+        tries += 1
+        if if_running == "refuse" and tries == LOCK_TRIES:
+            raise _refusal(journal)
+        notice.tell()
+        time.sleep(LOCK_SECONDS if tries < LOCK_TRIES else WAKE_SECONDS)
+
+
+def _refusal(journal: Journal) -> BatchError:
+    return BatchError(
+        f"Another run is already writing {journal.place.url!r}. Wait for its end, or set `if_running='wait'`."
+    )
+
+
+def _succeed_remotely(journal: Journal, if_running: IfRunning, notice: WaitNotice) -> JournalOwner:
+    """Become the next owner once the last one has ended, was removed, or has not moved for the time of a lease."""
+    seen: Any = None
+    since = time.monotonic()
+    while True:
+        record = journal.read_owner()
+        alive = _read_alive(journal, record)
+        if (
+            record is None
+            or record["removed"]
+            or alive.get("ended")
+            or (seen == (record, alive) and time.monotonic() - since > LEASE_SECONDS)
+        ):
+            owner = _following(journal, record)
+            if owner.claim():
+                return owner
+            continue
+        if seen != (record, alive):
+            if seen is not None and if_running == "refuse":
+                raise _refusal(journal)
+            seen, since = (record, alive), time.monotonic()
+        notice.tell()
+        time.sleep(POLL_SECONDS)
+
+
+def _succeed(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
+    owner = _following(journal, record)
+    owner.claim()
+    return owner
+
+
+def _following(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
+    record = record or {}
+    return JournalOwner(journal, record.get("epoch", 0) + 1, base=record.get("base", 0))
+
+
+def _read_alive(journal: Journal, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    return journal.read_record(f"alive-{record['epoch']:06}-{record['id']}.json") or {} if record else {}
+
+
+def _renew(owner: JournalOwner, ended: threading.Event) -> None:
+    count = 0
+    while not ended.wait(RENEWAL_SECONDS):
+        count += 1
+        with suppress(Exception):  # the store may be away for a moment; the lease outlasts several renewals
+            if not owner.is_current():
+                return
+            owner.beat(count)

@@ -1,0 +1,202 @@
+"""Chains over tables: rows share the batch step by step, each finished step is kept, a failed one names itself."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.batching.job import (
+    BatchJob,
+    BatchOptions,
+    choose_columns,
+    describe_models,
+    list_models,
+    plan_job,
+    plan_output,
+)
+from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.run import get_status, open_run
+from prefect_huggingface.tasks.batching.shard import ShardResult, ShardSettings, process_shard
+from prefect_huggingface.tasks.errors import BatchError, ChainError
+from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
+from support.instant_engines import InstantEngine
+from support.journals import claim_journal
+
+MODEL = LocalModel(model_id="/no/such/model", backend="torch")
+STEPS: list[dict[str, Any]] = [
+    {"name": "person", "prompt": "Extract from {text}", "parser": "json"},
+    {"name": "words", "prompt": "List {person_name} of {text}", "parser": "list"},
+    {"name": "end", "prompt": "End {words} {id}"},
+]
+
+
+class ScriptedEngine(InstantEngine):
+    """Answers the steps of the chain, and fails where the prompt says so."""
+
+    def _answer(self, future: Future[Completion], request: Request) -> None:
+        prompt = request.prompt or json.dumps(request.messages)
+        assert self.prompts is not None
+        self.prompts.append(prompt)
+        if "broken" in prompt:
+            future.set_result(Completion("", "error", 1, 0, 0.0, "It broke.", "engine_error", request.id))
+            return
+        text = {"Extract": json.dumps({"name": prompt[-3:]}), "List": "a, b"}.get(prompt.split()[0], prompt)
+        future.set_result(Completion("no json" if "odd" in prompt else text, "stop", 5, 3, 0.5, request_id=request.id))
+
+
+def engine() -> ScriptedEngine:
+    made = ScriptedEngine()
+    made.prompts = []
+    return made
+
+
+class Batch:
+    """One batch of a chain in a folder."""
+
+    def __init__(
+        self, folder: Path, texts: list[str], steps: list[dict[str, Any]] = STEPS, suffix: str = "jsonl"
+    ) -> None:
+        source, self.destination = folder / "in.jsonl", folder / f"out.{suffix}"
+        source.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
+        more = BatchOptions(steps=steps)
+        job = plan_job(str(source), None, None, None, more)
+        self.job: BatchJob = describe_models(job, list_models(MODEL, more.steps or ()), None)
+        self.output = choose_columns(self.job, plan_output(str(source), str(self.destination)), None, {})
+        self.journal = Journal.beside(str(self.destination))
+
+    def run(self, *engines: InstantEngine, retry: bool = False, **settings: Any) -> list[ShardResult]:
+        run = open_run(claim_journal(self.journal), self.job, 1, retry, ShardSettings(**settings))
+        return [process_shard(engines, self.journal, shard) for shard in run.shards]
+
+    def publish(self) -> list[dict[str, Any]]:
+        publish_output(self.job, claim_journal(self.journal), self.output, replaceable=True)
+        return [row for chunk in read_chunks(inspect_table(str(self.destination))) for row in chunk.rows]
+
+
+def test_each_row_goes_through_the_chain_without_waiting_for_others(tmp_path: Path) -> None:
+    batch, model = Batch(tmp_path, ["Ann", "Bob"]), engine()
+    assert batch.run(model, max_concurrency=1)[0].complete
+    assert model.prompts == [
+        "Extract from Ann", "List Ann of Ann", "End ['a', 'b'] 0",
+        "Extract from Bob", "List Bob of Bob", "End ['a', 'b'] 1",
+    ]  # fmt: skip
+    rows = batch.publish()
+    assert list(rows[0]) == [
+        "id", "text", "person", "words", "end", "status", "finish_reason", "prompt_tokens", "generated_tokens",
+        "seconds", "error",
+    ]  # fmt: skip
+    assert [(row["person"], row["words"], row["end"]) for row in rows] == [
+        ({"name": "Ann"}, ["a", "b"], "End ['a', 'b'] 0"), ({"name": "Bob"}, ["a", "b"], "End ['a', 'b'] 1"),
+    ]  # fmt: skip
+    assert (rows[0]["prompt_tokens"], rows[0]["generated_tokens"], rows[0]["status"]) == (15, 9, "ok")
+    assert get_status(str(batch.destination)).finished == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_outputs_of_parsers_are_json_where_a_format_has_no_values(tmp_path: Path, suffix: str) -> None:
+    batch = Batch(tmp_path, ["Ann"], suffix=suffix)
+    batch.run(engine())
+    (row,) = batch.publish()
+    assert (row["person"], row["words"]) == ('{"name":"Ann"}', '["a","b"]')
+
+
+def test_a_failed_step_is_the_error_of_its_row_and_is_retried_alone(tmp_path: Path) -> None:
+    batch, model = Batch(tmp_path, ["Ann", "broken", "odd", "Eve"]), engine()
+    batch.run(model)
+    rows = batch.publish()
+    assert [row["status"] for row in rows] == ["ok", "engine_error", "schema_invalid", "ok"]
+    assert rows[1]["error"] == "Step 'person': It broke."
+    assert "output of step 'person' is not json: 'no json'" in rows[2]["error"]
+    assert (rows[1]["person"], rows[2]["end"]) == (None, None)
+    assert batch.journal.count().failed == 2
+
+    class Mended(ScriptedEngine):
+        def _answer(self, future: Future[Completion], request: Request) -> None:
+            prompt = str(request.prompt).replace("broken", "Ben").replace("odd", "Odo")
+            super()._answer(future, Request(prompt=prompt, id=request.id))
+
+    again = Mended()
+    again.prompts = []
+    assert batch.run(engine()) == []  # without being asked, nothing is generated again
+    batch.run(again, retry=True)
+    assert [prompt for prompt in again.prompts if "Ann" in prompt or "Eve" in prompt] == []
+    assert [row["status"] for row in batch.publish()] == ["ok"] * 4
+
+
+def test_a_chain_goes_on_at_the_step_where_it_was_cut(tmp_path: Path) -> None:
+    class Failing(ScriptedEngine):
+        """Is closed after some answers."""
+
+        def _answer(self, future: Future[Completion], request: Request) -> None:
+            if len(self.prompts or ()) < 250:
+                super()._answer(future, request)
+            else:
+                future.set_result(Completion("", "cancelled", error_code="cancelled", request_id=request.id))
+
+    texts = [f"n{number:03}" for number in range(100)]
+    whole = Batch(tmp_path, texts)
+    whole.run(engine())
+    expected = whole.publish()
+    (tmp_path / "cut").mkdir()
+    batch, first, second = Batch(tmp_path / "cut", texts), Failing(), engine()
+    first.prompts = []
+    with pytest.raises(Exception, match="closed while the batch ran"):
+        batch.run(first)
+    batch.run(second)
+    assert not set(first.prompts) & set(second.prompts)
+    assert len(first.prompts) + len(second.prompts) == 300
+    assert batch.publish() == expected
+
+
+def test_equal_steps_of_rows_are_asked_once(tmp_path: Path) -> None:
+    batch, model = Batch(tmp_path, ["Ann"] * 1000, STEPS[:2]), engine()
+    batch.run(model)
+    assert model.prompts == ["Extract from Ann", "List Ann of Ann"]
+    assert len(batch.publish()) == 1000
+
+
+def test_a_field_that_the_json_lacks_is_the_error_of_the_row(tmp_path: Path) -> None:
+    steps = [STEPS[0], {"name": "age", "prompt": "{person_age}"}]
+    batch = Batch(tmp_path, ["Ann"], steps)
+    batch.run(engine())
+    (row,) = batch.publish()
+    assert row["status"] == "missing_value"
+    assert "Step 'age': {person_age} is not there" in row["error"]
+
+
+def test_steps_name_other_models(tmp_path: Path) -> None:
+    other = {"model_id": "/no/other", "backend": "torch"}
+    steps = [{"name": "a", "prompt": "{text}"}, {"name": "b", "prompt": "{a}!", "model": other, "options": {"n": 1}}]
+    batch, first, second = Batch(tmp_path, ["Ann"], steps), engine(), engine()
+    batch.run(first, second)
+    assert (first.prompts, second.prompts) == (["Ann"], ["Ann!"])
+    assert batch.publish()[0]["b"] == "Ann!"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"name": "a", "prompt": "{town}"}], "no column 'town'"),
+        ([{"name": "a", "prompt": "{b}"}, {"name": "b", "prompt": "x"}], "no column 'b'"),
+        ([{"name": "text", "prompt": "x"}], "'text' is used twice"),
+        ([{"name": "status", "prompt": "x"}], "columns .'status'. that the output adds"),
+        ([{"name": "a", "prompt": "{text"}], "not a prompt template"),
+    ],
+)
+def test_a_chain_that_does_not_fit_the_table_is_refused(tmp_path: Path, steps: Any, message: str) -> None:
+    with pytest.raises((BatchError, ChainError), match=message):
+        Batch(tmp_path, ["Ann"], steps)
+
+
+def test_a_chain_keeps_company_with_no_other_way_to_ask(tmp_path: Path) -> None:
+    with pytest.raises(BatchError, match="Only one of .* got `prompt` and `steps`"):
+        plan_job(str(tmp_path), "{text}", more=BatchOptions(steps=STEPS))
+    with pytest.raises(BatchError, match="Give the steps `options`"):
+        plan_job(str(tmp_path), None, options=GenerationOptions(), more=BatchOptions(steps=STEPS, option_columns=["n"]))
