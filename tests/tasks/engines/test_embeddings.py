@@ -149,7 +149,7 @@ def test_a_text_cannot_end_the_turn_of_a_reranker(tiny_models: Any) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        "bert", "bert-reranker",
+        "bert",
         *(
             pytest.param(family, marks=pytest.mark.slow)
             for family in (*EMBEDDERS, *RANKERS) if family != "bert"
