@@ -105,6 +105,16 @@ class OpenAICall:
     stream: bool = False
     include_usage: bool = False
 
+    def writer(self, name: str, created: int, model: str | None) -> AnswerWriter:
+        """Return what writes the answer to this call.
+
+        Args:
+            name: Name of the answer.
+            created: Time of the answer, in seconds since 1970.
+            model: Name of the model that answers.
+        """
+        return AnswerWriter(self, name, created, model)
+
 
 def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
     """Return what a body asks for.
@@ -313,7 +323,7 @@ def check_images(call: OpenAICall, most: int, allow_remote: bool) -> None:
 
 def prompt_characters(request: Request) -> int:
     """Return the number of characters that a request puts before the model."""
-    contents = [request.prompt, *(message.get("content") for message in request.messages or ())]
+    contents = [request.prompt, request.pair, *(message.get("content") for message in request.messages or ())]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
     return sum(len(str(part.get("text", "") if isinstance(part, Mapping) else part or "")) for part in parts)
 

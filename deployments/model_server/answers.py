@@ -20,8 +20,9 @@ from starlette.types import Receive, Scope, Send
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.openai_protocol import AnswerStream, AnswerWriter, OpenAICall, error_body, error_status
+from prefect_huggingface.tasks.openai_protocol import AnswerStream, OpenAICall, error_body, error_status
 from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.vector_protocol import VectorCall
 
 # A stream that has nothing to say for so long says that it is there, and a client that reads nothing is given up.
 PING_SECONDS = 15.0
@@ -67,15 +68,15 @@ class GenerationResponse(Response):
         name: Name of the answer, unique in this server.
         mailbox: Brings text from the engine.
         metrics: Counts what happens.
-        check: Called with the engine before anything is submitted; raises where the call is not for it.
+        check: Called with the call and the engine before anything is submitted; raises where the call is not for it.
     """
 
     def __init__(
-        self, call: OpenAICall, model: ServedModel, name: str, mailbox: Mailbox, metrics: Metrics,
-        check: Callable[[Engine], None],
+        self, call: OpenAICall | VectorCall, model: ServedModel, name: str, mailbox: Mailbox, metrics: Metrics,
+        check: Callable[[OpenAICall | VectorCall, Engine], None],
     ) -> None:  # fmt: skip
         self._call, self._model, self._mailbox, self._metrics, self._check = call, model, mailbox, metrics, check
-        self._writer = AnswerWriter(call, name, int(time.time()), model.name)
+        self._writer: Any = call.writer(name, int(time.time()), model.name)
         self._began = time.perf_counter()
         self._is_sent = False
         self.background = None
@@ -98,11 +99,11 @@ class GenerationResponse(Response):
 
     async def _answer(self, send: Send) -> None:
         async with self._model.use() as engine:
-            self._check(engine)
+            self._check(self._call, engine)
             futures: list[Future[Completion]] = []
             try:
-                if self._call.stream:
-                    await self._stream(engine, futures, send)
+                if isinstance(self._call, OpenAICall) and self._call.stream:
+                    await self._stream(self._call, engine, futures, send)
                     return
                 futures += [engine.submit(request) for request in self._call.requests]
                 completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -113,11 +114,11 @@ class GenerationResponse(Response):
                 for future in futures:
                     future.cancel()
 
-    async def _stream(self, engine: Engine, futures: list[Future[Completion]], send: Send) -> None:
+    async def _stream(self, call: OpenAICall, engine: Engine, futures: list[Future[Completion]], send: Send) -> None:
         """Send events. The headers go with the first one, so that an early error still has its status."""
         inbox: asyncio.Queue[Letter] = asyncio.Queue()
-        stream = AnswerStream(self._call, self._writer)
-        for number, request in enumerate(self._call.requests):
+        stream = AnswerStream(call, self._writer)
+        for number, request in enumerate(call.requests):
             futures.append(self._submit(engine, request, number, stream, inbox))
         try:
             while len(stream.completions) < len(futures):
@@ -133,7 +134,7 @@ class GenerationResponse(Response):
                     self._metrics.count_first_token(self._model.name, time.perf_counter() - self._began)
                 if events or not letters:
                     await self._send(send, events or b": the answer is on its way\n\n", EVENTS)
-            end = [self._writer.write_usage([*stream.completions.values()])] if self._call.include_usage else []
+            end = [self._writer.write_usage([*stream.completions.values()])] if call.include_usage else []
         except ApiError as exc:
             if not self._is_sent:
                 raise

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import itertools
-import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from fastapi import Depends, FastAPI, Request, Response
@@ -20,7 +20,21 @@ from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel, ServedModels, evict_idle
 from prefect_huggingface.deployments.model_server.settings import ServerSettings
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.openai_protocol import BodyError, check_images, error_body, prompt_characters, read_call
+from prefect_huggingface.tasks.openai_protocol import (
+    BodyError,
+    OpenAICall,
+    check_images,
+    error_body,
+    prompt_characters,
+    read_call,
+)
+from prefect_huggingface.tasks.vector_protocol import (
+    EMBEDDINGS_URL,
+    RERANK_URL,
+    VectorCall,
+    read_embedding_call,
+    read_rerank_call,
+)
 
 BODY_SECONDS = 60.0
 # More characters than this for each token of the context are too many in any language.
@@ -30,13 +44,19 @@ MAX_IMAGES = 16
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
+Call = OpenAICall | VectorCall
+Route = Callable[[Request], Awaitable[Response]]
+READERS: dict[str, Callable[[dict[str, Any]], Call]] = {
+    "/v1/chat/completions": partial(read_call, chat=True), "/v1/completions": partial(read_call, chat=False),
+    EMBEDDINGS_URL: read_embedding_call, RERANK_URL: read_rerank_call, "/rerank": read_rerank_call,
+}  # fmt: skip
+
+
 class ModelServer:
     """What the routes do."""
 
     def __init__(self, models: ServedModels, settings: ServerSettings) -> None:
         self.models, self.settings, self.metrics = models, settings, Metrics(models)
-        self._numbers = itertools.count(1)
-        self._mark = os.urandom(6).hex()
         self._mailbox: Mailbox | None = None
         self._loads: list[asyncio.Future[Engine]] = []
 
@@ -69,29 +89,21 @@ class ModelServer:
         """Return the counters."""
         return Response(self.metrics.write(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def chat(self, request: Request) -> Response:
-        """Go on with a conversation."""
-        return await self._generate(request, chat=True)
+    def route(self, read: Callable[[dict[str, Any]], Call]) -> Route:
+        """Return the route for bodies of one kind."""
 
-    async def complete(self, request: Request) -> Response:
-        """Go on with a prompt."""
-        return await self._generate(request, chat=False)
+        async def answer(request: Request) -> Response:
+            call = read(await self._read_body(request))
+            if isinstance(call, OpenAICall):
+                check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
+            model = self.models.find(call.model)
+            if self.models.requests >= self.settings.max_requests:
+                text = f"The server works on {self.models.requests} requests already. Try again in a moment."
+                raise ApiError(429, "rate_limited", text, retry_after=1)
+            assert self._mailbox is not None
+            return GenerationResponse(call, model, uuid4().hex[:20], self._mailbox, self.metrics, check_prompts)
 
-    async def _generate(self, request: Request, chat: bool) -> Response:
-        call = read_call(await self._read_body(request), chat)
-        check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
-        model = self.models.find(call.model)
-        if self.models.requests >= self.settings.max_requests:
-            text = f"The server works on {self.models.requests} requests already. Try again in a moment."
-            raise ApiError(429, "rate_limited", text, retry_after=1)
-        assert self._mailbox is not None
-        name = f"{self._mark}{next(self._numbers):x}"
-
-        def check(engine: Engine) -> None:
-            for length in map(prompt_characters, call.requests):
-                check_length(length, engine)
-
-        return GenerationResponse(call, model, name, self._mailbox, self.metrics, check)
+        return answer
 
     async def tokenize(self, request: Request) -> Response:
         """Count the tokens of a text."""
@@ -130,6 +142,16 @@ class ModelServer:
         return body
 
 
+def check_prompts(call: Call, engine: Engine) -> None:
+    """Refuse prompts that no tokenizer needs to see to find them too long.
+
+    Raises:
+        ApiError: If a prompt is too long.
+    """
+    for request in call.requests:
+        check_length(prompt_characters(request), engine)
+
+
 def check_length(characters: int, engine: Engine) -> None:
     """Refuse a text of so many characters where it cannot fit the context.
 
@@ -159,10 +181,9 @@ def create_app(models: ServedModels, settings: ServerSettings, api_keys: Sequenc
     app.add_api_route("/metrics", server.read_metrics, **guard)
     app.add_api_route("/v1/models", server.list_models, **guard)
     app.add_api_route("/v1/models/{name:path}", server.read_model, **guard)
-    for path, route in {
-        "/v1/chat/completions": server.chat, "/v1/completions": server.complete, "/tokenize": server.tokenize,
-    }.items():  # fmt: skip
-        app.add_api_route(path, route, methods=["POST"], **guard)
+    app.add_api_route("/tokenize", server.tokenize, methods=["POST"], **guard)
+    for path, read in READERS.items():
+        app.add_api_route(path, server.route(read), methods=["POST"], **guard)
     app.add_exception_handler(BodyError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_unknown_url)
     app.add_exception_handler(Exception, _answer_failure)

@@ -48,7 +48,7 @@ from prefect_huggingface.tasks.engines.request_state import RequestState, Sequen
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.records import ErrorCode, Request
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
-from prefect_huggingface.tasks.storage.places import link_file
+from prefect_huggingface.tasks.storage.files import link_file
 
 logger = get_logger(__name__)
 
