@@ -28,6 +28,9 @@ class FormatQuality:
         positions: Number of positions that were compared.
         tokens_per_second: Generated tokens per second of the export, one prompt at a time.
         size_bytes: Size of the export.
+        cosine: Least cosine of a vector with that of the source, for models of vectors; `agreement` is then this or
+            `ranking`, whichever is less, and `exact_matches` the share of the texts with the same nearest text.
+        ranking: Rank correlation (Spearman) of similarities or scores with those of the source.
     """
 
     weight_format: str
@@ -39,6 +42,8 @@ class FormatQuality:
     positions: int
     tokens_per_second: float
     size_bytes: int
+    cosine: float | None = None
+    ranking: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class ExportQuality:
 
 def quality_rows(quality: ExportQuality) -> list[dict[str, Any]]:
     """Return the table of a comparison, the source first."""
+    if any(entry.ranking is not None for entry in quality.formats):
+        return _vector_rows(quality)
     head = {
         "format": "source (torch)",
         "agreement": 1.0,
@@ -112,15 +119,7 @@ def model_card(export: Export, licence: str | None = None, quality: FormatQualit
     settings.pop("quantization", None)
     rows = [f"| {name} | `{value}` |" for name, value in settings.items() if value is not None]
     versions = ", ".join(f"{package} {version}" for package, version in export.versions.items())
-    if quality is None:
-        measured = "Not measured yet: `compare_export` compares it with its source and writes the numbers here."
-    else:
-        measured = (
-            f"Compared with the source on {quality.positions} positions, through the engine that answers: the most "
-            f"likely next token is the same on {quality.agreement:.1%}, the perplexity is "
-            f"{quality.perplexity_ratio:.3f} times the source's, and {quality.exact_matches:.0%} of the greedy answers "
-            "are the same."
-        )
+    measured = _measured(quality)
     name = str(export.source).rstrip("/").rsplit("/", 1)[-1]
     return "\n".join((
         "---", *head, "---", "", f"# {name} for OpenVINO, {export.recipe.get('weight_format')}", "",
@@ -129,6 +128,38 @@ def model_card(export: Export, licence: str | None = None, quality: FormatQualit
         "## Quality", "", measured, "", "## Recipe", "", "| Setting | Value |", "|---|---|", *rows, "",
         f"Versions: {versions}.", "",
     ))  # fmt: skip
+
+
+def _measured(quality: FormatQuality | None) -> str:
+    if quality is None:
+        return "Not measured yet: `compare_export` compares it with its source and writes the numbers here."
+    if quality.ranking is not None:
+        cosine = "" if quality.cosine is None else f"the least cosine of a vector is {quality.cosine:.5f}, and "
+        return f"Compared with the source: {cosine}the rank correlation of similarities is {quality.ranking:.4f}."
+    return (
+        f"Compared with the source on {quality.positions} positions, through the engine that answers: the most "
+        f"likely next token is the same on {quality.agreement:.1%}, the perplexity is "
+        f"{quality.perplexity_ratio:.3f} times the source's, and {quality.exact_matches:.0%} of the greedy answers "
+        "are the same."
+    )
+
+
+def _vector_rows(quality: ExportQuality) -> list[dict[str, Any]]:
+    rows = [("source (torch)", 1.0, 1.0, 1.0, quality.source_tokens_per_second, quality.source_size_bytes)] + [
+        (each.weight_format, each.cosine, each.ranking, each.exact_matches, each.tokens_per_second, each.size_bytes)
+        for each in quality.formats
+    ]
+    return [
+        {
+            "format": name,
+            "least cosine": None if cosine is None else round(cosine, 5),
+            "rank correlation": None if ranking is None else round(ranking, 4),
+            "same best text": round(best, 4),
+            "tokens/s": round(speed, 1),
+            "size (MB)": round(size / 1e6, 1),
+        }
+        for name, cosine, ranking, best, speed, size in rows
+    ]
 
 
 def plot_quality(quality: ExportQuality) -> str:
