@@ -42,7 +42,6 @@ from prefect_huggingface.tasks.batching.run import (
     CancelWatch,
     Progress,
     check_failures,
-    clear_journal,
     find_commits,
     find_finished,
     is_published,
@@ -128,7 +127,7 @@ def batch_inference(
             return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
         summary = publication.summary
         if not _is_kept(more, summary) and plan.chosen is None:
-            clear_journal(owner)
+            owner.clear()
     if more.show_progress:
         print_summary(summary)
     return summary
@@ -139,7 +138,7 @@ def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -
     run_log().info("The batch is finished already: its output is %s.", summary.destination)
     publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
     if not _is_kept(more, summary):
-        clear_journal(owner)
+        owner.clear()
     if more.show_progress:
         print_summary(summary)
     return summary

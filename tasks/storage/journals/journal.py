@@ -236,7 +236,7 @@ class Journal:
         return 0.5 if self.place.is_local else 5.0
 
     def read_job(self) -> dict[str, Any] | None:
-        """Return what the job consists of, or None if there is no journal, or it was removed.
+        """Return what the job consists of, or None if there is no journal, or it was cleared.
 
         Raises:
             BatchError: If the record cannot be read.
@@ -245,7 +245,7 @@ class Journal:
 
     def read_published(self) -> dict[str, Any]:
         """Return what is known of the output that was published last, empty if there is none."""
-        return self._read_latest("published") or {}
+        return self._read_latest("published", since=0) or {}
 
     def read_owner(self) -> dict[str, Any] | None:
         """Return the record of the run that owns the journal, or owned it last: its `epoch`, `id` and so on."""
@@ -338,7 +338,7 @@ class Journal:
         place.remove()
 
     def _valid_since(self) -> int:
-        """Return the number of the owner who removed the journal last: what is not younger is about to be deleted."""
+        """Return the number under which the journal was cleared last: what is older is about to be deleted."""
         return 0 if self.place.is_local else int((self.read_owner() or {}).get("base", 0))
 
     def _read_latest(self, kind: str, since: int | None = None) -> dict[str, Any] | None:
@@ -347,7 +347,7 @@ class Journal:
             epochs = [int(found[1]) for found in map(pattern.fullmatch, self.place.names()) if found]
             since = (self._valid_since() if epochs else 0) if since is None else since
             latest = max((epoch for epoch in epochs if epoch > since), default=None)
-            # One that was removed meanwhile has a successor.
+            # One that was deleted meanwhile has a successor.
             record = None if latest is None else self.read_record(f"{kind}-{latest:06}.json")
             if latest is None or record is not None:
                 return record
