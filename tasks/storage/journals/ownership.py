@@ -134,7 +134,9 @@ def hold_journal(journal: Journal, if_running: IfRunning = "refuse") -> Iterator
         with ExitStack() as stack:
             for name in ("lock", "held"):
                 stack.enter_context(_take_lock(journal, name, if_running if name == "lock" else "wait", notice))
-            yield _succeed(journal, journal.read_owner())
+            owner = _following(journal, journal.read_owner())
+            owner.claim()
+            yield owner
         return
     owner = _succeed_remotely(journal, if_running, notice)
     ended = threading.Event()
@@ -182,34 +184,23 @@ def _refusal(journal: Journal) -> BatchError:
 
 
 def _succeed_remotely(journal: Journal, if_running: IfRunning, notice: WaitNotice) -> JournalOwner:
-    """Become the next owner once the last one has ended, has cleared the journal, or has not moved for the time of a lease."""
+    """Become the next owner once the last one has ended, or has not moved for the time of a lease."""
     seen: Any = None
     since = time.monotonic()
     while True:
         record = journal.read_owner()
         alive = _read_alive(journal, record)
-        if (
-            record is None
-            or record["cleared"]
-            or alive.get("ended")
-            or (seen == (record, alive) and time.monotonic() - since > LEASE_SECONDS)
-        ):
+        is_free = record is None or record["cleared"] or alive.get("ended")
+        if is_free or (seen == (record, alive) and time.monotonic() - since > LEASE_SECONDS):
             owner = _following(journal, record)
             if owner.claim():
                 return owner
-            continue
-        if seen != (record, alive):
+        elif seen != (record, alive):
             if seen is not None and if_running == "refuse":
                 raise _refusal(journal)
             seen, since = (record, alive), time.monotonic()
         notice.tell()
         time.sleep(POLL_SECONDS)
-
-
-def _succeed(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
-    owner = _following(journal, record)
-    owner.claim()
-    return owner
 
 
 def _following(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
