@@ -12,6 +12,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
+from prefect_huggingface.tasks.storage.exports.plan import find_conflict
 
 logger = get_logger(__name__)
 
@@ -261,6 +262,10 @@ def _loading_message(path: Path, model: LocalModel, exc: Exception) -> str:
             f"The model in {str(path)!r} needs Python code that comes with it, and that is not allowed. "
             "Set `trust_remote_code=True` if you trust the source."
         )
+    # A package that cannot be imported has nothing to do with the model.
+    conflict = find_conflict() if isinstance(exc, (ImportError, RuntimeError)) else None
+    if conflict is not None:
+        return conflict
     return (
         f"The model in {str(path)!r} could not be loaded for task {model.task!r}: {cause}. "
         "Check that the folder is complete and that the model is one for this task."

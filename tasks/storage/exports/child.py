@@ -141,16 +141,20 @@ def _not_started(program: ChildProgram, error: OSError) -> ExportError:
     return ExportError(f"The {program.purpose} cannot be started: {error.strerror or error}. Check {sys.executable!r}.")
 
 
+def passed_on(network: bool = False) -> dict[str, str]:
+    """Return what a child is given of the environment of this process."""
+    wanted = PASSED_ON | set(PROXIES) if network else PASSED_ON
+    kept = {name: value for name, value in os.environ.items() if name.upper() in wanted}
+    return kept | {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON_PREFIXES)}
+
+
 def child_environment(work: Path, network: bool = False) -> dict[str, str]:
     """Return the environment of a child: what it needs of that of this process, offline.
 
     Only a child that may use the network gets the proxies, whose addresses can hold a password.
     """
-    wanted = PASSED_ON | set(PROXIES) if network else PASSED_ON
-    kept = {name: value for name, value in os.environ.items() if name.upper() in wanted}
-    kept |= {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON_PREFIXES)}
     return {
-        **kept,
+        **passed_on(network),
         "TMPDIR": str(work / "tmp"),
         "HF_HUB_OFFLINE": "0" if network else "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
@@ -362,7 +366,7 @@ def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str
         done = subprocess.run(
             [sys.executable, "-P", "-c", PROBE, *names],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace",
-            timeout=LONGEST_SECONDS, env={**os.environ, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+            timeout=LONGEST_SECONDS, env={**passed_on(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []  # not known, which is no reason to refuse an export
@@ -379,6 +383,6 @@ def _describe(name: str, reason: str) -> str:
     if name == "torch":
         return f"The package {named} cannot be imported: {reason}. Install it again."
     return (
-        f"The package {named} does not fit torch {installed_version('torch')} and stops every export: {reason}. "
-        f"Exports do not need it: remove it with `pip uninstall {name}`, or install the build for this torch."
+        f"The package {named} does not fit torch {installed_version('torch')}, and is imported where it is installed: "
+        f"{reason}. Remove it with `pip uninstall {name}`, or install the build for this torch."
     )

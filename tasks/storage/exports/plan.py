@@ -17,6 +17,7 @@ import psutil
 from packaging.version import Version
 
 from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.hub_errors import HubError, attempt
 from prefect_huggingface.tasks.records import Snapshot
@@ -31,6 +32,7 @@ from prefect_huggingface.tasks.storage.exports.recipes import (
     recipe_notes,
     support_table,
 )
+from prefect_huggingface.tasks.storage.exports.vector_exports import MORE_ENCODERS, VECTOR_EXPORTS, is_causal
 from prefect_huggingface.tasks.storage.files import free_disk
 from prefect_huggingface.tasks.storage.folders import (
     OPENVINO_MODELS,
@@ -252,7 +254,10 @@ DATASET_TABLES = {
     "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
     "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
     "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
+    "feature-extraction": "PREDEFINED_LANGUAGE_DATASETS",
+    "text-classification": "PREDEFINED_LANGUAGE_DATASETS",
 }
+SCORED = r"(ForSequenceClassification|ForCausalLM)$"
 HEADS = {"text-generation": r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"}
 # Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
 # The paged attention of OpenVINO 2026.4 knows nothing of their masks: local windows, positions as biases.
@@ -293,6 +298,11 @@ class ExportCase:
         return repr(self.model.model_id)
 
     @property
+    def is_vector(self) -> bool:
+        """Whether the model is for vectors or scores."""
+        return self.recipe.task in VECTOR_EXPORTS
+
+    @property
     def model_type(self) -> str:
         """Architecture of the model, empty if it is not known."""
         return str(self.config.get("model_type", ""))
@@ -329,6 +339,8 @@ def check_architecture(case: ExportCase) -> str | None:
     table = support_table()
     if installed_version("optimum-intel") is None or case.model_type in table:
         return None
+    if case.is_vector and case.model_type in MORE_ENCODERS:
+        return None
     if not table:
         return (
             f"The architectures of optimum-intel {installed_version('optimum-intel')} cannot be read. Install a "
@@ -345,7 +357,8 @@ def check_architecture(case: ExportCase) -> str | None:
 def check_task(case: ExportCase) -> str | None:
     """The architecture can do the task."""
     support = support_table().get(case.model_type)
-    if support is None or case.recipe.task in support.tasks:
+    task = "feature-extraction" if case.is_vector and is_causal(case.config) else case.recipe.task
+    if support is None or task in support.tasks:
         return None
     possible = sorted({name for name, task in EXPORT_TASKS.items() if task in support.tasks})
     if not possible:
@@ -362,6 +375,13 @@ def check_task(case: ExportCase) -> str | None:
 def check_head(case: ExportCase) -> str | None:
     """The weights are those of a model that generates, so that no head is made up of random numbers."""
     heads = [str(name) for name in case.config.get("architectures") or []]
+    if case.model.task == "text-ranking" and not any(re.search(SCORED, name) for name in heads):
+        return (
+            f"{case.name} was trained as {', '.join(map(repr, heads)) or 'nothing that is known'} and gives no scores. "
+            "Choose a reranker, or set `task='feature-extraction'` for vectors."
+        )
+    if case.is_vector:
+        return None
     causal = case.recipe.task.startswith("text-generation")
     if causal and case.config.get("is_encoder_decoder"):
         return (
@@ -382,7 +402,7 @@ def check_attention(case: ExportCase) -> str | None:
     """The continuous batch of OpenVINO computes the attention of the architecture rightly."""
     config = {**case.config, **(case.config.get("text_config") or {})}
     by_bias = config.get("model_type") == "falcon" and config.get("alibi")
-    if config.get("model_type") not in WRONG_ATTENTION and not by_bias:
+    if case.is_vector or (config.get("model_type") not in WRONG_ATTENTION and not by_bias):
         return None
     return (
         f"{case.name} is a {config['model_type']!r} model, whose attention mask the continuous batch of OpenVINO does "
@@ -545,12 +565,13 @@ def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
     """
     names = {file.path for file in snapshot.files}
     wanted = "openvino_tokenizer.xml" if "openvino_model.xml" in names else "tokenizer_config.json"
+    wanted = "tokenizer.json" if model.task in VECTOR_TASKS else wanted
     if wanted not in names:
         raise PlanError(
             f"{model.model_id!r} is an OpenVINO model without a tokenizer ({wanted!r} is missing). Export it with its "
             "tokenizer, or set `model_id` to its source."
         )
-    recipe = Recipe("text-generation-with-past", "fp16", None)
+    recipe = Recipe(EXPORT_TASKS[model.task], "fp16", None)
     wrong = check_attention(ExportCase(model, read_json(snapshot.path / "config.json"), recipe))
     if wrong is not None:
         raise PlanError(wrong)

@@ -21,6 +21,8 @@ EXPORT_TASKS = {
     "summarization": "text2text-generation-with-past",
     "translation": "text2text-generation-with-past",
     "image-text-to-text": "image-text-to-text",
+    "feature-extraction": "feature-extraction",
+    "text-ranking": "text-classification",
 }
 SCHEMA = 1
 """Raised whenever exports are made in another way than before, so that old ones are not taken for the same."""

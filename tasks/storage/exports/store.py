@@ -164,15 +164,7 @@ def model_card(export: Export, licence: str | None = None, quality: Mapping[str,
     settings.pop("quantization", None)
     rows = [f"| {name} | `{value}` |" for name, value in settings.items() if value is not None]
     versions = ", ".join(f"{package} {version}" for package, version in export.versions.items())
-    if quality is None:
-        measured = "Not measured yet: `compare_export` compares it with its source and writes the numbers here."
-    else:
-        measured = (
-            f"Compared with the source on {quality['positions']} positions, through the engine that answers: the most "
-            f"likely next token is the same on {quality['agreement']:.1%}, the perplexity is "
-            f"{quality['perplexity_ratio']:.3f} times the source's, and {quality['exact_matches']:.0%} of the greedy "
-            "answers are the same."
-        )
+    measured = _measured(quality)
     name = str(export.source).rstrip("/").rsplit("/", 1)[-1]
     return "\n".join((
         "---", *head, "---", "", f"# {name} for OpenVINO, {export.recipe.get('weight_format')}", "",
@@ -181,6 +173,22 @@ def model_card(export: Export, licence: str | None = None, quality: Mapping[str,
         "## Quality", "", measured, "", "## Recipe", "", "| Setting | Value |", "|---|---|", *rows, "",
         f"Versions: {versions}.", "",
     ))  # fmt: skip
+
+
+def _measured(quality: Mapping[str, Any] | None) -> str:
+    if quality is None:
+        return "Not measured yet: `compare_export` compares it with its source and writes the numbers here."
+    if quality.get("ranking") is not None:
+        cosine = (
+            "" if quality.get("cosine") is None else f"the least cosine of a vector is {quality['cosine']:.5f}, and "
+        )
+        return f"Compared with the source: {cosine}the rank correlation of similarities is {quality['ranking']:.4f}."
+    return (
+        f"Compared with the source on {quality['positions']} positions, through the engine that answers: the most "
+        f"likely next token is the same on {quality['agreement']:.1%}, the perplexity is "
+        f"{quality['perplexity_ratio']:.3f} times the source's, and {quality['exact_matches']:.0%} of the greedy "
+        "answers are the same."
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

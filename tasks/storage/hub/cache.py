@@ -194,7 +194,10 @@ class RepositoryFolder:
 
 
 # Configuration, tokenizer and chat template: small files at the top of the repository.
-_SMALL = re.compile(r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja")
+_SMALL = re.compile(
+    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
+    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"  # steps after the model, as of Sentence Transformers
+)
 _USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
 _TOKENIZERS = {
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -206,7 +209,7 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
 _SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
-RULES = 2
+RULES = 3
 """Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
 
 
