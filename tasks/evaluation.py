@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from prefect_huggingface.tasks.quality import (
     ExportQuality,
     FormatQuality,
     as_data_url,
-    model_card,
     plot_quality,
     quality_rows,
 )
@@ -32,7 +32,7 @@ from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_ch
 from prefect_huggingface.tasks.storage.exports.evaluator import DEFAULT_PROMPTS
 from prefect_huggingface.tasks.storage.exports.plan import free_memory
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
-from prefect_huggingface.tasks.storage.exports.store import CARD, get_export
+from prefect_huggingface.tasks.storage.exports.store import CARD, get_export, model_card
 from prefect_huggingface.tasks.storage.files import open_staging, write_text
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights
 from prefect_huggingface.tasks.storage.hub.cache import known_licence
@@ -155,7 +155,7 @@ def _compare(
     qualities = tuple(_format_quality(export, found["exports"][export.key]) for export in exports)
     for export, one in zip(exports, qualities, strict=True):
         with suppress(OSError):
-            write_text(export.path / CARD, model_card(export, known_licence(snapshot.path), one))
+            write_text(export.path / CARD, model_card(export, known_licence(snapshot.path), asdict(one)))
     return ExportQuality(
         source=model.model_id,
         commit=snapshot.commit,
