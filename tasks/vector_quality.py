@@ -32,7 +32,13 @@ def compare_vectors(
     Raises:
         QualityError: If a text has no vector.
     """
-    plain = {"backend": "torch", "weight_format": None, "quantization": None, "ov_config": {}, "dtype": "float32"}
+    plain: dict[str, Any] = {
+        "backend": "torch",
+        "weight_format": None,
+        "quantization": None,
+        "ov_config": {},
+        "dtype": "float32",
+    }
     expected, source_speed = _compute(model.model_copy(update={**plain, "device": "cpu"}), texts)
     found = []
     for one, export in zip(models, exports, strict=True):
@@ -62,8 +68,8 @@ def spearman(one: Any, other: Any) -> float:
     """Return the rank correlation of two lists of numbers, 1 where they have the same order."""
     import numpy as np
 
-    ranks = [np.argsort(np.argsort(np.ravel(values), kind="stable")) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(np.ravel(values), kind="stable")) for values in (one, other))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _compute(model: LocalModel, texts: list[str]) -> tuple[Any, float]:

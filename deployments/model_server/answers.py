@@ -128,7 +128,7 @@ class GenerationResponse(Response):
             futures: list[Future[Completion]] = []
             try:
                 if isinstance(self._call, OpenAICall) and self._call.stream:
-                    await self._send_events(engine, futures, send)
+                    await self._send_events(self._call, engine, futures, send)
                 else:
                     futures += [engine.submit(request) for request in self._call.requests]
                     completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -144,10 +144,12 @@ class GenerationResponse(Response):
             if completion.error is not None:
                 raise failure_of(completion)
 
-    async def _send_events(self, engine: Engine, futures: list[Future[Completion]], send: Send) -> None:
+    async def _send_events(
+        self, call: OpenAICall, engine: Engine, futures: list[Future[Completion]], send: Send
+    ) -> None:
         inbox, events = Inbox(), EventSender(send)
-        futures += [self._submit(engine, request, each, inbox) for each, request in enumerate(self._call.requests)]
-        stream = AnswerStream(self._call, self._writer)
+        futures += [self._submit(engine, request, each, inbox) for each, request in enumerate(call.requests)]
+        stream = AnswerStream(call, self._writer)
         try:
             while len(stream.completions) < len(futures):
                 try:
@@ -163,7 +165,7 @@ class GenerationResponse(Response):
                 raise
             await events.send([error_body(exc.code, str(exc), status=exc.status)])
         else:
-            if self._call.include_usage:
+            if call.include_usage:
                 await events.send([self._writer.write_usage(list(stream.completions.values()))])
         await events.end()
 
