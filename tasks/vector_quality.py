@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.embedding import as_embeddings, as_score
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import QualityError
@@ -15,6 +15,8 @@ from prefect_huggingface.tasks.records import Completion, Export, Request, Snaps
 
 # Of so many texts each is a query for a reranker; more would take long and say no more.
 QUERIES = 4
+# Texts that are too long for a model are cut for both.
+LENIENT = GenerationOptions(context_overflow="truncate_right")
 
 
 def compare_vectors(
@@ -78,9 +80,9 @@ def _compute(model: LocalModel, texts: list[str]) -> tuple[Any, float]:
 
     engine = load_engine(model)
     if model.task == "text-ranking":
-        requests = [Request(query, pair=text) for query in texts[:QUERIES] for text in texts]
+        requests = [Request(query, pair=text, options=LENIENT) for query in texts[:QUERIES] for text in texts]
     else:
-        requests = [Request(text, input_type="document") for text in texts]
+        requests = [Request(text, options=LENIENT, input_type="document") for text in texts]
     started = time.perf_counter()
     completions: list[Completion] = [future.result() for future in [engine.submit(request) for request in requests]]
     seconds = time.perf_counter() - started
