@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+
+
+def default_endpoint() -> str:
+    """Return the address of the default Hub: `HF_ENDPOINT`, that of a mirror for instance, or the public Hub."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
 
 class HuggingFaceCredentials(ConfigurationBlock):
@@ -40,9 +46,12 @@ class HuggingFaceCredentials(ConfigurationBlock):
         description="Access token of the Hub, for gated and private models. Leave it empty for public models.",
     )
     endpoint: str = Field(
-        default=DEFAULT_ENDPOINT,
+        default_factory=default_endpoint,
         title="Hub address",
-        description="Address of the Hub or of a mirror, with its scheme. The token is sent to no other host.",
+        description=(
+            "Address of the Hub or of a mirror, with its scheme. When left empty, that in HF_ENDPOINT or the public "
+            "Hub. The token is sent to no other host."
+        ),
     )
     use_ambient_token: bool | None = Field(
         default=None,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationInfo, field_validator, model_validator
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
-from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT, HuggingFaceCredentials
+from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
 from prefect_huggingface.blocks.options import GenerationOptions
 from prefect_huggingface.blocks.quantization import QuantizationOptions, WeightFormat
 from prefect_huggingface.blocks.store import ModelStore
@@ -196,7 +196,7 @@ class LocalModel(ConfigurationBlock):
         default=None, title="Credentials", description="Token and Hub address."
     )
     store: ModelStore | None = Field(
-        default=None, title="Store", description="Folder for models. When left empty, a folder in the user's cache."
+        default=None, title="Store", description="Where models lie. When left empty, in the user's caches."
     )
 
     @field_validator("model_id")
@@ -318,19 +318,16 @@ class LocalModel(ConfigurationBlock):
 
     @property
     def store_path(self) -> Path:
-        """Folder of the store."""
-        return self.get_store().path
+        """Folder of the exports of the store."""
+        return self.get_store().folder
 
     def get_store(self) -> ModelStore:
         """Return the store of the block, or the default store."""
         return self.store or ModelStore()
 
     def get_credentials(self) -> HuggingFaceCredentials:
-        """Return the credentials of the block, or those of the machine's Hub without a token of their own.
-
-        That is the Hub in `HF_ENDPOINT`, a mirror for instance, or else the default one.
-        """
-        return self.credentials or HuggingFaceCredentials(endpoint=os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
+        """Return the credentials of the block, or those of the default Hub without a token of their own."""
+        return self.credentials or HuggingFaceCredentials()
 
 
 def is_repo_id(text: str) -> bool:

@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.artifacts import ProgressReport, publish_markdown
 from prefect_huggingface.tasks.batches import (
     ENGINE_TAG,
     BatchPlan,
+    hub_of,
     lent_models,
     list_upstream,
     plan_batch,
@@ -108,29 +109,35 @@ def batch_inference(
     end_with_parent()
     source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
     warn_of_unfinished(template, destination)
-    journal = Journal.beside(destination)
-    check_free(destination, replaceable=bool(journal.read_published()))
-    plan: BatchPlan = plan_batch(model, source, destination, prompt, options, system, rows, more)
-    with own_journal(journal, more.if_running) as owner:
-        finished = find_finished(journal, plan.job, plan.output) if plan.chosen is None else None
-        if finished is not None and not (more.retry_failed and finished.failed):
-            return _end_again(finished, owner, more)
-        replaceable = _check_places(plan, journal, destination, more)
-        models = list_models(model, more.steps or ())
-        commits = find_commits(journal, plan.job)
-        resolved = resolve_models(models, commits)
-        plan = replace(plan, job=add_models(plan.job, models, resolved))
-        pinned = [pin_model(each, found.commit) for each, found in zip(models, resolved, strict=True)]
-        try:
-            publication = _run(plan, pinned, owner, more, replaceable)
-        except BatchCancelledError as exc:
-            return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
-        summary = publication.summary
-        if not _is_kept(more, summary) and plan.chosen is None:
-            owner.clear()
-    if more.show_progress:
-        print_summary(summary)
-    return summary
+    with hub_of(model):
+        journal = Journal.beside(destination)
+        check_free(destination, replaceable=bool(journal.read_published()))
+        plan = plan_batch(model, source, destination, prompt, options, system, rows, more)
+        with own_journal(journal, more.if_running) as owner:
+            outcome = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
+    if isinstance(outcome, BatchSummary) and more.show_progress:
+        print_summary(outcome)
+    return outcome
+
+
+def _answer(
+    plan: BatchPlan, models: Sequence[Model], destination: str, owner: JournalOwner, more: BatchOptions
+) -> BatchSummary:
+    """Resolve the models and run the batch, unless the same call has published its output before."""
+    finished = find_finished(owner.journal, plan.job, plan.output) if plan.chosen is None else None
+    if finished is not None and not (more.retry_failed and finished.failed):
+        return _end_again(finished, owner, more)
+    replaceable = _check_places(plan, owner.journal, destination, more)
+    resolved = resolve_models(models, find_commits(owner.journal, plan.job))
+    plan = replace(plan, job=add_models(plan.job, models, resolved))
+    pinned = [pin_model(each, found.commit) for each, found in zip(models, resolved, strict=True)]
+    try:
+        publication = _run(plan, pinned, owner, more, replaceable)
+    except BatchCancelledError as exc:
+        return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
+    if plan.chosen is None and not _is_kept(more, publication.summary):
+        owner.clear()
+    return publication.summary
 
 
 def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -> BatchSummary:
@@ -139,8 +146,6 @@ def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -
     publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
     if not _is_kept(more, summary):
         owner.clear()
-    if more.show_progress:
-        print_summary(summary)
     return summary
 
 

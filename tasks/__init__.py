@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefect_huggingface.tasks.batches import plan_batch, publish_batch, run_shard
+    from prefect_huggingface.tasks.batches import plan_batch, publish_batch, resolve_models, run_shard
+    from prefect_huggingface.tasks.batching.job import BatchOptions
     from prefect_huggingface.tasks.chains import ChainStep
     from prefect_huggingface.tasks.downloads import download_model, plan_download
     from prefect_huggingface.tasks.endpoints import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         wait_for_endpoint,
     )
     from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines
+    from prefect_huggingface.tasks.estimation import estimate_batch
     from prefect_huggingface.tasks.evaluation import compare_export
     from prefect_huggingface.tasks.exports import export_to_openvino, list_store, plan_export, prune_store
     from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from prefect_huggingface.tasks.tuning import tune_engine
 
 __all__ = [
+    "BatchOptions",
     "BatchSummary",
     "ChainStep",
     "Completion",
@@ -34,6 +37,7 @@ __all__ = [
     "Snapshot",
     "compare_export",
     "download_model",
+    "estimate_batch",
     "export_to_openvino",
     "generate_chat",
     "generate_text",
@@ -46,6 +50,7 @@ __all__ = [
     "plan_export",
     "prune_store",
     "publish_batch",
+    "resolve_models",
     "resume_endpoint",
     "run_shard",
     "scale_endpoint_to_zero",
@@ -57,11 +62,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "batches": ("plan_batch", "publish_batch", "run_shard"),
+    "batches": ("plan_batch", "publish_batch", "resolve_models", "run_shard"),
+    "batching.job": ("BatchOptions",),
     "chains": ("ChainStep",),
     "downloads": ("download_model", "plan_download"),
     "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),
     "engines.registry": ("load_engine", "set_memory_budget", "unload_engines"),
+    "estimation": ("estimate_batch",),
     "evaluation": ("compare_export",),
     "exports": ("export_to_openvino", "list_store", "plan_export", "prune_store"),
     "generation": ("generate_chat", "generate_text", "stream_text"),

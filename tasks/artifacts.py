@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+from httpx import TransportError
 from prefect.logging import get_logger
 
 logger = get_logger(__name__)
 
 UPDATE_SECONDS = 1.0
+MAX_RETRIES = 2  # after 2 and 4 seconds
+UNREACHABLE_SECONDS = 120.0
 MAX_TABLE_ROWS = 100
 MAX_TABLE_COLUMNS = 100
 MAX_CELL_CHARACTERS = 300
@@ -28,6 +31,7 @@ _LINK_START = re.compile(r"(https?:(?=//)|www(?=\.))", re.IGNORECASE)
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
 _CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 _DIRECTIONS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+_unreachable_until = 0.0
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -128,11 +132,24 @@ def publish_image(key: str, url: str, description: str | None = None) -> None:
 def _attempt(create: Callable[..., Any], key: str, description: str | None, **content: Any) -> UUID | None:
     """Create an artifact. A run never fails for want of one."""
     description = None if description is None else shorten(description)
+    found: UUID | None = _call(create, key, key=make_key(key), description=description, **content)
+    return found
+
+
+def _call(write: Callable[..., Any], name: str, *arguments: Any, **content: Any) -> Any:
+    """Write to the server. One that cannot be reached is left alone for a while, and no run waits for it."""
+    global _unreachable_until
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    if time.monotonic() < _unreachable_until:
+        return None
     try:
-        found: UUID | None = create(key=make_key(key), description=description, **content)
-        return found
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: MAX_RETRIES}):
+            return write(*arguments, **content)
     except Exception as exc:
-        logger.warning("The artifact %r could not be written: %s.", key, type(exc).__name__)
+        if isinstance(exc, TransportError):
+            _unreachable_until = time.monotonic() + UNREACHABLE_SECONDS
+        logger.warning("The artifact %r could not be written: %s.", name, type(exc).__name__)
         return None
 
 
@@ -165,7 +182,5 @@ class ProgressReport:
         from prefect.artifacts import update_progress_artifact
 
         self._last = time.monotonic()
-        try:
-            update_progress_artifact(self._id, progress=100.0 * min(max(share, 0.0), 1.0), description=description)
-        except Exception as exc:
-            logger.warning("The progress artifact could not be updated: %s.", type(exc).__name__)
+        progress = 100.0 * min(max(share, 0.0), 1.0)
+        _call(update_progress_artifact, "progress", self._id, progress=progress, description=description)

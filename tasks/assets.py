@@ -19,7 +19,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
 from prefect_huggingface.tasks.records import Export
-from prefect_huggingface.tasks.storage.exports.layout import find_export_folder
+from prefect_huggingface.tasks.storage.exports.store import find_export_folder
 from prefect_huggingface.tasks.storage.places import Place
 
 logger = get_logger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
 from prefect_huggingface.tasks.assets import model_keys, note_asset, place_key
 from prefect_huggingface.tasks.batching.job import (
     BatchJob,
@@ -37,6 +39,7 @@ from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.places import reach_hub
 
 ENGINE_TAG = "hugging-face-engine"
 """Tag of the tasks that load a model. A concurrency limit on it keeps a machine from loading two by accident."""
@@ -193,6 +196,16 @@ def lent_models(models: Sequence[Model]) -> Iterator[tuple[ShardModel, ...]]:
             _lent.pop(each.key, None)
 
 
+@contextmanager
+def hub_of(model: Model) -> Iterator[None]:
+    """Use the credentials of a model for inputs and outputs on the Hub, `hf://datasets/...` for instance."""
+    # What a server of one's own takes for a token is not for the Hub.
+    own = None if isinstance(model, InferenceEndpoint) and model.url is not None else model.credentials
+    credentials = own or HuggingFaceCredentials(endpoint=os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT)
+    with reach_hub(credentials.endpoint, credentials.get_token()):
+        yield
+
+
 def infer_shard(models: Sequence[ShardModel], journal: str, shard: Shard) -> ShardResult:
     """Generate the rows of a shard with the engines of this process.
 
@@ -209,8 +222,8 @@ def infer_shard(models: Sequence[ShardModel], journal: str, shard: Shard) -> Sha
     from prefect_huggingface.tasks.storage.places import Place
 
     place = Journal(Place.of(journal))
-    with library_logs():
-        here = [model.borrow() for model in models]
+    here = [model.borrow() for model in models]
+    with library_logs(), hub_of(here[0]):
         engines = [load_engine(model) for model in here]
         identities = (place.read_job() or {}).get("models", ())
         for model, identity in zip(here, identities, strict=True):

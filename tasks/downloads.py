@@ -14,7 +14,7 @@ from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.hub_errors import HubError
 from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.run_logs import library_logs
-from prefect_huggingface.tasks.storage.hub import DownloadPlan, plan_snapshot
+from prefect_huggingface.tasks.storage.hub.download import DownloadPlan, plan_snapshot
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
 RETRY_DELAYS_SECONDS = (10.0, 60.0, 300.0)

@@ -15,8 +15,7 @@ from prefect_huggingface.blocks import HuggingFaceCredentials
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT
 from prefect_huggingface.tasks.errors import EndpointError
 from prefect_huggingface.tasks.records import EndpointStatus
-from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
+from prefect_huggingface.tasks.run_logs import redact_client_logs, run_log
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, InferenceEndpoint

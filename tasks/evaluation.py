@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.quantization import WeightFormat
 from prefect_huggingface.tasks.artifacts import in_run, publish_image, publish_table
+from prefect_huggingface.tasks.engines.openvino_runtime import compile_properties
 from prefect_huggingface.tasks.errors import PlanError, QualityError
 from prefect_huggingface.tasks.quality import (
     ExportQuality,
@@ -26,20 +26,19 @@ from prefect_huggingface.tasks.quality import (
 )
 from prefect_huggingface.tasks.records import Export, Snapshot
 from prefect_huggingface.tasks.storage.exports import exporter
-from prefect_huggingface.tasks.storage.exports.child_process import ChildProgram, run_child
-from prefect_huggingface.tasks.storage.exports.evaluation_prompts import DEFAULT_PROMPTS
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_child
+from prefect_huggingface.tasks.storage.exports.evaluator import DEFAULT_PROMPTS
+from prefect_huggingface.tasks.storage.exports.plan import free_memory
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
-from prefect_huggingface.tasks.storage.exports.resources import free_memory
-from prefect_huggingface.tasks.storage.exports.source_weights import measure_weights
-from prefect_huggingface.tasks.storage.exports.staging import open_staging
-from prefect_huggingface.tasks.storage.folders import is_openvino_folder
-from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.exports.store import get_export
+from prefect_huggingface.tasks.storage.files import open_staging, write_text
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights
+from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
 MAX_NEW_TOKENS = 32
 STEPS = {"source": "answering with the source", "export": "comparing an export"}
-RULES = 1
+RULES = 2
 
 
 def compare_formats(
@@ -52,8 +51,8 @@ def compare_formats(
     """Compare exports of a model with the model itself.
 
     The source answers each prompt greedily with torch. Each export is given the same tokens, and its next-token
-    distributions and its own greedy answers are compared. Exports that are not there are made. The result is kept, so
-    asking again costs nothing.
+    distributions are compared, and the probabilities and greedy answers of the continuous batch that answers with it.
+    Exports that are not there are made. The result is kept, so asking again costs nothing.
 
     Args:
         model: Model with backend "openvino"; its other settings hold for all formats.
@@ -122,7 +121,7 @@ def _compare(
         "prompts": texts,
         "max_new_tokens": max_new_tokens,
         "device": model.device or "CPU",
-        "ov_config": model.ov_config,
+        "ov_config": compile_properties(model),
         "trust_remote_code": model.trust_remote_code,
     }
     names = [file.path for file in snapshot.files]
@@ -185,10 +184,7 @@ def _read_result(path: Path) -> dict[str, Any] | None:
 
 def _keep_result(path: Path, found: Mapping[str, Any]) -> None:
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(found))
 
 
 def _publish(quality: ExportQuality) -> None:

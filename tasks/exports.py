@@ -15,18 +15,18 @@ from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Export
 from prefect_huggingface.tasks.run_logs import library_logs
-from prefect_huggingface.tasks.storage.exports.eviction import PruneReport, StoredModel, evict, list_models
-from prefect_huggingface.tasks.storage.exports.manifests import SCHEMA
-from prefect_huggingface.tasks.storage.exports.openvino_folders import check_precision
-from prefect_huggingface.tasks.storage.exports.plans import ExportPlan, make_plan
-from prefect_huggingface.tasks.storage.exports.publication import find_export, get_export
-from prefect_huggingface.tasks.storage.exports.recipes import export_key, resolve_recipe
-from prefect_huggingface.tasks.storage.exports.remote_sources import read_remote_config
-from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights, estimate_weights, measure_weights
-from prefect_huggingface.tasks.storage.exports.versions import export_versions
-from prefect_huggingface.tasks.storage.folders import is_openvino_folder, read_json
+from prefect_huggingface.tasks.storage.eviction import PruneReport, StoredModel, evict, list_models
+from prefect_huggingface.tasks.storage.exports.plan import ExportPlan, check_openvino_folder, make_plan, read_remote
+from prefect_huggingface.tasks.storage.exports.recipes import SCHEMA, export_key, export_versions, resolve_recipe
+from prefect_huggingface.tasks.storage.exports.store import find_export, get_export
+from prefect_huggingface.tasks.storage.folders import (
+    SourceWeights,
+    is_openvino_folder,
+    measure_weights,
+    read_json,
+)
 from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
-from prefect_huggingface.tasks.storage.hub import plan_snapshot
+from prefect_huggingface.tasks.storage.hub.download import plan_snapshot
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
 __all__ = ["ExportPlan", "export_to_openvino", "list_store", "plan_export", "prune_store"]
@@ -76,7 +76,7 @@ def plan_model(model: LocalModel) -> ExportPlan:
     recipe = resolve_recipe(model, None if model.is_local else model.model_id)
     commit, names, config, weights = _describe_source(model)
     key = export_key(commit, recipe, export_versions(), SCHEMA)
-    plan = make_plan(model, recipe, commit, key, config, weights)
+    plan = make_plan(model, recipe, commit, key, config, weights, names)
     if is_openvino_folder(names):
         return replace(plan, key=commit, recipe={}, notes=(), disk_bytes=0, memory_bytes=0, problems=(), warnings=())
     found = find_export(model.store_path, key)
@@ -89,7 +89,7 @@ def list_stored(store: ModelStore | None = None) -> list[StoredModel]:
     Args:
         store: The store. When left out, the default store.
     """
-    return list_models((store or ModelStore()).path)
+    return list_models(store or ModelStore())
 
 
 def prune_stored(store: ModelStore | None = None, max_size_gb: float | None = None) -> PruneReport:
@@ -106,8 +106,10 @@ def prune_stored(store: ModelStore | None = None, max_size_gb: float | None = No
     store = store or ModelStore()
     limit = store.max_size_gb if max_size_gb is None else max_size_gb
     if limit is None:
-        raise PlanError(f"Store {str(store.path)!r} has no size limit. Give `max_size_gb`; 0 removes all that is idle.")
-    return evict(store.path, int(limit * 1e9))
+        raise PlanError(
+            f"Store {str(store.folder)!r} has no size limit. Give `max_size_gb`; 0 removes all that is idle."
+        )
+    return evict(store, int(limit * 1e9))
 
 
 def _describe_source(model: LocalModel) -> tuple[str, list[str], Mapping[str, Any], SourceWeights]:
@@ -116,15 +118,14 @@ def _describe_source(model: LocalModel) -> tuple[str, list[str], Mapping[str, An
         planned = plan_snapshot(model)
         names = [file.path for file in planned.files]
         if not planned.complete:
-            size = sum(file.size or 0 for file in planned.files)
-            return planned.commit, names, read_remote_config(model, planned.commit), estimate_weights(size)
+            return planned.commit, names, *read_remote(model, planned)
     if model.is_gguf:
         source = describe_gguf(model)
         return gguf_commit(model), [], source.config, source.weights
     snapshot = get_snapshot(model)
     names = [file.path for file in snapshot.files]
     if is_openvino_folder(names):
-        check_precision(model, snapshot)
+        check_openvino_folder(model, snapshot)
     config = read_json(snapshot.path / "config.json")
     return snapshot.commit, names, config, measure_weights(snapshot.path, names)
 

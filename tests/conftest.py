@@ -61,7 +61,7 @@ def tiny_llama(session_folder: Path) -> Path:
 def tiny_openvino(tiny_llama: Path) -> Path:
     """OpenVINO folder of the tiny Llama, with its weights in full precision."""
     from prefect_huggingface.blocks import LocalModel
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return get_export(LocalModel(model_id=str(tiny_llama), weight_format="fp32")).path
 

@@ -35,7 +35,7 @@ def run_elsewhere(*arguments: str, seconds: float) -> str:
 
 def test_the_system_is_another_one() -> None:
     code = (
-        "import os; import prefect_huggingface.tasks.storage.leases as leases; import filelock;"
+        "import os; import prefect_huggingface.tasks.storage.locks as leases; import filelock;"
         "print(leases.fcntl, hasattr(os, 'fork'), filelock.FileLock.__name__)"
     )
     assert run_elsewhere("-W", "ignore", "-c", code, seconds=120).split() == ["None", "False", "SoftFileLock"]

@@ -247,7 +247,7 @@ class BatchJob:
 
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
-        asked = {**self.fingerprint(), "model": list(map(dict, self.asked)), "versions": {}}
+        asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
         return _hash({**asked, "output": asdict(replace(output, reasoning=None))})
 
     def as_dict(self) -> dict[str, Any]:
@@ -628,7 +628,7 @@ def resolve_model(model: Model, commit: str | None = None) -> ResolvedModel:
         identity["adapters"] = [adapter.digest for adapter in get_adapters(model)]
     if model.backend == "openvino":
         from prefect_huggingface.tasks.assets import note_export
-        from prefect_huggingface.tasks.storage.exports.publication import get_export
+        from prefect_huggingface.tasks.storage.exports.store import get_export
 
         export = get_export(model)
         note_export(model, export)

@@ -345,8 +345,7 @@ class RowFeed:
     def _requests(self, chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]]) -> Iterator[RowRequest]:
         """Yield the first request of all rows but those that are done or cannot be asked."""
         for chunk, done, known in chunks:
-            if self._index is not None:
-                self._learnt += [row for row in known if row.digest is not None and row.error is None]
+            self._learn(row for row in known if row.digest is not None and row.error is None)
             problems: list[ResultRow] = []
             begun = self._begun(known, done) if self._chain else {}
             for number, row in enumerate(chunk.rows if len(done) < len(chunk) else (), chunk.first):
@@ -363,6 +362,14 @@ class RowFeed:
                     yield made
             if problems:
                 self._commit(problems)
+
+    def _learn(self, results: Iterable[ResultRow]) -> None:
+        self._learnt += results
+        if self._index is None:
+            self._learnt = []
+        elif len(self._learnt) >= WINDOW_ROWS:
+            self._index.add(self._learnt)
+            self._learnt = []
 
     def _start(self, number: int, step: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
         if self._chain is None:

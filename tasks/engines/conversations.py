@@ -85,13 +85,29 @@ def write_conversation(
     for written, shown in _ways_to_write(cutter.messages, cutter.tools):
         try:
             text = template.render(written, shown, options=options, answer=answer)
-            _check_complete(template, text, written, names, bool(shown))
+            check_complete(template, text, written, names, bool(shown))
         except ChatTemplateError as exc:
             problem = problem or exc  # the first way is that of the caller
         else:
             return ChatPrompt(cutter.cut(text))
     assert problem is not None
     raise problem
+
+
+def check_untrusted(template: ChatTemplate, messages: Sequence[Message]) -> None:
+    """Refuse texts that look like special tokens, for engines whose prompts cannot be cut within them.
+
+    Raises:
+        ChatTemplateError: With the first one.
+    """
+    everything = "\n".join(_texts_of([message.get("content") for message in messages]))
+    found = template.special_pattern.search(everything)
+    marks = [found[0]] if found else [mark for mark in template.plain_marks if mark in everything]
+    if marks:
+        raise ChatTemplateError(
+            f"The text of a message beside images must not contain {marks[0]!r}: it is special to this model. "
+            "Remove it, or set `trusted_text`."
+        )
 
 
 class _Cutter:
@@ -292,7 +308,7 @@ def text_of(message: Message) -> str:
     return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
 
 
-def _check_complete(
+def check_complete(
     template: ChatTemplate, prompt: str, messages: Messages, names: Sequence[str], as_variable: bool
 ) -> None:
     """Refuse a prompt that lacks a message, a call or a tool.

@@ -27,7 +27,7 @@ from prefect_huggingface.tasks.engines.structured import check_format
 from prefect_huggingface.tasks.engines.worker import CLOSED
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.storage.hub.redaction import redact_client_logs
+from prefect_huggingface.tasks.run_logs import redact_client_logs
 
 T = TypeVar("T")
 logger = get_logger(__name__)

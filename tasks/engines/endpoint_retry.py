@@ -22,10 +22,9 @@ import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
 
 from prefect_huggingface.blocks import InferenceEndpoint
+from prefect_huggingface.tasks.hub_errors import announced_wait
 from prefect_huggingface.tasks.records import ErrorCode
-from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.storage.hub.explanations import announced_wait
-from prefect_huggingface.tasks.storage.hub.redaction import redact
+from prefect_huggingface.tasks.run_logs import redact, run_log
 
 MAX_WORDS = 300
 TOO_LONG = re.compile(

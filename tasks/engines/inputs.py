@@ -147,12 +147,12 @@ class InputProcessor:
         if fitting is None:
             state.skip(len(ids))
             return
-        reasoning = self._reasoning_of(prompt, options)
+        reasoning = self._reasoning_of(state.request, prompt, options)
         state.begin(
             options,
             fitting,
             self.tokenizer,
-            self._end_ids_of(options),
+            self._end_ids_of(state.request, options),
             echo=prompt.text if options.echo else "",
             reasoning=reasoning,
             visible_marks=(
@@ -213,20 +213,24 @@ class InputProcessor:
         if self.check is not None:
             self.check(options)
 
-    def _end_ids_of(self, options: GenerationOptions) -> frozenset[int]:
+    def _end_ids_of(self, request: Request, options: GenerationOptions) -> frozenset[int]:
         # A stop string that is one special token is never seen in the text.
-        stops = {token for text in options.stop if (token := self.tokenizer.special_id(text)) is not None}
+        texts = [*options.stop]
+        if request.template is not None and (turn_end := self._template_of(request).end_text):
+            texts.append(turn_end)
+        stops = {token for text in texts if (token := self.tokenizer.special_id(text)) is not None}
         return self.end_ids.union(stops, options.stop_token_ids)
 
-    def _reasoning_of(self, prompt: Prompt, options: GenerationOptions) -> ReasoningFormat | None:
+    def _reasoning_of(self, request: Request, prompt: Prompt, options: GenerationOptions) -> ReasoningFormat | None:
         if not self.is_continued:
             return None
         tags = options.reasoning_tags
-        sources = self.template.sources.values() if self.template is not None else ()
+        template = self.template if request.template is None else self._template_of(request)
+        sources = template.sources.values() if template is not None else ()
         return find_reasoning_format(sources, prompt.text, override=False if tags == [] else tags)
 
     def _from_messages(self, request: Request, messages: list[dict[str, Any]], options: GenerationOptions) -> Prompt:
-        template = self._template_for_messages if request.template is None else self._other_template(request.template)
+        template = self._template_of(request)
         try:
             chat = write_conversation(
                 template,
@@ -239,8 +243,11 @@ class InputProcessor:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt(chat.segments, add_special_tokens=False)
 
-    def _other_template(self, source: str) -> ChatTemplate:
+    def _template_of(self, request: Request) -> ChatTemplate:
         """Return the template of a request; a caller has few of them, and each learns what it writes only once."""
+        if request.template is None:
+            return self._template_for_messages
+        source = request.template
         known = self._other_templates.get(source)
         if known is None:
             base = self.template or ChatTemplate("", self._tokens)

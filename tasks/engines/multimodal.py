@@ -22,6 +22,7 @@ from urllib.request import url2pathname
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
+from prefect_huggingface.tasks.engines.conversations import check_complete, check_untrusted
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, Prompt, check_messages, check_text
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
@@ -95,16 +96,27 @@ class MultimodalInputProcessor(InputProcessor):
         request = state.request
         if request.prompt is not None and not self._takes_template(request):
             return self._from_text(request, options)
+        template, messages = self._template_of(request), state.multimodal.messages
         try:
-            text = self.render(
-                self._template_for_messages, state.multimodal.messages, request, options=options.template_options
-            )
+            if not options.trusted_text:
+                check_untrusted(template, messages)
+            text = self.render(template, messages, request, options=options.template_options)
+            names = [str(tool.get("function", tool).get("name")) for tool in request.tools]
+            check_complete(template, text, list(_pieces_of(messages)), names, bool(request.tools))
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt((text,), add_special_tokens=False)
 
-    def _reasoning_of(self, prompt: Prompt, options: GenerationOptions) -> None:
+    def _reasoning_of(self, request: Request, prompt: Prompt, options: GenerationOptions) -> None:
         return None
+
+
+def _pieces_of(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a message for each text of a conversation, and those with calls."""
+    for message in messages:
+        texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+        for text in texts if texts or not message.get("tool_calls") else [""]:
+            yield {**message, "content": text}
 
 
 def check_pillow() -> None:

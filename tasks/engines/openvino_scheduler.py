@@ -117,6 +117,7 @@ class ScheduledRequest:
         handles: What the pipeline gave for each of its sequences, or one for all sequences of a beam search.
         stepped_once: Whether the pipeline has made a step with it, so that it is not what makes a step fail.
         runs_alone: Whether it is to run with no other beside it.
+        prefix: Hash of its beginning, where the pipeline may share that; None where it does not.
         scoring: What it gave for each choice whose probability is asked for, with the number of the choice's tokens.
     """
 
@@ -124,6 +125,7 @@ class ScheduledRequest:
     handles: list[Any] = field(default_factory=list)
     stepped_once: bool = False
     runs_alone: bool = False
+    prefix: int | None = None
     scoring: list[tuple[Any, int]] = field(default_factory=list)
 
     @property
@@ -164,6 +166,8 @@ class Scheduler:
         self._shares_prefixes = shares_prefixes
         self.waiting: deque[ScheduledRequest] = deque()
         self.running: dict[ScheduledRequest, None] = {}
+        # Of the running requests together, so that nothing is summed for each one that waits.
+        self._num_seqs = self._reserved_tokens = 0
         self._quarantined: set[ScheduledRequest] = set()
         # Prefixes that were computed, by their hashes. A wrong one costs a little time and nothing else.
         self._prefixes: dict[int, None] = {}
@@ -175,12 +179,16 @@ class Scheduler:
 
     def append(self, request: ScheduledRequest) -> None:
         """Put a request at the end."""
+        prompt_ids = request.state.prompt_ids
+        may_share = self._shares_prefixes and len(prompt_ids) > SHARED_TOKENS
+        request.prefix = hash(tuple(prompt_ids[:SHARED_TOKENS])) if may_share else None
         self.waiting.append(request)
 
     def put_back(self, requests: Iterable[ScheduledRequest]) -> None:
         """Put running requests back to the beginning of the queue."""
         for request in reversed(list(requests)):
-            self.running.pop(request, None)
+            if request in self.running:
+                self._stop(request)
             self.waiting.appendleft(request)
 
     def remove(self, request: ScheduledRequest) -> None:
@@ -188,7 +196,7 @@ class Scheduler:
         self._quarantined.discard(request)
         if request in self.running:
             self._note_prefix(request)
-            del self.running[request]
+            self._stop(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
@@ -196,6 +204,7 @@ class Scheduler:
         """Take all requests out."""
         self.waiting.clear()
         self.running.clear()
+        self._num_seqs = self._reserved_tokens = 0
         self._quarantined.clear()
 
     def quarantine(self, requests: Iterable[ScheduledRequest]) -> None:
@@ -207,66 +216,69 @@ class Scheduler:
         if not self.waiting or any(request.runs_alone for request in self.running):
             return []
         self._quarantined.difference_update([request for request in self.running if request.stepped_once])
-        admitted = self._next_quarantined() if self._quarantined else self._next_requests()
-        self.running.update(dict.fromkeys(admitted))
-        return admitted
+        return self._next_quarantined() if self._quarantined else self._next_requests()
+
+    def _start(self, request: ScheduledRequest) -> None:
+        self.running[request] = None
+        self._num_seqs += request.state.num_seqs
+        self._reserved_tokens += request.reserved_tokens
+
+    def _stop(self, request: ScheduledRequest) -> None:
+        del self.running[request]
+        self._num_seqs -= request.state.num_seqs
+        self._reserved_tokens -= request.reserved_tokens
 
     def _next_quarantined(self) -> list[ScheduledRequest]:
         if any(not request.stepped_once for request in self.running):
             return []
         request = next(request for request in self.waiting if request in self._quarantined)
-        if not self._has_room(request, list(self.running)):
+        if not self._has_room(request):
             return []
         self.waiting.remove(request)
+        self._start(request)
         return [request]
 
     def _next_requests(self) -> list[ScheduledRequest]:
         admitted: list[ScheduledRequest] = []
         held: list[ScheduledRequest] = []
         under_way = self._prefixes_under_way()
-        while self.waiting and self._has_room(self.waiting[0], [*self.running, *admitted]):
+        while self.waiting and self._has_room(self.waiting[0]):
             request = self.waiting.popleft()
-            prefix = self._prefix_of(request)
+            prefix = request.prefix
             if prefix in under_way:
                 held.append(request)
                 continue
             admitted.append(request)
+            self._start(request)
             if prefix is not None and prefix not in self._prefixes:
                 under_way.add(prefix)
         self.waiting.extendleft(reversed(held))
         return admitted
 
-    def _has_room(self, request: ScheduledRequest, others: list[ScheduledRequest]) -> bool:
-        """Return whether a request may run beside others. With none it always may."""
-        if not others:
+    def _has_room(self, request: ScheduledRequest) -> bool:
+        """Return whether a request may run beside those that run. With none it always may."""
+        if not self.running:
             return True
-        num_seqs = request.state.num_seqs + sum(other.state.num_seqs for other in others)
-        if request.runs_alone or others[-1].runs_alone or num_seqs > self._max_num_seqs:
+        last = next(reversed(self.running))
+        num_seqs = self._num_seqs + request.state.num_seqs
+        if request.runs_alone or last.runs_alone or num_seqs > self._max_num_seqs:
             return False
-        if self._cache_tokens is None:
-            return True
-        return sum(other.reserved_tokens for other in (request, *others)) <= self._cache_tokens
+        return self._cache_tokens is None or self._reserved_tokens + request.reserved_tokens <= self._cache_tokens
 
     def _prefixes_under_way(self) -> set[int]:
         """Return the prefixes that running requests are computing, and take note of those that they have computed."""
         under_way = set()
         for request in self.running:
             self._note_prefix(request)
-            prefix = self._prefix_of(request)
+            prefix = request.prefix
             if prefix is not None:
                 under_way.add(prefix)
         return under_way - self._prefixes.keys()
 
     def _note_prefix(self, request: ScheduledRequest) -> None:
         """Take note of the prefix of a request if it is computed."""
-        prefix = self._prefix_of(request)
+        prefix = request.prefix
         if prefix is not None and request.has_begun:
             self._prefixes[prefix] = None
             if len(self._prefixes) > MAX_PREFIXES:
                 del self._prefixes[next(iter(self._prefixes))]
-
-    def _prefix_of(self, request: ScheduledRequest) -> int | None:
-        prompt_ids = request.state.prompt_ids
-        if not self._shares_prefixes or len(prompt_ids) <= SHARED_TOKENS:
-            return None
-        return hash(tuple(prompt_ids[:SHARED_TOKENS]))

@@ -33,8 +33,8 @@ from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
-from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters, pin_adapters
+from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.waiting import WaitNotice
 
 logger = get_logger(__name__)
@@ -249,6 +249,7 @@ class Registry:
             found = None if known is None else self._acquire(known, model.options, model.chat_template)
             if found is not None:
                 return found
+            model = pin_adapters(model)
             folder = model_folder(model)
             key = self._known[source] = key_of(model, folder)
             with _held(self._loading, "another model"):
@@ -438,7 +439,7 @@ def model_folder(model: LocalModel) -> Path:
     if os.path.isdir(model.model_id):
         check_fit(adapters, Path(model.model_id))
     if model.backend == "openvino":
-        from prefect_huggingface.tasks.storage.exports.publication import get_export
+        from prefect_huggingface.tasks.storage.exports.store import get_export
 
         return get_export(model).path
     from prefect_huggingface.tasks.storage.snapshots import get_snapshot

@@ -47,6 +47,7 @@ class RequestState:
         error: Why the request failed, or None.
         restart_error: Code of the error when a second attempt differs from what was streamed already.
         multimodal: What a reader of images has prepared for the engine, or None.
+        needs_choice_scores: Whether the backend has still to score the choices, where the answer begins.
     """
 
     def __init__(self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None) -> None:
@@ -67,6 +68,7 @@ class RequestState:
         self.error: RequestError | None = None
         self.restart_error: ErrorCode = "engine_error"
         self.multimodal: Any = None
+        self.needs_choice_scores = False
         self._choice_scores: dict[str, float] | None = None
         self._ended: FinishReason | None = None
         self._deadline = float("inf")
@@ -97,6 +99,7 @@ class RequestState:
         self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
         self.prompt_tokens = len(self.prompt_ids) if prompt_tokens is None else prompt_tokens
         self.end_ids, self.echo, self.reasoning = frozenset(end_ids), echo, reasoning
+        self.needs_choice_scores = bool(self.choices)
         # A request that is started again must draw the same tokens, so that every request has a seed.
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
@@ -123,7 +126,11 @@ class RequestState:
             return True
         if self.needs_choice_scores and self.sequences and self.sequences[0].phase == "answer":
             return False
-        return bool(self.sequences) and all(sequence.finish_reason is not None for sequence in self.sequences)
+        # Asked for every request in every step: a loop is half the price of `all`.
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                return False
+        return bool(self.sequences)
 
     @property
     def seconds(self) -> float:
@@ -144,11 +151,6 @@ class RequestState:
         return list(form.choices or ()) if form is not None and self.options.choice_probabilities else []
 
     @property
-    def needs_choice_scores(self) -> bool:
-        """Whether the backend has still to score the choices, where the answer begins."""
-        return bool(self.choices) and self._choice_scores is None
-
-    @property
     def choice_ids(self) -> list[list[int]]:
         """Tokens of the choices."""
         assert self.tokenizer is not None
@@ -157,6 +159,7 @@ class RequestState:
     def set_choice_scores(self, scores: Iterable[float]) -> None:
         """Take the log probability (nats) of each choice: the sum over its tokens."""
         self._choice_scores = dict(zip(self.choices, scores, strict=True))
+        self.needs_choice_scores = False
 
     @property
     def num_seqs(self) -> int:

@@ -65,6 +65,14 @@ class TorchVisionInputs(MultimodalInputProcessor):
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         images = state.multimodal.images
+        place = getattr(self.processor, "image_token", None)
+        if place and prompt.text.count(place) != len(images):
+            # The model would fail in the middle of its work.
+            raise RequestError(
+                "invalid_prompt",
+                f"The prompt has {prompt.text.count(place)} places for images ({place!r}), and there are "
+                f"{len(images)} images. Give each a place, or send messages.",
+            )
         try:
             inputs = self.processor(
                 text=[prompt.text],

@@ -183,10 +183,10 @@ class EngineWorker(Engine):
             state.end(reason)
 
     def _abort_expired(self) -> None:
-        for state in list(self.active_requests):
+        due = [state for state in self.active_requests if self._closing or state.abort_reason is not None]
+        for state in due:
             self.abort_if_due(state)
-            if state.is_done:
-                self._retire(state)
+            self._retire(state)
 
     def _advance(self) -> None:
         if not self.active_requests:

@@ -6,7 +6,6 @@ place, with the meaning it was given for; what is not known is refused, because 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -180,13 +179,10 @@ def _refuse_unknown(names: set[str]) -> None:
 def credentials_of(token: Any) -> HuggingFaceCredentials | None:
     """Return the credentials that a `token` argument means, None where everything is as usual.
 
-    They are for the Hub in `HF_ENDPOINT`, as they are for LangChain, or for the default Hub.
-
     Args:
         token: A token, True for the token of the machine, False for none. An empty text and None mean the default.
     """
-    endpoint = os.environ.get("HF_ENDPOINT")
-    fields: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
+    fields: dict[str, Any] = {}
     if isinstance(token, bool):
         fields["use_ambient_token"] = token
     elif token is not None:

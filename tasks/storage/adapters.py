@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.blocks import Adapter, LocalModel
 from prefect_huggingface.tasks.errors import ModelSourceError
+from prefect_huggingface.tasks.records import Snapshot
+from prefect_huggingface.tasks.storage.hub.cache import ADAPTER, ADAPTER_FILES
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 
 if TYPE_CHECKING:
     import numpy as np
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 LAYER = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # Settings of PEFT whose effect is more than two small matrices beside a layer.
 UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "megatron_config")
@@ -147,7 +150,23 @@ def _short(name: str) -> str:
     return ".".join(name.split(".")[-4:])
 
 
+def pin_adapters(model: LocalModel) -> LocalModel:
+    """Return the model with its adapters at the commits that they are now, so that they stay the same from here on."""
+    pinned = [
+        one if one.is_local else one.model_copy(update={"revision": _fetch(one, model).commit})
+        for one in model.adapters
+    ]
+    return model.model_copy(update={"adapters": pinned})
+
+
+def _fetch(adapter: Adapter, model: LocalModel) -> Snapshot:
+    changes = {"model_id": adapter.repo_or_folder, "revision": adapter.revision, "backend": ADAPTER}
+    return fetch_snapshot(model.model_copy(update=changes))
+
+
 def _locate(adapter: Adapter, model: LocalModel) -> Path:
+    if not adapter.is_local:
+        return _fetch(adapter, model).path
     folder = Path(adapter.repo_or_folder)
     if not folder.is_dir():
         raise ModelSourceError(f"The adapter folder {adapter.repo_or_folder!r} does not exist. Correct it.")

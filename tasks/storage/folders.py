@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,76 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield entry.name
             elif entry.name in FOLDERS_READ:
                 yield from (f"{entry.name}/{name}" for name in os.listdir(entry) if not name.startswith("."))
+
+
+LARGEST_HEADER_BYTES = 100_000_000
+BYTES_PER_ELEMENT = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class SourceWeights:
+    """Number of weights of a checkpoint, their size in bytes and their names; no names where they are not known."""
+
+    parameters: int
+    size_bytes: int
+    names: frozenset[str] = frozenset()
+
+    @property
+    def bytes_each(self) -> float:
+        """Size of one weight in bytes."""
+        return self.size_bytes / self.parameters if self.parameters else 0.0
+
+
+def measure_weights(folder: Path, names: Iterable[str]) -> SourceWeights:
+    """Return number and size of the weights in the files of a folder; only headers are read.
+
+    Of weights in pickle format the number is estimated at two bytes each.
+    """
+    parameters = size = 0
+    tensors: set[str] = set()
+    for name in names:
+        if is_safe_weight(name):
+            of_file = _read_header(folder / name)
+        elif is_pickled_weight(name):
+            of_file = estimate_weights((folder / name).stat().st_size)
+        else:
+            continue
+        parameters += of_file.parameters
+        size += of_file.size_bytes
+        tensors |= of_file.names
+    return SourceWeights(parameters, size, frozenset(tensors))
+
+
+def estimate_weights(size_bytes: int) -> SourceWeights:
+    """Return the weights that files of a size hold when each takes two bytes."""
+    return SourceWeights(size_bytes // 2, size_bytes)
+
+
+def _read_header(path: Path) -> SourceWeights:
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return parse_header(stream.read(min(length, LARGEST_HEADER_BYTES)), size)
+
+
+def parse_header(header: bytes, size_bytes: int) -> SourceWeights:
+    """Return what the header of a safetensors file, without its length, says about the file."""
+    parameters, names = 0, set()
+    try:
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = tensor["data_offsets"]
+                parameters += (end - begin) // BYTES_PER_ELEMENT.get(tensor["dtype"], 1)
+                names.add(name)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return estimate_weights(size_bytes)
+    return SourceWeights(parameters, size_bytes, frozenset(names))
+
+
+def find_pointer(folder: Path, names: Iterable[str]) -> str | None:
+    """Return the name of a file that is a pointer of Git LFS in place of its content, or None."""
+    for name in names:
+        place = folder / name
+        if place.stat().st_size < 1024 and place.read_bytes().startswith(b"version https://git-lfs.github.com/"):
+            return name
+    return None

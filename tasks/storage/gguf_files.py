@@ -17,12 +17,10 @@ from typing import Any
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.records import Export, Snapshot, SnapshotFile
-from prefect_huggingface.tasks.storage.exports.layout import hash_cache_path
-from prefect_huggingface.tasks.storage.exports.manifests import SCHEMA, read_manifest
-from prefect_huggingface.tasks.storage.exports.recipes import Recipe, export_key
-from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights
-from prefect_huggingface.tasks.storage.exports.versions import export_versions
+from prefect_huggingface.tasks.storage.exports.recipes import SCHEMA, Recipe, export_key, export_versions
+from prefect_huggingface.tasks.storage.folders import SourceWeights
 from prefect_huggingface.tasks.storage.gguf_tokenizers import build_tokenizer
+from prefect_huggingface.tasks.storage.snapshots import hash_cache_path
 
 # Raised when the same file gives another checkpoint, so that exports of the old one are not used.
 CONVERSION = 1
@@ -77,7 +75,7 @@ def gguf_commit(model: LocalModel) -> str:
     Raises:
         ModelSourceError: If the file is missing.
     """
-    from prefect_huggingface.tasks.storage.local_snapshots import hash_files
+    from prefect_huggingface.tasks.storage.snapshots import hash_files
 
     path = _existing(model)
     hashes = hash_files(path.parent, [path.name], hash_cache_path(model.store_path, path))
@@ -107,7 +105,7 @@ def snapshot_gguf(model: LocalModel) -> Snapshot:
         PlanError: If disk or memory do not suffice; nothing was started.
         ExportError: If the checkpoint cannot be made; nothing was published.
     """
-    from prefect_huggingface.tasks.storage.exports.publication import find_export
+    from prefect_huggingface.tasks.storage.exports.store import find_export, read_manifest
 
     commit = gguf_commit(model)
     key = export_key(commit, CHECKPOINT, export_versions(), SCHEMA)
@@ -126,8 +124,8 @@ def _existing(model: LocalModel) -> Path:
 
 
 def _make_checkpoint(model: LocalModel, commit: str, key: str) -> Export:
-    from prefect_huggingface.tasks.storage.exports.plans import plan_room
-    from prefect_huggingface.tasks.storage.exports.publication import make_once
+    from prefect_huggingface.tasks.storage.exports.plan import plan_room
+    from prefect_huggingface.tasks.storage.exports.store import make_once
 
     source = describe_gguf(model)
     if source.problem is not None:
@@ -138,7 +136,7 @@ def _make_checkpoint(model: LocalModel, commit: str, key: str) -> Export:
 
 
 def _run_conversion(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int) -> dict[str, Any]:
-    from prefect_huggingface.tasks.storage.exports.child_process import ChildProgram, run_child
+    from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_child
 
     program = ChildProgram(
         Path(__file__).with_name("gguf_conversion.py"), f"conversion of {str(snapshot.path)!r}", STEPS

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefect_huggingface.tasks.errors import TableError
-from prefect_huggingface.tasks.storage.scratch import scratch_file
+from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
 AHEAD_BYTES = 2**20
 
@@ -178,8 +178,6 @@ class Place:
 
     def remove(self) -> None:
         """Remove the file, or the folder with all that is in it, if it is there."""
-        import shutil
-
         if self.is_local:
             if os.path.isdir(self.url):
                 shutil.rmtree(self.url, ignore_errors=True)
@@ -237,26 +235,6 @@ def _link_alone(source: str, target: str) -> None:
             file.write(Path(source).read_bytes())
 
 
-def sync_path(path: str | os.PathLike[str]) -> None:
-    """Make a local file durable, or the names within a local folder."""
-    if os.name == "nt" and os.path.isdir(path):
-        return  # Windows cannot, and need not
-    # Windows makes only files durable that are open for writing.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make a file appear under another name: as a link, or as a copy where the system allows no links."""
-    try:
-        target.symlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def find_places(source: str) -> list[Place]:
     """Return the files that a path, folder, glob pattern or URL of one stands for, sorted by name.
 
@@ -296,11 +274,29 @@ def _like(pattern: Place, path: str) -> Place:
     return Place(str(system.unstrip_protocol(path)))
 
 
+_hub: dict[str, Any] = {}
+
+
+@contextmanager
+def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
+    """Read and write `hf://` of a Hub with its own token, or with none, for the time of the block.
+
+    It holds for the whole process, since files are also written by threads. A token never goes to another Hub.
+    """
+    before = dict(_hub)
+    _hub.update(endpoint=endpoint, token=token or False)
+    try:
+        yield
+    finally:
+        _hub.clear()
+        _hub.update(before)
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        system, path = fsspec.url_to_fs(url)
+        system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     return system, path

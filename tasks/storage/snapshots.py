@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.records import Snapshot
+from prefect_huggingface.tasks.errors import ModelSourceError
+from prefect_huggingface.tasks.hub_errors import NoWeightsError, PickleOnlyError
+from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
+from prefect_huggingface.tasks.storage.files import hash_file, write_text
+from prefect_huggingface.tasks.storage.folders import find_pointer, is_openvino_folder, is_safe_weight, list_files
+from prefect_huggingface.tasks.storage.hub.cache import Selection, describe_weights
+from prefect_huggingface.tasks.storage.hub.client import RepositoryFile
 
 
 def get_snapshot(model: LocalModel) -> Snapshot:
@@ -18,9 +32,135 @@ def get_snapshot(model: LocalModel) -> Snapshot:
 
         return snapshot_gguf(model)
     if model.is_local:
-        from prefect_huggingface.tasks.storage.local_snapshots import snapshot_folder
-
         return snapshot_folder(model)
-    from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+    from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 
     return fetch_snapshot(model)
+
+
+FileState = tuple[int, int, int, int]
+"""Size in bytes, times of the last change of content and of inode in nanoseconds, and number of the inode."""
+
+# A file that was written this short a time ago may be written again without a new time of change.
+SETTLED_SECONDS = 2.0
+
+_HASHES: dict[Path, dict[str, tuple[FileState, str]]] = {}
+_LOCK = threading.Lock()
+
+
+def snapshot_folder(model: LocalModel) -> Snapshot:
+    """Return the snapshot of a local folder. Its commit is `local-<sha256>` of what the files contain.
+
+    The hashes are remembered, so asking again reads no file that has not changed.
+
+    Args:
+        model: Model whose id is a folder, with a checkpoint or an OpenVINO model.
+
+    Raises:
+        ModelSourceError: If the folder is missing or holds no model that the backend can load.
+    """
+    folder = Path(model.model_id)
+    if not folder.is_dir():
+        raise ModelSourceError(f"Model folder {model.model_id!r} does not exist. Correct `model_id` of the block.")
+    names = list_files(folder)
+    pointer = find_pointer(folder, names)
+    if pointer is not None:
+        raise ModelSourceError(
+            f"File {pointer!r} in folder {model.model_id!r} is a pointer of Git LFS in place of its content. "
+            "Run `git lfs pull` there, or give the id of the repository as `model_id`."
+        )
+    _check_model_files(model, names)
+    hashes = hash_files(folder, names, hash_cache_path(model.store_path, folder))
+    files = tuple(SnapshotFile(name, state[0], sha256=digest) for name, (state, digest) in hashes.items())
+    content = json.dumps([[file.path, file.size, file.sha256] for file in files])
+    commit = f"local-{hashlib.sha256(content.encode()).hexdigest()}"
+    return Snapshot(repo_id=None, commit=commit, path=folder, files=files)
+
+
+def _check_model_files(model: LocalModel, names: list[str]) -> None:
+    """Refuse a folder that holds no model, or not the kind that the backend loads."""
+    where = f"Folder {model.model_id!r}"
+    if is_openvino_folder(names):
+        _check_openvino_files(model, set(names))
+        return
+    files = sorted(path.name for path in Path(model.model_id).glob("*.gguf"))
+    if files and not any(is_safe_weight(name) for name in names):
+        raise ModelSourceError(f"{where} holds GGUF files. Set `model_id` to one of them: {', '.join(files[:5])}.")
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise ModelSourceError(f"{where} {describe_weights(set(names), model.backend)}")
+        raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")
+    selection = Selection(model.model_id, "torch", model.allow_pickle, trust_remote_code=False)
+    try:
+        selection.choose([RepositoryFile(name) for name in names], lambda name: Path(model.model_id, name).read_bytes())
+    except PickleOnlyError:
+        raise ModelSourceError(
+            f"{where} holds weights in pickle format only, and loading those can run any code. "
+            "Convert them to safetensors, or set `allow_pickle=True` if you trust them."
+        ) from None
+    except NoWeightsError as error:
+        raise ModelSourceError(f"Folder {error.message}") from None
+
+
+def _check_openvino_files(model: LocalModel, names: set[str]) -> None:
+    where = f"Folder {model.model_id!r}"
+    if model.backend == "torch":
+        raise ModelSourceError(f"{where} holds an OpenVINO model. Set `backend='openvino'` to run it.")
+    for name in sorted(names):
+        weights = name.removesuffix(".xml") + ".bin"
+        if name.startswith("openvino_") and name.endswith(".xml") and weights not in names:
+            raise ModelSourceError(f"{where} lacks {weights!r}, the weights of {name!r}. Copy it there.")
+
+
+def hash_cache_path(store: Path, folder: Path) -> Path:
+    """Return the path of the remembered hashes of a local folder."""
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    return store / "hashes" / f"{digest[:32]}.json"
+
+
+def hash_files(folder: Path, names: list[str], cache_path: Path) -> dict[str, tuple[FileState, str]]:
+    """Return state and sha256 of each file; read only the files that are not remembered as they are now.
+
+    Args:
+        folder: Folder of the files.
+        names: Their names.
+        cache_path: File in the store that remembers the hashes of these files.
+    """
+    with _LOCK:
+        known = _HASHES.get(cache_path)
+    if known is None:
+        known = _read_cache(cache_path)
+    hashes = {}
+    for name in names:
+        state = _file_state(folder / name)
+        remembered = known.get(name)
+        if remembered is not None and remembered[0] == state:
+            hashes[name] = remembered
+        else:
+            hashes[name] = (state, hash_file(folder / name))
+    newest_safe = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+    settled = {name: entry for name, entry in hashes.items() if max(entry[0][1:3]) < newest_safe}
+    if settled != known:
+        with _LOCK:
+            _HASHES[cache_path] = settled
+        _write_cache(cache_path, settled)
+    return hashes
+
+
+def _file_state(path: Path) -> FileState:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _read_cache(path: Path) -> dict[str, tuple[FileState, str]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {name: ((*state,), digest) for name, (state, digest) in data.items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _write_cache(path: Path, hashes: dict[str, tuple[FileState, str]]) -> None:
+    # Without the cache the files are read again; a store that cannot be written to is not an error here.
+    with suppress(OSError):
+        write_text(path, json.dumps(hashes))

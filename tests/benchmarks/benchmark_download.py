@@ -50,7 +50,7 @@ def start_hub(folder: Path) -> tuple[subprocess.Popen[str], str]:
 def time_ours(endpoint: str, store: Path) -> float:
     """Return the seconds of our download."""
     from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
-    from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+    from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 
     credentials = HuggingFaceCredentials(endpoint=endpoint)
     model = LocalModel(model_id=REPO_ID, backend="torch", store=ModelStore(path=store), credentials=credentials)

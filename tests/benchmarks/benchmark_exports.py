@@ -64,8 +64,7 @@ def run_plain(source: Path, work: Path, settings: dict[str, Any]) -> tuple[float
 def run_store(source: Path, work: Path, weight_format: str) -> tuple[float, float, int, float]:
     """Return wall seconds, CPU seconds and peak memory (bytes) of the first request, and seconds of the second."""
     from prefect_huggingface.blocks import LocalModel, ModelStore
-    from prefect_huggingface.tasks.storage.exports.manifests import read_manifest
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export, read_manifest
 
     model = LocalModel(model_id=str(source), weight_format=weight_format, store=ModelStore(path=work / "store"))
     started, cpu = time.perf_counter(), cpu_seconds()

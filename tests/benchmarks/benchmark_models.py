@@ -66,7 +66,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_exports(checkpoint: Path, store: Path, formats: list[str]) -> dict[str, Path]:
     """Export the checkpoint in some weight formats and return the folders."""
     from prefect_huggingface.blocks import LocalModel, ModelStore
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return {
         weight_format: get_export(

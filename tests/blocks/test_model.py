@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prefect_huggingface.blocks import LocalModel, ModelStore, QuantizationOptions
+from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore, QuantizationOptions
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,26 @@ def test_a_store_has_an_absolute_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert ModelStore(path="models").path == tmp_path / "models"
     monkeypatch.setenv("PREFECT_HUGGINGFACE_HOME", "/srv/models")
-    assert ModelStore().path == Path("/srv/models")
+    assert ModelStore().folder == Path("/srv/models")
     monkeypatch.delenv("PREFECT_HUGGINGFACE_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", "/srv/cache")
-    assert ModelStore().path == Path("/srv/cache/prefect-huggingface")
+    assert ModelStore().folder == Path("/srv/cache/prefect-huggingface")
+
+
+def test_snapshots_lie_in_the_cache_of_the_hub_client_unless_the_store_has_a_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HOME", "HF_HUB_CACHE", "TRANSFORMERS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    store = ModelStore()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/srv/cache")
+    assert store.hub_cache == Path("/srv/cache/huggingface/hub")
+    monkeypatch.setenv("TRANSFORMERS_CACHE", "/srv/old")
+    assert store.hub_cache == Path("/srv/old")
+    monkeypatch.setenv("HF_HOME", "./cache/")
+    assert store.hub_cache == tmp_path / "cache" / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", "/srv/hub")
+    assert store.hub_cache == Path("/srv/hub"), "the variables are read when the cache is used"
+    assert ModelStore(path="models").hub_cache == tmp_path / "models" / "hub"
 
 
 def test_a_block_without_credentials_asks_the_hub_of_the_machine(monkeypatch):
@@ -77,3 +93,4 @@ def test_a_block_without_credentials_asks_the_hub_of_the_machine(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     assert LocalModel(model_id="a/b").get_credentials().endpoint == "https://mirror.example"
     assert LocalModel(model_id="a/b").get_credentials().use_ambient_token is None
+    assert HuggingFaceCredentials(token="hf_own").endpoint == "https://mirror.example"

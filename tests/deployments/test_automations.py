@@ -23,7 +23,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect_huggingface.deployments.automations.__main__ import main
 from prefect_huggingface.deployments.automations.creation import FOLDER, create_automations, read_file
 from prefect_huggingface.flows.batches import batch_inference
-from prefect_huggingface.flows.reports import report_failure
+from prefect_huggingface.flows.maintenance import report_failure
 from prefect_huggingface.tasks.errors import PlanError
 from support.prefect_services import PrefectServices, prefect_services, wait_until
 

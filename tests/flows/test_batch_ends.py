@@ -17,14 +17,23 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.context import serialize_context
 from prefect.exceptions import ParameterTypeError
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled
 
-from prefect_huggingface.blocks import HuggingFaceCredentials, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import (
+    GenerationOptions,
+    HuggingFaceCredentials,
+    InferenceEndpoint,
+    LocalModel,
+    ModelStore,
+)
 from prefect_huggingface.flows import batch_inference, prompt_chain
 from prefect_huggingface.tasks.batches import lent_models
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.batch_runs import read_answers, start_batch
+from support.hub_server import LocalHub
+from support.prefect_services import PrefectServices, stop_process, wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -138,6 +147,27 @@ def test_a_run_that_is_cancelled_outside_a_worker_stops_soon_and_keeps_its_rows(
     assert Journal.beside(destination).count().rows > 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_that_is_gone_for_good_does_not_keep_a_batch_from_ending(tmp_path: Path, model: LocalModel) -> None:
+    services = PrefectServices(tmp_path / "home")
+    services.home.mkdir()
+    server = services.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(services.port))
+    wait_until(services.is_healthy, 300, "the start of the Prefect server")
+    source, destination = write_numbers(tmp_path / "in.jsonl", 120), tmp_path / "out.jsonl"
+    settings = {"source": source, "destination": str(destination), "prompt": PROMPT, "max_concurrency": 2}
+    slow = {"max_new_tokens": 60, "ignore_eos": True}
+    with temporary_settings({PREFECT_API_URL: services.url}):
+        process = start_batch(tmp_path, 1, {"model_id": model.model_id}, **settings, options=slow)
+    while len(read_answers(tmp_path, 1)) < 20 and process.poll() is None:
+        time.sleep(0.05)
+    stop_process(server)
+    wait_until(destination.exists, 180, "the publication")
+    process.wait(600)  # Prefect tells its server of the end, several times
+    summary = batch_inference(model, **settings, options=slow)
+    assert (summary.succeeded, summary.resumed) == (120, 0)
+
+
 def test_no_token_is_in_what_is_sent_to_another_process() -> None:
     credentials = HuggingFaceCredentials(token=CANARY)
     models = [
@@ -186,3 +216,26 @@ def test_values_that_are_too_large_are_named_and_not_repeated(model: LocalModel)
 def test_names_that_python_uses_are_names_of_a_chain(model: LocalModel) -> None:
     steps = [{"name": "self", "prompt": "What is the capital of {cls}?"}, {"name": "end", "prompt": "{self}"}]
     assert prompt_chain(model, steps, {"cls": "France"})["self"] == "Paris"
+
+
+def test_a_job_keeps_the_commit_that_it_began_with(tmp_path: Path, hub: LocalHub, tiny_llama: Path) -> None:
+    files: dict[str, Any] = {path.name: path for path in tiny_llama.iterdir() if path.is_file()}
+    repository = hub.create("org/tiny", files)
+    first = repository.find("main")
+    model = LocalModel(
+        model_id="org/tiny", backend="torch", chat_template="never", store=ModelStore(path=tmp_path / "store"),
+        credentials=HuggingFaceCredentials(endpoint=hub.endpoint), options=GenerationOptions(max_new_tokens=4),
+    )  # fmt: skip
+    source = write_numbers(tmp_path / "in.jsonl", 40)
+
+    def run(name: str, **more: Any) -> tuple[str | None, ...]:
+        destination = str(tmp_path / name)
+        batch_inference(model, source, destination, PROMPT, keep_journal="always", show_progress=False, **more)
+        return tuple((Journal.beside(destination).read_job() or {})["commits"])
+
+    assert run("out.jsonl", rows=5) == (first,)
+    second = repository.commit({**files, "README.md": b"pushed meanwhile"})
+    assert run("out.jsonl") == (first,)
+    assert len(read_rows(tmp_path / "out.jsonl")) == 40
+    assert run("other.jsonl") == (second,)
+    assert second != first

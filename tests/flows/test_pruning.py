@@ -6,7 +6,7 @@ from prefect.artifacts import Artifact
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.flows import prune_models
 from prefect_huggingface.tasks.errors import PlanError
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.store import get_export
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -27,7 +27,7 @@ class LoggedExport:
 PROGRAM = """
 import json, sys, time
 from prefect_huggingface.blocks import LocalModel, ModelStore
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.store import get_export
 
 settings = json.loads(sys.argv[1])
 store = ModelStore(path=settings.pop("store"))

@@ -22,7 +22,7 @@ class _Place:
 
 
 def _download(pipe: Any, endpoint: str, store: Path, options: dict[str, Any]) -> None:
-    from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+    from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 
     try:
         snapshot = fetch_snapshot(hub_model(_Place(endpoint), store, **options))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from prefect_huggingface.tasks.hub_errors import (
     HubUnavailableError,
     RateLimitedError,
 )
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from prefect_huggingface.tasks.storage.hub.progress import Progress, ProgressArtifact, TerminalBar
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
 

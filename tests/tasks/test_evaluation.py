@@ -15,7 +15,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import PlanError, QualityError
 from prefect_huggingface.tasks.evaluation import compare_export, compare_formats
 from prefect_huggingface.tasks.quality import ExportQuality, FormatQuality, plot_quality, quality_rows
-from prefect_huggingface.tasks.storage.exports.comparisons import compare, log_softmax
+from prefect_huggingface.tasks.storage.exports.evaluator import compare, log_softmax
 from support.export_requests import LoggedExport
 
 PROMPTS = ["The capital of France is", "One, two, three,", "What is the number 42 in French?"]

@@ -12,11 +12,10 @@ from huggingface_hub import errors as client_errors
 
 from prefect_huggingface.tasks import hub_errors
 from prefect_huggingface.tasks.errors import DownloadError
-from prefect_huggingface.tasks.hub_errors import HubError
-from prefect_huggingface.tasks.storage.hub.explanations import Subject, attempt, explain
+from prefect_huggingface.tasks.hub_errors import HubError, RequestContext, attempt, explain
 
 KINDS = [k for _, k in inspect.getmembers(hub_errors, inspect.isclass) if issubclass(k, HubError)]
-ABOUT = Subject("org/model", "https://hub.example", "main", has_token=True, path="model.safetensors")
+ABOUT = RequestContext("org/model", "https://hub.example", "main", has_token=True, path="model.safetensors")
 SECRETS = ("hf_canary", "SIGNED")
 
 

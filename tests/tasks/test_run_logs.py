@@ -17,7 +17,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.flows.preparation import prepare_model
 from prefect_huggingface.tasks.run_logs import library_logs
-from prefect_huggingface.tasks.storage.exports.child_process import describe_bar
+from prefect_huggingface.tasks.storage.exports.child import describe_bar
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -18,6 +18,11 @@ from typing import Any
 
 REPORT_MARK = "@@export@@ "
 VERIFIED_TOKENS = 4
+ENGINE_BATCH = 8
+SHORTEST_CHECK, LONGEST_CHECK = 64, 1024
+"""Tokens of the text on which engine and model are compared: enough for a window, unless it is a very large one."""
+LARGEST_GAP = 0.02
+"""Difference (nats) between engine and model that rounding explains, both in single precision."""
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
 # Architectures that optimum-intel 2.1 refuses with Transformers 5.5 and that it converts rightly nevertheless; the
@@ -112,6 +117,7 @@ def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
         # Without it, Optimum would quantize large models by a rule of its own.
         ov_config = OVConfig(quantization_config=quantization)
     lift_limit(source)
+    refuse_missing_weights()
     report(step="export")
     main_export(
         source,
@@ -133,6 +139,26 @@ def lift_limit(source: str) -> None:
     name = LIFTED_LIMITS.get(config.get("model_type", ""))
     if name is not None:
         getattr(model_configs, name).MAX_TRANSFORMERS_VERSION = LIFTED_UP_TO
+
+
+def refuse_missing_weights() -> None:
+    """Make Transformers refuse a checkpoint that lacks weights of the model; it would make them up."""
+    from transformers import PreTrainedModel
+
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls: Any, *args: Any, **settings: Any) -> Any:
+        wants_info = settings.pop("output_loading_info", False)
+        model, found = load(cls, *args, output_loading_info=True, **settings)
+        missing = sorted(found["missing_keys"])
+        if missing:
+            named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise RuntimeError(
+                f"The checkpoint lacks weights of the model: {named}. Download it again, or another one."
+            )
+        return (model, found) if wants_info else model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 def make_quantization_config(recipe: dict[str, Any], output: Path) -> Any:
@@ -176,7 +202,7 @@ def forget_source(config_path: Path) -> None:
 
 
 def verify_model(source: str, output: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Load the export and generate from it.
+    """Load the export as the engine does and generate from it.
 
     Returns:
         What was found: `weights`, the share of each data type.
@@ -193,7 +219,7 @@ def verify_model(source: str, output: Path, recipe: dict[str, Any]) -> dict[str,
             raise RuntimeError(f"The export is not complete: {name} is missing.")
     if has_chat_template(Path(source)) and not has_chat_template(output):
         raise RuntimeError("The export is not complete: the chat template is missing.")
-    generated = (generate_with_genai if causal else generate_with_optimum)(output, recipe)
+    generated = check_engine(output) if causal else generate_with_optimum(output, recipe)
     if generated != VERIFIED_TOKENS:
         raise RuntimeError(f"The export generated {generated} tokens instead of {VERIFIED_TOKENS}.")
     return {"weights": count_weights(output)}
@@ -206,14 +232,135 @@ def has_chat_template(folder: Path) -> bool:
     return bool(in_config) or any((folder / name).is_file() for name in CHAT_TEMPLATE_FILES)
 
 
-def generate_with_genai(output: Path, recipe: dict[str, Any]) -> int:
-    """Return the number of tokens that OpenVINO GenAI generates from the export."""
+def check_engine(output: Path) -> int:
+    """Generate with the continuous batch that will answer, and hold its probabilities against the model's own.
+
+    One text is given alone, and then with its beginnings beside it; it is longer than a sliding window.
+
+    Returns:
+        Number of the tokens that were generated.
+
+    Raises:
+        RuntimeError: If the engine cannot run the model, or gives other probabilities.
+    """
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(str(output), "CPU")
-    tokens = pipeline.get_tokenizer().encode("The verification of an export", add_special_tokens=True)
-    config = openvino_genai.GenerationConfig(max_new_tokens=VERIFIED_TOKENS, do_sample=False, ignore_eos=True)
-    return len(pipeline.generate(tokens, config).tokens[0])
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    model, engine = PlainModel(str(output), "CPU", exact), PlainEngine(str(output), "CPU", exact)
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    text = checked_tokens({**config, **(config.get("text_config") or {})})
+    own = model.log_probabilities(text)
+    texts = [text, *(text[: len(text) - 3 * step] for step in range(1, ENGINE_BATCH))]
+    for batch in (texts[:1], texts):
+        for tokens, found in zip(batch, engine.log_probabilities(batch), strict=True):
+            count = len(tokens) - 1
+            check_gap(sum(abs(a - b) for a, b in zip(own[:count], found, strict=True)) / count, LARGEST_GAP)
+    generation = openvino_genai.GenerationConfig(max_new_tokens=VERIFIED_TOKENS, do_sample=False, ignore_eos=True)
+    return len(engine.generate([text], generation)[0].generated_ids)
+
+
+def checked_tokens(config: dict[str, Any]) -> list[int]:
+    """Return tokens of all parts of the vocabulary, more than fit into the attention window of the model."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    window = window if isinstance(window, int) else config.get("window_size")
+    length = window + 32 if isinstance(window, int) and 0 < window < LONGEST_CHECK else SHORTEST_CHECK
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, int):
+        length = min(length, positions - VERIFIED_TOKENS)
+    size = max(int(config.get("vocab_size") or 100), 16)
+    return [8 + (7919 * index) % (size - 8) for index in range(length)]
+
+
+def check_gap(gap: float, largest: float) -> None:
+    """Refuse a model whose probabilities the engine computes otherwise; `gap` is the mean difference in nats.
+
+    Raises:
+        RuntimeError: If the gap is too large.
+    """
+    if not gap <= largest:
+        raise RuntimeError(
+            f"The continuous batch of OpenVINO gives other probabilities than the exported model, {gap:.3f} nats apart "
+            "on average: it does not compute the attention of this architecture. Use `backend='torch'`."
+        )
+
+
+class PlainModel:
+    """The exported model itself, without the engine.
+
+    Args:
+        folder: Folder of the export.
+        device: Device of OpenVINO.
+        properties: Properties to compile with.
+    """
+
+    def __init__(self, folder: str, device: str, properties: dict[str, Any]) -> None:
+        import openvino
+
+        compiled = openvino.Core().compile_model(f"{folder}/openvino_model.xml", device, properties)
+        self.request = compiled.create_infer_request()
+        self.inputs = {port.get_any_name() for port in compiled.inputs}
+
+    def logits(self, tokens: list[int]) -> Any:
+        """Return the logits after each token."""
+        import numpy as np
+
+        ids = np.array([tokens], dtype=np.int64)
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.zeros(1, dtype=np.int32)}
+        given["position_ids"] = np.arange(ids.shape[1], dtype=np.int64)[None]
+        self.request.reset_state()
+        result = self.request.infer({name: value for name, value in given.items() if name in self.inputs})
+        return next(iter(result.values()))[0].copy()
+
+    def log_probabilities(self, tokens: list[int]) -> list[float]:
+        """Return the logarithm of the probability (nats) of each token but the first."""
+        import numpy as np
+
+        logits = self.logits(tokens)[:-1].astype(np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        chosen = logits[np.arange(len(logits)), tokens[1:]]
+        return list((chosen - np.log(np.exp(logits).sum(-1))).tolist())
+
+
+class PlainEngine:
+    """The continuous batch of OpenVINO GenAI, as the engine has it.
+
+    Args:
+        folder: Folder of the export.
+        device: Device of OpenVINO.
+        properties: Properties to compile with.
+    """
+
+    def __init__(self, folder: str, device: str, properties: dict[str, Any]) -> None:
+        import openvino_genai
+
+        sizes = openvino_genai.SchedulerConfig()
+        # Tokens out of the cache have no probabilities.
+        sizes.enable_prefix_caching, sizes.cache_size = False, 0
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(folder, sizes, device, properties)
+        self.next_id = 0
+
+    def generate(self, prompts: list[list[int]], config: Any) -> list[Any]:
+        """Return what is generated for each prompt, all of them in one batch."""
+        import numpy as np
+        import openvino
+
+        handles = []
+        for tokens in prompts:
+            self.next_id += 1
+            ids = openvino.Tensor(np.array([tokens], dtype=np.int64))
+            handles.append(self.pipeline.add_request(self.next_id, ids, config))
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+        return [handle.read_all()[0] for handle in handles]
+
+    def log_probabilities(self, texts: list[list[int]]) -> list[list[float]]:
+        """Return the logarithms of the probabilities (nats) of the tokens of each text but the first."""
+        import openvino_genai
+
+        config = openvino_genai.GenerationConfig(max_new_tokens=1, do_sample=False, ignore_eos=True)
+        config.echo, config.logprobs = True, 1
+        made = self.generate(texts, config)
+        return [list(one.generated_log_probs[1 : len(tokens)]) for one, tokens in zip(made, texts, strict=True)]
 
 
 def generate_with_optimum(output: Path, recipe: dict[str, Any]) -> int:

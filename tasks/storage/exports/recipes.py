@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import LocalModel, QuantizationOptions
 from prefect_huggingface.tasks.errors import PlanError
-from prefect_huggingface.tasks.storage.exports import recommendations
-from prefect_huggingface.tasks.storage.exports.layer_sizes import group_size_notes
 
 EXPORT_TASKS = {
     "text-generation": "text-generation-with-past",
@@ -20,6 +22,8 @@ EXPORT_TASKS = {
     "translation": "text2text-generation-with-past",
     "image-text-to-text": "image-text-to-text",
 }
+SCHEMA = 1
+"""Raised whenever exports are made in another way than before, so that old ones are not taken for the same."""
 GROUP_SIZES = {"int4": 128, "nf4": 128, "mxfp4": 32, "cb4": -1}
 SENSITIVITY_METRICS = (
     "weight_quantization_error", "hessian_input_activation", "mean_activation_variance", "max_activation_variance",
@@ -71,7 +75,7 @@ def resolve_recipe(model: LocalModel, repo_id: str | None) -> Recipe:
     weight_format = options.quant_mode or model.weight_format or "int8"
     recommended = _recommended(repo_id, options, weight_format)
     quantization = _quantization(model, options, weight_format, recommended)
-    ignored = recommendations.recommended_options(recommendations.IGNORED_SCOPES, repo_id)
+    ignored = recommended_options(IGNORED_SCOPES, repo_id)
     if quantization is not None and ignored:
         quantization = {**quantization, "ignored_scopes": dict(ignored)}
     notes: tuple[str, ...] = ()
@@ -109,12 +113,12 @@ def _recommended(repo_id: str | None, options: QuantizationOptions, weight_forma
     chosen = options.model_fields_set - {"quant_mode", "group_size_fallback"}
     if chosen:
         return None
-    tables = {"int4": recommendations.INT4_WEIGHTS, "int8": recommendations.INT8_WEIGHTS}
+    tables = {"int4": INT4_WEIGHTS, "int8": INT8_WEIGHTS}
     if options.quant_mode is None:
         table = tables.get(weight_format)
     else:
-        table = recommendations.INT8_FULL if options.quant_mode == "int8" else None
-    return recommendations.recommended_options(table, repo_id) if table else None
+        table = INT8_FULL if options.quant_mode == "int8" else None
+    return recommended_options(table, repo_id) if table else None
 
 
 def _quantization(
@@ -225,3 +229,219 @@ def _check_data(quantization: Mapping[str, Any]) -> None:
         raise PlanError(f"`sensitivity_metric` {metric!r} needs calibration data. Set `dataset`, or leave it out.")
     if quantization.get("gptq") and quantization.get("lora_correction"):
         raise PlanError("`gptq` and `lora_correction` exclude each other. Leave one out.")
+
+
+# NNCF makes groups no smaller than this; it puts a layer that would need smaller ones into the backup precision.
+SMALLEST_GROUP = 32
+HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
+INTERMEDIATE = (
+    "intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
+)  # fmt: skip
+
+
+def input_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of inputs of the linear layers, by the name of the setting that they come from."""
+    config = {**config, **(config.get("text_config") or {})}
+    sizes = {name: config[name] for name in (*HIDDEN, *INTERMEDIATE) if isinstance(config.get(name), int)}
+    hidden = next((config[name] for name in HIDDEN if isinstance(config.get(name), int)), None)
+    if hidden and not any(name in sizes for name in INTERMEDIATE):
+        sizes["four times the hidden size"] = 4 * hidden
+    heads, head_size = config.get("num_attention_heads"), config.get("head_dim")
+    if isinstance(heads, int) and isinstance(head_size, int):
+        sizes["num_attention_heads * head_dim"] = heads * head_size
+    return sizes
+
+
+def fitting_group_size(size: int, group_size: int) -> int | None:
+    """Return the group size that a layer gets when the wanted one may be adjusted.
+
+    Args:
+        size: Number of inputs of the layer.
+        group_size: Wanted number of weights in a group; -1 is a whole channel.
+
+    Returns:
+        The group size, or None if the layer has to stay in the backup precision.
+    """
+    if group_size == -1 or size % group_size == 0:
+        return group_size
+    largest = size & -size  # the largest power of two that divides the size
+    return largest if largest >= SMALLEST_GROUP else None
+
+
+def group_size_notes(config: Mapping[str, Any], group_size: int, fallback: str | None) -> Iterator[str]:
+    """Yield a sentence for each size of the model that the group size does not divide.
+
+    Raises:
+        PlanError: If there is such a size and nothing may be adjusted.
+    """
+    for name, size in input_sizes(config).items():
+        if group_size == -1 or size % group_size == 0:
+            continue
+        problem = f"Group size {group_size} does not divide {size} ({name})"
+        fitting = fitting_group_size(size, group_size)
+        if fallback == "adjust" and fitting is not None:
+            yield f"{problem}: these layers get groups of {fitting}."
+        elif fallback == "adjust":
+            yield f"{problem}, and no size of {SMALLEST_GROUP} or more does: these layers are in the backup precision."
+        elif fallback == "ignore":
+            yield f"{problem}: these layers are not in 4 bits."
+        else:
+            remedy = f"Set `group_size={fitting}`" if fitting else "Set `group_size=-1`"
+            raise PlanError(f"{problem}. {remedy}, or `group_size_fallback='adjust'`.")
+
+
+INT4_WEIGHTS = "_DEFAULT_4BIT_WQ_CONFIGS"
+INT8_WEIGHTS = "_DEFAULT_8BIT_WQ_CONFIGS"
+INT8_FULL = "_DEFAULT_INT8_FQ_CONFIGS"
+IGNORED_SCOPES = "_DEFAULT_IGNORED_SCOPE_CONFIGS"
+ALIASES = "model_id_aliases"
+
+
+def recommended_options(table: str, repo_id: str | None) -> Mapping[str, Any] | None:
+    """Return the recommended options of a repository, or None.
+
+    Args:
+        table: Which recommendation is wanted, one of the names of this module.
+        repo_id: Repository id; None, for a local folder, has no recommendation.
+    """
+    if repo_id is None:
+        return None
+    constants = read_constants(CONFIGURATION)
+    aliases = {alias: original for original, alias in constants.get(ALIASES, [])}
+    options = constants.get(table, {})
+    found: Mapping[str, Any] | None = options.get(repo_id) or options.get(aliases.get(repo_id))
+    return found
+
+
+CONFIGURATION = "optimum/intel/openvino/configuration.py"
+MODEL_CONFIGS = "optimum/exporters/openvino/model_configs.py"
+DATASETS = "optimum/intel/openvino/utils.py"
+
+
+@cache
+def parse_source(path: str) -> tuple[ast.stmt, ...]:
+    """Return the statements of a module of optimum-intel; none if it cannot be read."""
+    try:
+        text = Path(str(distribution("optimum-intel").locate_file(path))).read_text(encoding="utf-8")
+        return tuple(ast.parse(text).body)
+    except (PackageNotFoundError, OSError, SyntaxError):
+        return ()
+
+
+@cache
+def read_constants(path: str) -> Mapping[str, Any]:
+    """Return the constants of a module of optimum-intel that are literals, by name."""
+    found = {}
+    for node in parse_source(path):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                found[node.targets[0].id] = literal_value(node.value)
+            except ValueError:
+                continue
+    return found
+
+
+def literal_value(node: ast.expr) -> Any:
+    """Return the value of a literal; a member of an enumeration is the name of the member in lower case.
+
+    Raises:
+        ValueError: If the expression is not a literal.
+    """
+    if isinstance(node, ast.Attribute):
+        return node.attr.lower()
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {literal_value(key): literal_value(value) for key, value in pairs if key is not None}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [literal_value(element) for element in node.elts]
+    return ast.literal_eval(node)
+
+
+REGISTER = "register_in_tasks_manager"
+LIMITS = ("MIN_TRANSFORMERS_VERSION", "MAX_TRANSFORMERS_VERSION")
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What optimum-intel says about one architecture.
+
+    Attributes:
+        tasks: Tasks that it can be exported for.
+        minimum: Lowest version of Transformers, or None.
+        maximum: Highest version of Transformers, or None.
+    """
+
+    tasks: frozenset[str]
+    minimum: str | None = None
+    maximum: str | None = None
+
+
+@cache
+def support_table() -> dict[str, Support]:
+    """Return what is supported, by model type. Empty if the source cannot be read."""
+    constants: dict[str, Any] = {}
+    limits: dict[str, dict[str, str]] = {}
+    table: dict[str, Support] = {}
+    for node in parse_source(MODEL_CONFIGS):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constants[node.targets[0].id] = node.value
+        elif isinstance(node, ast.ClassDef):
+            limits[node.name] = _limits(node, limits)
+            for model_type, tasks in _registrations(node, constants):
+                known = table.get(model_type, Support(frozenset())).tasks
+                table[model_type] = Support(known | tasks, *(limits[node.name].get(name) for name in LIMITS))
+    return table
+
+
+def _limits(node: ast.ClassDef, known: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return the limits that a class sets or inherits from a class of the same file."""
+    found: dict[str, str] = {}
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name):
+            found.update(known.get(base.id, {}))
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            name = statement.targets[0].id
+            if name in LIMITS and isinstance(statement.value, ast.Constant):
+                found[name] = str(statement.value.value)
+    return found
+
+
+def _registrations(node: ast.ClassDef, constants: dict[str, Any]) -> Iterable[tuple[str, frozenset[str]]]:
+    for decorator in node.decorator_list:
+        if not isinstance(decorator, ast.Call) or getattr(decorator.func, "id", None) != REGISTER:
+            continue
+        first, *rest = decorator.args
+        library = next((key.value for key in decorator.keywords if key.arg == "library_name"), None)
+        if library is None or getattr(library, "value", None) == "transformers":
+            yield str(getattr(first, "value", "")), frozenset(_strings(rest, constants))
+
+
+def _strings(nodes: Iterable[ast.expr], constants: dict[str, Any]) -> Iterable[str]:
+    for node in nodes:
+        if isinstance(node, ast.Starred):
+            yield from _strings([node.value], constants)
+        elif isinstance(node, ast.List | ast.Tuple):
+            yield from _strings(node.elts, constants)
+        elif isinstance(node, ast.Name) and node.id in constants:
+            yield from _strings([constants[node.id]], constants)
+        elif isinstance(node, ast.Constant):
+            yield str(node.value)
+
+
+EXPORT_PACKAGES = ("optimum-intel", "optimum", "nncf", "openvino", "openvino-tokenizers", "transformers", "torch")
+
+
+@cache
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package without its local part, or None. Imports nothing."""
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def export_versions() -> dict[str, str]:
+    """Return the versions of the packages that make exports; a package that is missing is left out."""
+    found = {package: installed_version(package) for package in EXPORT_PACKAGES}
+    return {package: number for package, number in found.items() if number is not None}

@@ -13,8 +13,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from prefect_huggingface.tasks.storage.files import open_scratch_database
 from prefect_huggingface.tasks.storage.journals.journal import ResultRow
-from prefect_huggingface.tasks.storage.scratch import open_scratch_database
 
 QUERY_SIZE = 500
 PENDING_ROWS = 8192

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal, encode_record
-from prefect_huggingface.tasks.storage.leases import Lease, is_taken, take_alone
+from prefect_huggingface.tasks.storage.locks import Lease, is_taken, take_alone
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice
 

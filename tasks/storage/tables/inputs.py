@@ -27,8 +27,8 @@ from typing_extensions import override
 
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.files import open_scratch_database
 from prefect_huggingface.tasks.storage.places import Place, find_places, is_pattern
-from prefect_huggingface.tasks.storage.scratch import open_scratch_database
 
 TableFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "openai"]
 
@@ -468,9 +468,7 @@ def _fits(text: str, whole: bool, delimiter: str) -> bool:
 
 
 @contextmanager
-def open_bytes(
-    place: Place, layout: Mapping[str, Any], digest: Any = None, ahead: bool = True
-) -> Iterator[IO[bytes]]:
+def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None, ahead: bool = True) -> Iterator[IO[bytes]]:
     """Open a text file: unpacked, and as UTF-8 whatever its encoding. All bytes that are read go into the digest."""
     with place.open(ahead) as file:
         raw: Any = file if digest is None else io.BufferedReader(_Hashed(file, digest), BLOCK_BYTES)

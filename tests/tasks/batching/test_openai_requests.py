@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job, plan_output
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.batching.job import (
+    BatchOptions,
+    choose_columns,
+    describe_models,
+    plan_job,
+    plan_output,
+)
 from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem, RowRequest
 from prefect_huggingface.tasks.batching.run import open_run
 from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
@@ -121,3 +129,93 @@ def test_a_table_without_a_prompt_is_refused(tmp_path: Path) -> None:
         plan_job(str(path), None)
     with pytest.raises(BatchError, match="Only one of `prompt`"):
         plan_job(str(path), "{a}", more=BatchOptions(source_format="openai"))
+
+
+# Lines as the documentation of OpenAI and the samples of vLLM have them, for models of their own names.
+SAMPLES = [
+    line("request-1", model="gpt-3.5-turbo-0125", max_tokens=1000, messages=[
+        {"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Hello world!"},
+    ]),
+    line("request-2", model="gpt-3.5-turbo-0125", max_tokens=1000, messages=[
+        {"role": "system", "content": "You are an unhelpful assistant."}, {"role": "user", "content": "Hello world!"},
+    ]),
+    line("request-3", model="meta-llama/Meta-Llama-3-8B-Instruct", max_completion_tokens=1000, messages=USER),
+]  # fmt: skip
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def answer(folder: Path, lines: list[str], text: str = "Hi", names: list[str] | None = None) -> list[dict[str, Any]]:
+    """Put lines through an engine with one answer, and return the bodies, or errors, in order."""
+    source, destination = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text("".join(f"{each}\n" for each in lines))
+    served = ["small", *(names or [])]
+    job = describe_models(plan_job(str(source), None), [LocalModel(model_id="/none", backend="torch")], None, served)
+    journal = Journal.beside(str(destination))
+    for shard in open_run(claim_journal(journal), job).shards:
+        process_shard([InstantEngine(text)], journal, shard)
+    output = choose_columns(job, plan_output(str(source), str(destination)), None, {})
+    publish_output(job, claim_journal(journal), output)
+    files = (destination, folder / "out.errors.jsonl")
+    return [json.loads(each)["response"]["body"] for file in files for each in file.read_text().splitlines()]
+
+
+def test_samples_of_others_run_unchanged_under_their_names(tmp_path: Path) -> None:
+    (other := tmp_path / "other").mkdir()
+    bodies = answer(tmp_path, SAMPLES, names=["gpt-3.5-turbo-0125", "meta-llama/Meta-Llama-3-8B-Instruct"])
+    assert [body["choices"][0]["message"]["content"] for body in bodies] == ["Hi"] * 3
+    assert [body["model"] for body in bodies] == [json.loads(each)["body"]["model"] for each in SAMPLES]
+    assert [body["error"]["code"] for body in answer(other, SAMPLES[:1])] == ["model_not_found"]
+
+
+def test_tools_give_tool_calls(tmp_path: Path) -> None:
+    text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Lima"}}\n</tool_call>'
+    (body,) = answer(tmp_path, [line("a", messages=USER, tools=[WEATHER])], text)
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Lima"}'}
+    past = [*USER, choice["message"], {"role": "tool", "tool_call_id": "1", "content": "Sunny"}]
+    (other := tmp_path / "other").mkdir()
+    (body,) = answer(other, [line("a", messages=past, tools=[WEATHER])], "It is sunny.")
+    assert body["choices"][0]["message"]["content"] == "It is sunny."
+
+
+def test_everything_that_a_line_asks_for_is_an_option(tmp_path: Path) -> None:
+    wanted = {
+        "n": 2, "temperature": 0.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "logprobs": True,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
+    made = OpenAIRows({})(0, json.loads(line("a", messages=messages, **wanted)))
+    assert isinstance(made, RowRequest)
+    options = made.request.options
+    assert options is not None
+    assert (options.n, options.presence_penalty, options.frequency_penalty) == (2, 0.5, -0.5)
+    assert (options.logprobs, options.template_options) == (True, {"enable_thinking": False})
+    assert made.request.messages == messages
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [({"max_tokens": 0}, "max_tokens"), ({"top_p": 3}, "top_p"), ({"presence_penalty": 9}, "presence_penalty")],
+)
+def test_a_wrong_field_is_named(wrong: dict[str, Any], field: str) -> None:
+    problem = OpenAIRows({})(0, json.loads(line("a", messages=USER, **wrong)))
+    assert isinstance(problem, RowProblem)
+    assert problem.status == "invalid_option"
+    assert f"`{field}`" in problem.message
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
+def test_answers_go_into_json_lines_or_are_refused(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(f"{SAMPLES[0]}\n")
+    job = plan_job(str(source), None)
+    with pytest.raises(BatchError, match=r"are JSON lines, got .*\.(parquet|csv)'. Give it the ending .jsonl"):
+        choose_columns(job, plan_output(str(source), str(tmp_path / name)), None, {})

@@ -42,7 +42,7 @@ def tiny_llava(session_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava_openvino(tiny_llava: Path) -> Path:
     """OpenVINO folder of the tiny LLaVA, with its weights in full precision."""
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return get_export(family_model("openvino-images", tiny_llava)).path
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import Adapter, GenerationOptions, LocalModel
+from prefect_huggingface.blocks import Adapter, GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks import generate_text, load_engine, unload_engines
 from prefect_huggingface.tasks.batching.job import resolve_model
 from prefect_huggingface.tasks.errors import ModelSourceError
+from prefect_huggingface.tasks.hub_errors import HubError
+from prefect_huggingface.tasks.storage.adapters import pin_adapters
 from support.export_models import make_model
 
 peft = pytest.importorskip("peft", reason="the adapters are made with PEFT")
@@ -274,3 +276,33 @@ def test_two_adapters_of_one_name_are_refused(adapter: Path, tiny_llama: Path) -
     one = Adapter(repo_or_folder=str(adapter))
     with pytest.raises(ValueError, match="different names"):
         LocalModel(model_id=str(tiny_llama), adapters=[one, one])
+
+
+def test_an_adapter_of_the_hub_is_verified_pinned_and_works_offline(
+    hub: Any, tmp_path: Path, tiny_llama: Path, adapter: Path
+) -> None:
+    files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.is_file()}
+    repository = hub.create("org/adapter", {**files, "checkpoint.bin": b"not asked for"})
+    credentials = HuggingFaceCredentials(endpoint=hub.endpoint)
+    model = LocalModel(
+        model_id=str(tiny_llama), backend="torch", dtype="float32", chat_template="never", credentials=credentials,
+        store=ModelStore(path=tmp_path / "store"), adapters=[Adapter(repo_or_folder="org/adapter")],
+    )  # fmt: skip
+    pinned = pin_adapters(model)
+    assert [one.revision for one in pinned.adapters] == [repository.references["main"]]
+    assert texts_of(model) == texts_of_peft(tiny_llama, adapter)
+    assert not any("checkpoint.bin" in str(request) for request in hub.journal.requests)
+    unload_engines()
+    asked = len(hub.journal.requests)
+    assert texts_of(pinned) == texts_of_peft(tiny_llama, adapter)
+    assert len(hub.journal.requests) == asked
+
+
+def test_a_repository_without_an_adapter_is_refused(hub: Any, tmp_path: Path, tiny_llama: Path) -> None:
+    hub.create("org/none", {"config.json": b"{}"})
+    model = LocalModel(
+        model_id=str(tiny_llama), backend="torch", credentials=HuggingFaceCredentials(endpoint=hub.endpoint),
+        store=ModelStore(path=tmp_path / "store"), adapters=[Adapter(repo_or_folder="org/none")],
+    )  # fmt: skip
+    with pytest.raises(HubError, match="adapter_config.json"):
+        load_engine(model)

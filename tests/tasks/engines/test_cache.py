@@ -138,7 +138,7 @@ def test_an_engine_with_a_request_under_way_stays(models):
 
 @pytest.mark.slow
 def test_the_resident_memory_stays_within_the_budget(tmp_path, session_folder):
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
     from support.tiny_models import make_tiny_llama
 
     checkpoint = make_tiny_llama(session_folder / "models" / "wide-llama", hidden_size=768, layers=4)
@@ -167,9 +167,8 @@ def test_the_resident_memory_stays_within_the_budget(tmp_path, session_folder):
 
 
 def test_a_folder_in_use_is_held(tiny_llama, tmp_path):
-    from prefect_huggingface.tasks.storage.exports.layout import LEASE
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
-    from prefect_huggingface.tasks.storage.leases import take_alone
+    from prefect_huggingface.tasks.storage.exports.store import get_export
+    from prefect_huggingface.tasks.storage.locks import LEASE, take_alone
 
     model = LocalModel(model_id=str(tiny_llama), weight_format="fp32")
     lease = get_export(model).path / LEASE

@@ -50,7 +50,7 @@ def tiny_longrope(session_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_longrope_openvino(tiny_longrope: Path) -> Path:
     """OpenVINO folder of the same model, with its weights in full precision."""
-    from prefect_huggingface.tasks.storage.exports.publication import get_export
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return get_export(family_model("openvino-text", tiny_longrope)).path
 

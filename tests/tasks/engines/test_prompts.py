@@ -11,6 +11,7 @@ from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.records import Request
 from support.tiny_models import CHAT_TEMPLATE
 
@@ -150,3 +151,24 @@ def test_prompts_are_cut_to_the_context(policy, wanted):
 def test_a_prompt_with_no_room_at_all_is_an_error():
     with pytest.raises(RequestError, match="too_long|does not fit"):
         fit_context([1], GenerationOptions(max_new_tokens=9, context_overflow="truncate_left"), 8)
+
+
+def test_the_template_of_a_request_says_how_it_reasons_and_ends(tiny_llama):
+    from prefect_huggingface.blocks import LocalModel
+    from prefect_huggingface.tasks import load_engine
+
+    inputs = load_engine(LocalModel(model_id=str(tiny_llama), backend="torch")).inputs
+    state = RequestState(Request(messages=[{"role": "user", "content": "Two and two?"}]))
+    inputs.begin(state)
+    assert state.reasoning is None
+    template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'].split('</think>')[-1] }}<|system|>"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    )
+    other = RequestState(Request(messages=[{"role": "user", "content": "Two and two?"}], template=template))
+    inputs.begin(other)
+    assert other.reasoning is not None
+    assert other.reasoning.starts_open
+    assert inputs.tokenizer.special_id("<|system|>") in other.end_ids
+    assert inputs.tokenizer.special_id("<|system|>") not in state.end_ids

@@ -147,3 +147,27 @@ def test_a_row_that_must_be_alone_is_alone():
     assert scheduler.admit() == []
     scheduler.remove(rows[1])
     assert scheduler.admit() == [rows[2]]
+
+
+def test_the_work_for_one_waiting_request_does_not_grow_with_the_running_ones():
+    """Counts the looks at running requests, which no machine makes slower or faster."""
+    looks = []
+
+    class Watched(ScheduledRequest):
+        @property
+        def reserved_tokens(self):
+            looks.append(self)
+            return super().reserved_tokens
+
+    def looks_for(running):
+        scheduler = Scheduler(running + 64, cache_tokens=10**9)
+        for count in (running, 64):
+            for number in range(count):
+                state = RequestState(Request("x"))
+                state.begin(GenerationOptions(max_new_tokens=4), [number], None)
+                scheduler.append(Watched(state))
+            looks.clear()
+            assert len(scheduler.admit()) == count
+        return len(looks)
+
+    assert looks_for(1024) == looks_for(1)

@@ -22,7 +22,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.registry import unload_engines
 from prefect_huggingface.tasks.errors import DownloadError, HuggingFaceTaskError, SettingsError
 from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.store import get_export
 from support.hub_server import LocalHub
 
 TEMPLATE = """Question: {question}

@@ -17,14 +17,9 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError, PlanError
-from prefect_huggingface.tasks.storage.exports.child_process import (
-    KEPT_LOGS,
-    ChildProgram,
-    child_environment,
-    run_child,
-)
-from prefect_huggingface.tasks.storage.exports.layout import staging_folder
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.child import KEPT_LOGS, ChildProgram, child_environment, run_child
+from prefect_huggingface.tasks.storage.exports.store import get_export
+from prefect_huggingface.tasks.storage.files import staging_folder
 from support.export_requests import processes_below, published, staged, wait_for_child
 
 

@@ -14,11 +14,15 @@ import pytest
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.exports import list_stored, prune_stored
-from prefect_huggingface.tasks.storage.exports.eviction import evict, list_models
-from prefect_huggingface.tasks.storage.exports.layout import LEASE, MANIFEST
-from prefect_huggingface.tasks.storage.exports.manifests import Manifest, describe_files, write_manifest
-from prefect_huggingface.tasks.storage.exports.publication import get_export
-from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.eviction import evict, list_models
+from prefect_huggingface.tasks.storage.exports.store import (
+    MANIFEST,
+    Manifest,
+    describe_files,
+    get_export,
+    write_manifest,
+)
+from prefect_huggingface.tasks.storage.locks import LEASE, hold_export
 
 SIZE = 1_000_000
 
@@ -46,7 +50,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def names(store: Path) -> list[str]:
-    return [entry.name for entry in list_models(store)]
+    return [entry.name for entry in list_models(ModelStore(path=store))]
 
 
 def test_the_list_says_what_there_is(store: Path) -> None:
@@ -60,7 +64,7 @@ def test_the_list_says_what_there_is(store: Path) -> None:
 
 
 def test_the_least_recently_used_goes_first(store: Path) -> None:
-    report = evict(store, limit_bytes=2 * SIZE + 100_000)
+    report = evict(ModelStore(path=store), limit_bytes=2 * SIZE + 100_000)
     assert [entry.name for entry in report.removed] == ["oldest"]
     assert names(store) == ["middle", "newest"]
     assert report.freed_bytes >= SIZE
@@ -70,17 +74,17 @@ def test_the_least_recently_used_goes_first(store: Path) -> None:
 def test_what_is_used_now_stays(store: Path) -> None:
     with hold_export(store / "exports" / "oldest"):
         os.utime(store / "exports" / "oldest" / LEASE, (0, 0))
-        report = evict(store, limit_bytes=0)
+        report = evict(ModelStore(path=store), limit_bytes=0)
         assert names(store) == ["oldest"]
         assert [path.name for path in report.in_use] == ["oldest"]
-    evict(store, limit_bytes=0)
+    evict(ModelStore(path=store), limit_bytes=0)
     assert names(store) == []
 
 
 def test_what_another_process_uses_stays(store: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from prefect_huggingface.tasks.storage.leases import hold_export\n"
+        "from prefect_huggingface.tasks.storage.locks import hold_export\n"
         "lease = hold_export(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     folder = store / "exports" / "middle"
@@ -88,7 +92,7 @@ def test_what_another_process_uses_stays(store: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
-        evict(store, limit_bytes=0)
+        evict(ModelStore(path=store), limit_bytes=0)
         assert names(store) == ["middle"]
     finally:
         process.kill()
@@ -97,8 +101,8 @@ def test_what_another_process_uses_stays(store: Path) -> None:
 
 def test_a_folder_without_a_manifest_is_listed_and_goes(store: Path) -> None:
     (store / "exports" / "oldest" / MANIFEST).unlink()
-    assert next(entry for entry in list_models(store) if entry.name == "oldest").source is None
-    evict(store, limit_bytes=0)
+    assert next(entry for entry in list_models(ModelStore(path=store)) if entry.name == "oldest").source is None
+    evict(ModelStore(path=store), limit_bytes=0)
     assert names(store) == []
 
 

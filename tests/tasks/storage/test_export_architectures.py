@@ -9,8 +9,7 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore, QuantizationOptions
 from prefect_huggingface.tasks.evaluation import compare_formats
-from prefect_huggingface.tasks.storage.exports.manifests import read_manifest
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.store import get_export, read_manifest
 from support.export_models import CAUSAL, SEQ2SEQ, make_model
 from support.smollm_models import make_smollm
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_huggingface.tasks.storage.exports.manifests import find_damage, read_manifest
+from prefect_huggingface.tasks.storage.exports.store import find_damage, read_manifest
 from support.export_requests import (
     finish_request,
     published,

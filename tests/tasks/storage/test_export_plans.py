@@ -12,12 +12,10 @@ import pytest
 from prefect_huggingface.blocks import LocalModel, ModelStore, QuantizationOptions
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.exports import export_model, plan_model
-from prefect_huggingface.tasks.storage.exports import resources
-from prefect_huggingface.tasks.storage.exports.plans import make_plan
-from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
-from prefect_huggingface.tasks.storage.exports.source_weights import SourceWeights
-from prefect_huggingface.tasks.storage.exports.support_table import support_table
-from prefect_huggingface.tasks.storage.exports.versions import installed_version
+from prefect_huggingface.tasks.storage.exports import plan as resources
+from prefect_huggingface.tasks.storage.exports.plan import make_plan
+from prefect_huggingface.tasks.storage.exports.recipes import installed_version, resolve_recipe, support_table
+from prefect_huggingface.tasks.storage.folders import SourceWeights
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128}
 

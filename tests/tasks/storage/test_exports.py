@@ -16,8 +16,7 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ModelSourceError, PlanError
-from prefect_huggingface.tasks.storage.exports.manifests import find_damage, read_manifest
-from prefect_huggingface.tasks.storage.exports.publication import find_export, get_export
+from prefect_huggingface.tasks.storage.exports.store import find_damage, find_export, get_export, read_manifest
 from support.export_requests import published, staged
 
 
@@ -71,7 +70,7 @@ def test_reuse_imports_nothing_heavy(exported: LocalModel) -> None:
     program = (
         "import sys\n"
         "from prefect_huggingface.blocks import LocalModel, ModelStore\n"
-        "from prefect_huggingface.tasks.storage.exports.publication import get_export\n"
+        "from prefect_huggingface.tasks.storage.exports.store import get_export\n"
         f"model = LocalModel(model_id={exported.model_id!r}, store=ModelStore(path={str(exported.store_path)!r}))\n"
         "assert get_export(model).reused\n"
         "print([name for name in ('torch', 'transformers', 'optimum', 'nncf', 'openvino') if name in sys.modules])\n"
@@ -169,7 +168,7 @@ def test_a_lock_that_is_held_too_long_is_an_error(tiny_llama: Path, tmp_path: Pa
     from filelock import FileLock
 
     from prefect_huggingface.tasks.exports import plan_model
-    from prefect_huggingface.tasks.storage.exports.layout import lock_path
+    from prefect_huggingface.tasks.storage.exports.store import lock_path
 
     model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=tmp_path, lock_timeout_seconds=0.2))
     path = lock_path(tmp_path, plan_model(model).key)

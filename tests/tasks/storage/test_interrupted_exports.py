@@ -12,7 +12,7 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.records import Export
-from prefect_huggingface.tasks.storage.exports.publication import get_export
+from prefect_huggingface.tasks.storage.exports.store import get_export
 from support.export_requests import finish_request, published, staged, start_request, wait_for_child, wait_until_gone
 from support.prefect_services import wait_until
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.tasks.errors import ModelSourceError
-from prefect_huggingface.tasks.storage.exports.layout import LEASE
-from prefect_huggingface.tasks.storage.leases import hold_export, take_alone
+from prefect_huggingface.tasks.storage.locks import LEASE, hold_export, take_alone
 
 HOLDER = (
     "import sys, time; from pathlib import Path\n"
-    "from prefect_huggingface.tasks.storage.leases import hold_export\n"
+    "from prefect_huggingface.tasks.storage.locks import hold_export\n"
     "lease = hold_export(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 )
 

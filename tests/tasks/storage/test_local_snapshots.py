@@ -12,9 +12,9 @@ import pytest
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.records import Snapshot
-from prefect_huggingface.tasks.storage import local_snapshots
-from prefect_huggingface.tasks.storage.exports import manifests
-from prefect_huggingface.tasks.storage.local_snapshots import snapshot_folder
+from prefect_huggingface.tasks.storage import snapshots as local_snapshots
+from prefect_huggingface.tasks.storage.exports import store as manifests
+from prefect_huggingface.tasks.storage.snapshots import snapshot_folder
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_asking_again_reads_nothing(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("missing", "words"), [("config.json", "holds no model"), ("model.safetensors", "holds no weights")]
+    ("missing", "words"), [("config.json", "holds no model"), ("model.safetensors", "holds no safetensors weights")]
 )
 def test_a_folder_without_a_model_is_refused(folder: Path, missing: str, words: str) -> None:
     (folder / missing).unlink()

@@ -10,8 +10,8 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.exports import plan_model
-from prefect_huggingface.tasks.storage.exports.package_conflicts import probe_packages
-from prefect_huggingface.tasks.storage.exports.versions import installed_version
+from prefect_huggingface.tasks.storage.exports.plan import probe_packages
+from prefect_huggingface.tasks.storage.exports.recipes import installed_version
 
 # What a torchvision says that was built for another torch.
 NMS = "operator torchvision::nms does not exist"

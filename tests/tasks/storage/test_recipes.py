@@ -8,8 +8,14 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, QuantizationOptions
 from prefect_huggingface.tasks.errors import PlanError
-from prefect_huggingface.tasks.storage.exports.layer_sizes import fitting_group_size, group_size_notes
-from prefect_huggingface.tasks.storage.exports.recipes import Recipe, export_key, recipe_notes, resolve_recipe
+from prefect_huggingface.tasks.storage.exports.recipes import (
+    Recipe,
+    export_key,
+    fitting_group_size,
+    group_size_notes,
+    recipe_notes,
+    resolve_recipe,
+)
 
 SMOLLM_135M = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
 PHI = "microsoft/Phi-3-mini-4k-instruct"
@@ -71,7 +77,7 @@ def test_only_the_repository_id_chooses_a_recommendation() -> None:
 def test_the_recommendations_are_those_of_optimum() -> None:
     from optimum.intel.openvino.configuration import _DEFAULT_4BIT_WQ_CONFIGS
 
-    from prefect_huggingface.tasks.storage.exports.recommendations import INT4_WEIGHTS, recommended_options
+    from prefect_huggingface.tasks.storage.exports.recipes import INT4_WEIGHTS, recommended_options
 
     assert len(_DEFAULT_4BIT_WQ_CONFIGS) > 50
     for repo_id, options in _DEFAULT_4BIT_WQ_CONFIGS.items():

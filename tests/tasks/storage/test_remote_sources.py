@@ -11,8 +11,8 @@ import pytest
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.exports import plan_model
-from prefect_huggingface.tasks.storage.exports.publication import get_export
-from prefect_huggingface.tasks.storage.hub import list_snapshots, remove_snapshot
+from prefect_huggingface.tasks.storage.exports.store import get_export
+from prefect_huggingface.tasks.storage.hub.cache import list_snapshots, remove_snapshot
 from support.hub_server import LocalHub
 
 
@@ -55,12 +55,12 @@ def test_an_export_is_enough_without_its_source(hub: LocalHub, tmp_path: Path) -
     made = get_export(model_of(hub, tmp_path))
     assert not made.reused
     assert made.source == "org/tiny"
-    (snapshot,) = list_snapshots(tmp_path)
+    (snapshot,) = list_snapshots(ModelStore(path=tmp_path))
     assert made.commit == snapshot.commit
     remove_snapshot(snapshot)
     again = get_export(model_of(hub, tmp_path))
     assert again.reused
     assert again.path == made.path
-    assert not list_snapshots(tmp_path), "the source was downloaded again"
+    assert not list_snapshots(ModelStore(path=tmp_path)), "the source was downloaded again"
     offline = model_of(hub, tmp_path, revision=made.commit, offline=True)
     assert get_export(offline).reused

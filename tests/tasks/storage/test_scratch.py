@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from prefect_huggingface.tasks.storage.files import scratch_file
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.scratch import scratch_file
 
 # More than SQLite keeps in memory, so that there is a file.
 INDEX_ANSWERS = """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from prefect_huggingface.tasks.storage.hub import patience
+from prefect_huggingface.tasks.storage.hub import client
 
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch):
-    monkeypatch.setattr(patience, "FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(client, "FIRST_WAIT_SECONDS", 0.05)

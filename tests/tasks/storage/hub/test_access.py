@@ -11,12 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import ValidationError
 
-from prefect_huggingface.tasks.hub_errors import (
-    GatedRepositoryError,
-    InvalidTokenError,
-    RepositoryNotFoundError,
-)
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+from prefect_huggingface.tasks.hub_errors import GatedRepositoryError, InvalidTokenError, RepositoryNotFoundError
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from support.hub_models import check_snapshot, hub_model, model_files
 
 TOKEN = "hf_alice"
@@ -125,7 +121,7 @@ def test_no_other_host_is_asked(guarded, tmp_path):
         "from pathlib import Path\n"
         "from types import SimpleNamespace\n"
         "from support.hub_models import hub_model\n"
-        "from prefect_huggingface.tasks.storage.hub import fetch_snapshot\n"
+        "from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot\n"
         f"hub = SimpleNamespace(endpoint={guarded.endpoint!r})\n"
         f"fetch_snapshot(hub_model(hub, Path({str(tmp_path)!r}), 'org/gated', token='hf_alice'))\n"
         "print(*sorted(map(str, hosts)))\n"

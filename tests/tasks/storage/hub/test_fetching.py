@@ -20,8 +20,8 @@ from prefect_huggingface.tasks.hub_errors import (
     StoreNotWritableError,
     UntrustedHubError,
 )
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
-from prefect_huggingface.tasks.storage.hub.layout import RepositoryFolder
+from prefect_huggingface.tasks.storage.hub.cache import RepositoryFolder
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files, random_bytes
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from prefect_huggingface.tasks.hub_errors import CorruptFileError, HubError, UntrustedHubError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from support.hub_models import hub_model, model_files
 from support.hub_repositories import Repository, store_file
 

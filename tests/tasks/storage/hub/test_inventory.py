@@ -9,10 +9,16 @@ import time
 import pytest
 from huggingface_hub import scan_cache_dir
 
+from prefect_huggingface.blocks import ModelStore
 from prefect_huggingface.tasks.hub_errors import StoreBusyError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot, list_snapshots, remove_partials, remove_snapshot
-from prefect_huggingface.tasks.storage.hub.layout import RepositoryFolder
-from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.hub.cache import (
+    RepositoryFolder,
+    list_snapshots,
+    remove_partials,
+    remove_snapshot,
+)
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
+from prefect_huggingface.tasks.storage.locks import hold_export
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
 from support.hub_workers import wait_for
 
@@ -32,7 +38,7 @@ def test_snapshots_are_listed_with_size_and_last_use(hub, tmp_path, two_commits)
     first, second = two_commits
     time.sleep(0.02)
     fetch_snapshot(hub_model(hub, tmp_path, revision=first.commit))
-    listed = list_snapshots(tmp_path)
+    listed = list_snapshots(ModelStore(path=tmp_path))
     assert [s.commit for s in listed] == [second.commit, first.commit]
     assert listed[0].size_bytes == sum(f.size for f in second.files)
     assert listed[0].freed_bytes == len(b"{}")
@@ -42,20 +48,20 @@ def test_snapshots_are_listed_with_size_and_last_use(hub, tmp_path, two_commits)
 
 def test_a_removed_snapshot_frees_what_no_other_one_shares(hub, tmp_path, two_commits):
     first, second = two_commits
-    old = next(s for s in list_snapshots(tmp_path) if s.commit == first.commit)
+    old = next(s for s in list_snapshots(ModelStore(path=tmp_path)) if s.commit == first.commit)
     freed = remove_snapshot(old)
     assert freed == old.freed_bytes < MEGABYTE
     assert not first.path.exists()
     check_snapshot(second.path, {**model_files(MEGABYTE), "config.json": b"{}"})
     assert scan_cache_dir(RepositoryFolder.of(hub_model(hub, tmp_path)).root).warnings == []
-    assert remove_snapshot(list_snapshots(tmp_path)[0]) > MEGABYTE
-    assert list_snapshots(tmp_path) == []
+    assert remove_snapshot(list_snapshots(ModelStore(path=tmp_path))[0]) > MEGABYTE
+    assert list_snapshots(ModelStore(path=tmp_path)) == []
     assert not [p for p in tmp_path.rglob("blobs/*")]
 
 
 def test_a_removed_snapshot_can_be_fetched_again(hub, tmp_path, two_commits):
     first, second = two_commits
-    for snapshot in list_snapshots(tmp_path):
+    for snapshot in list_snapshots(ModelStore(path=tmp_path)):
         remove_snapshot(snapshot)
     assert fetch_snapshot(hub_model(hub, tmp_path)) == second
     check_snapshot(second.path, {**model_files(MEGABYTE), "config.json": b"{}"})
@@ -63,7 +69,7 @@ def test_a_removed_snapshot_can_be_fetched_again(hub, tmp_path, two_commits):
 
 def test_a_snapshot_in_use_is_not_removed(hub, tmp_path, two_commits):
     first, _ = two_commits
-    old = next(s for s in list_snapshots(tmp_path) if s.commit == first.commit)
+    old = next(s for s in list_snapshots(ModelStore(path=tmp_path)) if s.commit == first.commit)
     with hold_export(first.path):
         with pytest.raises(StoreBusyError, match="in use"):
             remove_snapshot(old)
@@ -79,10 +85,10 @@ def test_nothing_is_removed_while_the_repository_is_being_downloaded(hub, tmp_pa
     thread.start()
     wait_for(lambda: [p for p in tmp_path.rglob("partials/*") if p.stat().st_size == MEGABYTE])
     with pytest.raises(StoreBusyError):
-        remove_snapshot(next(s for s in list_snapshots(tmp_path) if s.commit == first.commit))
+        remove_snapshot(next(s for s in list_snapshots(ModelStore(path=tmp_path)) if s.commit == first.commit))
     fault.is_over = True
     thread.join(30)
-    assert len(list_snapshots(tmp_path)) == 3
+    assert len(list_snapshots(ModelStore(path=tmp_path))) == 3
 
 
 def test_contents_that_were_never_completed_are_removed_after_a_while(hub, tmp_path):
@@ -91,12 +97,12 @@ def test_contents_that_were_never_completed_are_removed_after_a_while(hub, tmp_p
     hub.fault("status", status=404, times=None)
     with pytest.raises(Exception, match="404"):
         fetch_snapshot(hub_model(hub, tmp_path))
-    assert remove_partials(tmp_path) == 0
+    assert remove_partials(ModelStore(path=tmp_path)) == 0
     for partial in tmp_path.rglob("partials/*"):
         os.utime(partial, (0, 0))
-    assert remove_partials(tmp_path) == MEGABYTE
+    assert remove_partials(ModelStore(path=tmp_path)) == MEGABYTE
     assert not list(tmp_path.rglob("partials/*"))
 
 
 def test_an_empty_store_lists_nothing(tmp_path):
-    assert list_snapshots(tmp_path / "none") == []
+    assert list_snapshots(ModelStore(path=tmp_path / "none")) == []

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from prefect_huggingface.tasks.hub_errors import HubUnavailableError, OfflineError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot, plan_snapshot
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot, plan_snapshot
 from support.hub_models import check_snapshot, hub_model, model_files
 
 

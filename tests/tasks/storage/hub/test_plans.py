@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefect_huggingface.tasks.hub_errors import NoWeightsError, RepositoryNotFoundError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot, plan_snapshot
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot, plan_snapshot
 from support.hub_models import MEGABYTE, hub_model, model_files
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.tasks.hub_errors import StoreBusyError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
 from support.hub_workers import DownloadProcess, wait_for
 
@@ -126,7 +126,7 @@ def test_waiting_for_another_process_ends_with_the_lock_timeout(hub, files, tmp_
 def test_the_real_client_and_ours_share_the_locks_of_contents(hub, files, tmp_path):
     from huggingface_hub import snapshot_download
 
-    from prefect_huggingface.tasks.storage.hub.layout import RepositoryFolder
+    from prefect_huggingface.tasks.storage.hub.cache import RepositoryFolder
 
     hub.fault("stall_body", after=MEGABYTE)
     ours = DownloadProcess(hub, tmp_path, settings=PATIENT)

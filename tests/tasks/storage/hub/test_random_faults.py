@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.tasks.hub_errors import HubError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from support.hub_models import check_snapshot, hub_model, model_files
 
 SIZE = 300_000

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from prefect_huggingface.blocks import ModelStore
 from prefect_huggingface.tasks.hub_errors import DiskFullError, StoreLimitError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot, list_snapshots, plan_snapshot
-from prefect_huggingface.tasks.storage.leases import hold_export
+from prefect_huggingface.tasks.storage.hub.cache import list_snapshots
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot, plan_snapshot
+from prefect_huggingface.tasks.storage.locks import hold_export
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
 from support.hub_workers import wait_for
 
@@ -79,7 +81,7 @@ def test_the_store_keeps_to_its_limit_and_the_least_recently_used_goes_first(hub
         fetch_snapshot(model)
     fetch_snapshot(models[3])
     # The first is the oldest, but in use.
-    assert {s.repo_id for s in list_snapshots(tmp_path)} == {"org/model0", "org/model2", "org/model3"}
+    assert {s.repo_id for s in list_snapshots(ModelStore(path=tmp_path))} == {"org/model0", "org/model2", "org/model3"}
     assert sum(p.stat().st_size for p in tmp_path.rglob("blobs/*")) <= 6_500_000
     held.close()
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_huggingface.tasks.hub_errors import NoWeightsError, PickleOnlyError
-from prefect_huggingface.tasks.storage.hub import fetch_snapshot
-from prefect_huggingface.tasks.storage.hub.revisions import RepositoryFile
-from prefect_huggingface.tasks.storage.hub.selections import Selection
+from prefect_huggingface.tasks.storage.hub.cache import Selection
+from prefect_huggingface.tasks.storage.hub.client import RepositoryFile
+from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from support.hub_models import hub_model, model_files
 
 TOKENIZER = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt"]

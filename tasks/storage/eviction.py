@@ -1,19 +1,22 @@
-"""Room in a store: what it holds, and which of it goes when there is too much. What is in use never goes."""
+"""Room in a store: what it holds, and which of it goes when there is too much. What is in use never goes.
+
+Only what this library has downloaded or made counts and goes. Content that several snapshots share counts once.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from prefect_huggingface.blocks import ModelStore
 from prefect_huggingface.tasks.hub_errors import StoreBusyError
-from prefect_huggingface.tasks.storage.exports.layout import LEASE, exports_folder
-from prefect_huggingface.tasks.storage.exports.manifests import read_manifest
-from prefect_huggingface.tasks.storage.exports.staging import discard, sweep_staging
-from prefect_huggingface.tasks.storage.hub import StoredSnapshot, list_snapshots, remove_partials, remove_snapshot
-from prefect_huggingface.tasks.storage.leases import take_alone
+from prefect_huggingface.tasks.storage.files import MANIFEST, discard, exports_folder, sweep_staging
+from prefect_huggingface.tasks.storage.hub.cache import StoredSnapshot, list_snapshots, remove_partials, remove_snapshot
+from prefect_huggingface.tasks.storage.locks import LEASE, is_held, take_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +65,26 @@ class PruneReport:
     abandoned_bytes: int = 0
 
 
-def list_models(store: Path) -> list[StoredModel]:
+def list_models(store: ModelStore) -> list[StoredModel]:
     """Return the exports and snapshots of a store, the least recently used first."""
     snapshots = [_describe_snapshot(snapshot) for snapshot in list_snapshots(store)]
-    return sorted([*_list_exports(store), *snapshots], key=lambda entry: entry.last_used)
+    return sorted([*_list_exports(store.folder), *snapshots], key=lambda entry: entry.last_used)
 
 
-def evict(store: Path, limit_bytes: int, keep: Collection[Path] = ()) -> PruneReport:
+def evict(store: ModelStore, limit_bytes: int, keep: Collection[Path] = ()) -> PruneReport:
     """Remove abandoned downloads, and the least recently used models until the rest is within a limit.
 
     Args:
-        store: Folder of the store.
+        store: The store.
         limit_bytes: Size that the rest may have; 0 removes everything that is not in use.
         keep: Folders that stay in any case.
     """
-    sweep_staging(store)
+    sweep_staging(store.folder)
     abandoned = remove_partials(store)
+    snapshots = {snapshot.path: snapshot for snapshot in list_snapshots(store)}
+    contents = {blob: size for snapshot in snapshots.values() for blob, size in snapshot.contents.items()}
     entries = list_models(store)
-    total = sum(entry.size_bytes for entry in entries)
+    total = sum(contents.values()) + sum(entry.size_bytes for entry in entries if entry.kind == "export")
     removed: list[StoredModel] = []
     in_use: list[Path] = []
     for entry in entries:
@@ -87,38 +92,28 @@ def evict(store: Path, limit_bytes: int, keep: Collection[Path] = ()) -> PruneRe
             break
         if entry.path in keep:
             continue
-        if _remove(store, entry):
-            removed.append(entry)
-            total -= entry.size_bytes
-        else:
+        freed = _remove(store.folder, entry, snapshots.get(entry.path))
+        if freed is None:
             in_use.append(entry.path)
+            continue
+        removed.append(replace(entry, size_bytes=freed))
+        total -= freed
     return PruneReport(tuple(removed), sum(entry.size_bytes for entry in removed), total, tuple(in_use), abandoned)
 
 
-def is_held(folder: Path) -> bool:
-    """Tell whether a live process holds a folder of the store."""
-    lease = take_alone(folder / LEASE)
-    if lease is not None:
-        lease.close()
-        return False
-    return (folder / LEASE).exists()
-
-
-def _remove(store: Path, entry: StoredModel) -> bool:
-    if entry.kind == "snapshot":
-        found = next((snapshot for snapshot in list_snapshots(store) if snapshot.path == entry.path), None)
+def _remove(folder: Path, entry: StoredModel, snapshot: StoredSnapshot | None) -> int | None:
+    """Remove an entry and return the freed bytes, or None if it is in use."""
+    if snapshot is not None:
         with suppress(StoreBusyError):
-            if found is not None:
-                remove_snapshot(found)
-            return True
-        return False
+            return remove_snapshot(snapshot)
+        return None
     lease = take_alone(entry.path / LEASE)
     if lease is None and (entry.path / LEASE).exists():
-        return False
-    discard(store, entry.path)
+        return None
+    discard(folder, entry.path)
     if lease is not None:
         lease.close()
-    return True
+    return entry.size_bytes
 
 
 def _list_exports(store: Path) -> Iterator[StoredModel]:
@@ -126,7 +121,7 @@ def _list_exports(store: Path) -> Iterator[StoredModel]:
         for folder in sorted(exports_folder(store).iterdir()):
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
-            manifest = read_manifest(folder)
+            manifest = _read_manifest(folder)
             yield StoredModel(
                 kind="export",
                 name=folder.name,
@@ -134,10 +129,17 @@ def _list_exports(store: Path) -> Iterator[StoredModel]:
                 size_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
                 last_used=_last_used(folder),
                 in_use=is_held(folder),
-                source=manifest.source if manifest else None,
-                commit=manifest.commit if manifest else None,
-                recipe=manifest.recipe if manifest else {},
+                source=manifest.get("source"),
+                commit=manifest.get("commit"),
+                recipe=manifest.get("recipe") or {},
             )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _last_used(folder: Path) -> float:

@@ -4,7 +4,7 @@ import pytest
 from prefect.variables import Variable
 
 from prefect_huggingface.blocks import HuggingFaceCredentials, InferenceEndpoint, LocalModel, ModelStore
-from prefect_huggingface.flows import save_default_blocks
+from prefect_huggingface.deployments.defaults import save_default_blocks
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

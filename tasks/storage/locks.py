@@ -6,6 +6,7 @@ process can inherit it. Elsewhere, on Windows, it is a `ReadWriteLock` of filelo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -17,12 +18,13 @@ from typing import Self
 from filelock import ReadWriteLock, Timeout
 
 from prefect_huggingface.tasks.errors import ModelSourceError
-from prefect_huggingface.tasks.storage.exports.layout import LEASE
 
 try:
     import fcntl
 except ImportError:
     fcntl = None  # type: ignore[assignment]
+
+LEASE = ".lease"
 
 
 class Lease:
@@ -65,27 +67,52 @@ def hold_export(path: Path) -> Lease:
     Raises:
         ModelSourceError: If the folder was removed in the meantime.
     """
-    lease_path = path / LEASE
-    if not lease_path.exists() and path.exists():
+    place = lease_path(path)
+    if not place.exists() and path.exists():
         return Lease()
-    lease = _lock(lease_path, alone=False)
+    lease = _lock(place, alone=False)
     if lease is None:
         raise _removed(path)
     note_use(path)
     return lease
 
 
-def note_use(path: Path) -> None:
-    """Note that a folder of the store was used now."""
+def lease_path(folder: Path) -> Path:
+    """Return the file by which a folder of the store is held. A snapshot of the cache has it beside, not within."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent / "leases" / folder.name
+    return folder / LEASE
+
+
+def note_use(folder: Path, create: bool = False) -> None:
+    """Note that a folder of the store was used now.
+
+    Args:
+        folder: The folder.
+        create: Make the file by which it is held.
+    """
+    place = lease_path(folder)
+    if create:
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
     with suppress(OSError):  # a store on a read-only disk
-        os.utime(path / LEASE)
+        os.utime(place)
 
 
-def take_alone(lease_path: Path, create: bool = False) -> Lease | None:
+def take_alone(place: Path, create: bool = False) -> Lease | None:
     """Return the lease of a file that nobody else holds, or None if somebody does or there is no such file."""
     if create:
-        lease_path.touch()
-    return _lock(lease_path, alone=True)
+        place.touch()
+    return _lock(place, alone=True)
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a live process holds a folder of the store."""
+    lease = take_alone(lease_path(folder))
+    if lease is not None:
+        lease.close()
+        return False
+    return lease_path(folder).exists()
 
 
 def is_taken(lease_path: Path) -> bool:
@@ -109,8 +136,7 @@ def _lock(path: Path, alone: bool, wait: bool = True) -> Lease | None:
 
 def _lock_by_kernel(path: Path, alone: bool, wait: bool) -> Lease | None:
     try:
-        # NFS gives a lock of one's own only to those who may write.
-        lease = Lease(os.open(path, os.O_RDWR if alone else os.O_RDONLY))
+        lease = Lease(_open(path, alone))
     except FileNotFoundError:
         return None
     assert lease.descriptor is not None
@@ -124,6 +150,16 @@ def _lock_by_kernel(path: Path, alone: bool, wait: bool) -> Lease | None:
         lease.close()
         raise
     return lease
+
+
+def _open(path: Path, alone: bool) -> int:
+    """Open a file to lock it. NFS gives an exclusive lock only to those who may write, and a shared one to readers."""
+    try:
+        return os.open(path, os.O_RDWR if alone else os.O_RDONLY)
+    except OSError as error:
+        if not alone or error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        return os.open(path, os.O_RDONLY)  # a store that is only readable, and on a local disk
 
 
 def _lock_by_name(path: Path, alone: bool, wait: bool) -> Lease | None:

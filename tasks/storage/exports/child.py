@@ -8,6 +8,7 @@ child fails.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,13 +23,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
+from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.run_logs import RunLog, run_log
+from prefect_huggingface.tasks.storage.exports import exporter
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
-from prefect_huggingface.tasks.storage.exports.layout import failure_logs_folder
-from prefect_huggingface.tasks.storage.exports.resources import free_disk
+from prefect_huggingface.tasks.storage.exports.recipes import Recipe
+from prefect_huggingface.tasks.storage.files import free_disk, link_file
 
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_KEY|CREDENTIAL|AUTH", re.IGNORECASE)
-NO_MEMORY = ("bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory")
+# What Python, the libraries and the system need to find their files and the processor. Whatever else the environment
+# of a run holds, database addresses and passwords for instance, is not for them.
+PASSED_ON = frozenset((
+    "PATH", "PATHEXT", "HOME", "USER", "USERNAME", "LOGNAME", "USERPROFILE", "HOMEDRIVE", "HOMEPATH", "APPDATA",
+    "LOCALAPPDATA", "PROGRAMDATA", "SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "LANG", "LANGUAGE", "TZ",
+    "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONWARNINGS",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "XDG_CACHE_HOME", "NUMBER_OF_PROCESSORS",
+    "PROCESSOR_ARCHITECTURE", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "MALLOC_ARENA_MAX",
+    "CUDA_VISIBLE_DEVICES", "INTEL_OPENVINO_DIR", "OPENVINO_LIB_PATHS", "HF_HOME", "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE", "HF_ENDPOINT",
+))  # fmt: skip
+PASSED_ON_PREFIXES = ("LC_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "TBB_", "OV_", "OPENVINO_", "TORCH_", "ONEDNN_")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+NO_MEMORY = (
+    "bad_alloc", "MemoryError", "can't allocate memory", "bad allocation", "Cannot allocate memory",
+    "not enough memory", "Unable to allocate",
+)  # fmt: skip
 NO_SPACE = "No space left on device"
 FULL_DISK_BYTES = 4 << 20
 TAIL_LINES = 15
@@ -85,15 +103,18 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
     job_path = work / "job.json"
     job_path.write_text(json.dumps({**job, "parent": os.getpid()}), encoding="utf-8")
     (work / "tmp").mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-u", str(program.path), str(job_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=child_environment(work, program.network),
-        cwd=work,
-        pass_fds=(descriptor,) if descriptor >= 0 else (),
-    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-u", str(program.path), str(job_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=child_environment(work, program.network),
+            cwd=work,
+            pass_fds=(descriptor,) if descriptor >= 0 else (),
+        )
+    except OSError as error:
+        raise _not_started(program, error) from None
     report = ChildReport()
     output = work / "output.log"
     try:
@@ -108,10 +129,24 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
     raise _failure(program, report, code, work, _keep_log(output, program))
 
 
+def _not_started(program: ChildProgram, error: OSError) -> ExportError:
+    """Return the error for a process that the system does not start, for want of memory or of processes."""
+    if error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return ExportOutOfMemoryError(
+            f"The {program.purpose} cannot be started: the machine has no memory for another process "
+            f"({error.strerror}). End other programs, or use a machine with more memory."
+        )
+    return ExportError(f"The {program.purpose} cannot be started: {error.strerror or error}. Check {sys.executable!r}.")
+
+
 def child_environment(work: Path, network: bool = False) -> dict[str, str]:
-    """Return the environment of a child: that of this process without secrets, offline."""
-    kept = {name: value for name, value in os.environ.items() if not SECRET_NAMES.search(name)}
-    kept = {name: value for name, value in kept.items() if not name.startswith("PREFECT_")}
+    """Return the environment of a child: what it needs of that of this process, offline.
+
+    Only a child that may use the network gets the proxies, whose addresses can hold a password.
+    """
+    wanted = PASSED_ON | set(PROXIES) if network else PASSED_ON
+    kept = {name: value for name, value in os.environ.items() if name.upper() in wanted}
+    kept |= {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON_PREFIXES)}
     return {
         **kept,
         "TMPDIR": str(work / "tmp"),
@@ -187,7 +222,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _keep_log(output: Path, program: ChildProgram) -> Path | None:
     """Keep the output of a child that failed, and the newest ones of those before; return where it is."""
-    folder = failure_logs_folder(output.parent)
+    folder = output.parent.parent.parent / ".logs"
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", program.purpose).strip("-.")[-80:]
     try:
         folder.mkdir(exist_ok=True)
@@ -223,3 +258,62 @@ def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path, 
         exit_code=code,
         step=report.step,
     )
+
+
+STEPS = {
+    "export": "converting the model to OpenVINO",
+    "quantize": "quantizing the weights",
+    "verify": "loading the export and generating from it",
+}
+
+
+def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int) -> dict[str, Any]:
+    """Make an export in a child process, without network and without a token.
+
+    Only where the recipe names a public data set to calibrate with, the process may use the network.
+
+    Args:
+        snapshot: Files of the source.
+        recipe: Every setting.
+        work: Empty folder for everything that the process writes. The export is in its folder `output`.
+        descriptor: Open file that the child inherits, so that its lock lives as long as the child.
+
+    Returns:
+        What the child reports at its end: `seconds`, `peak_memory_bytes`, `weights`.
+
+    Raises:
+        ExportOutOfMemoryError: If the child was killed, most likely for want of memory.
+        ExportError: If the child failed.
+    """
+    dataset = (recipe.quantization or {}).get("dataset")
+    program = ChildProgram(
+        path=Path(exporter.__file__),
+        purpose=f"export of {snapshot.repo_id or str(snapshot.path)!r}",
+        steps={step: text for step, text in STEPS.items() if step != "quantize" or recipe.quantization is not None},
+        network=isinstance(dataset, str) and dataset != "auto",
+    )
+    source = link_source(snapshot, recipe, work / "model")
+    job = {"source": str(source), "output": str(work / "output"), "recipe": recipe.as_dict()}
+    return run_child(program, job, work, descriptor)
+
+
+def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
+    """Make a folder of links to the files of a snapshot, under a name that says nothing.
+
+    Optimum chooses settings by the name of the folder and by the name in `config.json`. The name in `config.json` is
+    that of the repository where the recipe has such settings, and else there is none.
+    """
+    folder.mkdir()
+    for file in snapshot.files:
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link_file((snapshot.path / file.path).resolve(), target)
+    config_path = folder / "config.json"
+    if config_path.exists():
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if (recipe.quantization or {}).get("ignored_scopes"):
+            config["_name_or_path"] = snapshot.repo_id
+        config_path.unlink()
+        config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return folder

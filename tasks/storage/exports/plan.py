@@ -1,0 +1,702 @@
+"""Plans: what an export would be and would take, and why it could not succeed, before anything is started."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.version import Version
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.errors import PlanError
+from prefect_huggingface.tasks.hub_errors import HubError, attempt
+from prefect_huggingface.tasks.records import Snapshot
+from prefect_huggingface.tasks.storage.exports.exporter import LIFTED_LIMITS, LIFTED_UP_TO
+from prefect_huggingface.tasks.storage.exports.recipes import (
+    DATASETS,
+    EXPORT_TASKS,
+    Recipe,
+    installed_version,
+    read_constants,
+    recipe_notes,
+    support_table,
+)
+from prefect_huggingface.tasks.storage.files import free_disk
+from prefect_huggingface.tasks.storage.folders import (
+    OPENVINO_MODELS,
+    SourceWeights,
+    estimate_weights,
+    is_openvino_folder,
+    is_pickled_weight,
+    is_safe_weight,
+    parse_header,
+    read_json,
+)
+from prefect_huggingface.tasks.storage.gguf_files import describe_gguf
+from prefect_huggingface.tasks.storage.hub.cache import RepositoryFolder, known_commit, works_offline
+from prefect_huggingface.tasks.storage.hub.client import HubConnection
+from prefect_huggingface.tasks.storage.hub.download import DownloadPlan, plan_snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """What an export would be.
+
+    Attributes:
+        source: Repository id, or the folder.
+        commit: Commit of the source, `local-<sha256>` for a folder.
+        key: Key that the export has or would have.
+        path: Folder of the export if it is there, and nothing has to be done.
+        recipe: Every setting.
+        notes: What was decided for this model, in sentences.
+        parameters: Number of weights.
+        disk_bytes: Disk that the export needs at its fullest.
+        free_disk_bytes: Free disk of the store.
+        memory_bytes: Memory that the export needs at its fullest, an estimate.
+        free_memory_bytes: Free memory of the machine, or None where it is not known.
+        problems: Reasons why it cannot succeed, each with a remedy.
+        warnings: Reasons why it may not succeed.
+    """
+
+    source: str
+    commit: str
+    key: str
+    path: Path | None
+    recipe: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    parameters: int = 0
+    disk_bytes: int = 0
+    free_disk_bytes: int = 0
+    memory_bytes: int = 0
+    free_memory_bytes: int | None = None
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+
+def make_plan(
+    model: LocalModel,
+    recipe: Recipe,
+    commit: str,
+    key: str,
+    config: Mapping[str, Any],
+    weights: SourceWeights,
+    names: Iterable[str] = (),
+) -> ExportPlan:
+    """Return the plan of an export that is not there.
+
+    Args:
+        model: Model to export.
+        recipe: Every setting.
+        commit: Commit of the source.
+        key: Key that the export will have.
+        config: Content of `config.json`, empty if it is not known yet.
+        weights: Number, size and names of the weights of the source.
+        names: Names of the files of the source, none where they are not known.
+    """
+    problems = list(find_problems(ExportCase(model, config, recipe, weights.names, frozenset(names))))
+    notes: tuple[str, ...] = ()
+    try:
+        notes = tuple(recipe_notes(recipe, config))
+    except PlanError as error:
+        problems.append(error.message)
+    room = plan_room(model, recipe, commit, key, weights)
+    return replace(room, notes=notes, problems=(*problems, *room.problems))
+
+
+def plan_room(model: LocalModel, recipe: Recipe, commit: str, key: str, weights: SourceWeights) -> ExportPlan:
+    """Return the part of a plan that disk and memory decide.
+
+    Args:
+        model: Model to export.
+        recipe: Every setting.
+        commit: Commit of the source.
+        key: Key that the export will have.
+        weights: Number and size of the weights of the source.
+    """
+    problems, warnings = [], []
+    disk, free = estimate_disk(weights, recipe.weight_format), free_disk(model.store_path)
+    if disk > free:
+        problems.append(
+            f"The export needs about {gigabytes(disk)} of disk and {gigabytes(free)} are free in "
+            f"{str(model.store_path)!r}. Free some space, or set another `path` of the store."
+        )
+    memory, available = estimate_memory(weights, recipe.weight_format), free_memory()
+    if available is not None and least_memory(weights) > available:
+        problems.append(
+            f"The export needs at least {gigabytes(least_memory(weights))} of memory and {gigabytes(available)} are "
+            "free. Use a machine with more memory, or an OpenVINO repository of the model ('OpenVINO/...' on the Hub)."
+        )
+    elif available is not None and memory > available:
+        warnings.append(
+            f"The export may need {gigabytes(memory)} of memory and {gigabytes(available)} are free. It may be killed."
+        )
+    return ExportPlan(
+        source=model.model_id, commit=commit, key=key, path=None, recipe=recipe.as_dict(),
+        parameters=weights.parameters, disk_bytes=disk, free_disk_bytes=free, memory_bytes=memory,
+        free_memory_bytes=available, problems=tuple(problems), warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def check_plan(plan: ExportPlan) -> None:
+    """Refuse a plan that cannot succeed.
+
+    Raises:
+        PlanError: With all reasons.
+    """
+    if plan.problems:
+        raise PlanError(" ".join(plan.problems), problems=plan.problems)
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes for people, in units of 10^9 bytes."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
+LARGEST_CONFIG_BYTES = 10_000_000
+LARGEST_INDEX_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """What is known of a source before it is downloaded.
+
+    Attributes:
+        commit: Commit, or None where it is not known offline.
+        download: Plan of the download, where the Hub was asked.
+    """
+
+    commit: str | None
+    download: DownloadPlan | None = None
+
+
+def plan_source(model: LocalModel) -> PlannedSource:
+    """Return what is known of a model on the Hub; ask the Hub only for the commit of a branch or tag.
+
+    Raises:
+        HubError: If the Hub was asked and cannot tell.
+    """
+    revision = model.revision or "main"
+    if FULL_COMMIT.fullmatch(revision):
+        return PlannedSource(revision)
+    if works_offline(model):
+        return PlannedSource(known_commit(RepositoryFolder.of(model), revision))
+    planned = plan_snapshot(model)
+    return PlannedSource(planned.commit, planned)
+
+
+def check_source(model: LocalModel, recipe: Recipe, source: PlannedSource) -> None:
+    """Refuse an export that cannot succeed before its source is downloaded.
+
+    Raises:
+        PlanError: With all reasons.
+        HubError: If the Hub cannot tell.
+    """
+    if works_offline(model):
+        return
+    planned = source.download or plan_snapshot(model)
+    names = [file.path for file in planned.files]
+    if planned.complete or planned.problem is not None or is_openvino_folder(names):
+        return
+    config, weights = read_remote(model, planned)
+    check_plan(make_plan(model, recipe, planned.commit, "", config, weights, names))
+
+
+def read_remote(model: LocalModel, planned: DownloadPlan) -> tuple[Mapping[str, Any], SourceWeights]:
+    """Return the content of `config.json` of a repository and what its weights are; as far as the Hub tells it.
+
+    The names of the weights come from the index of the shards, or from the header of the one file.
+    """
+    sizes = {file.path: file.size or 0 for file in planned.files}
+    size = sum(size for name, size in sizes.items() if is_safe_weight(name) or is_pickled_weight(name))
+    with HubConnection(model.get_credentials(), model.model_id) as hub:
+
+        def read(path: str, largest: int = LARGEST_CONFIG_BYTES) -> bytes:
+            about = hub.about(planned.commit, path)
+            found = attempt(lambda: hub.read_small(path, planned.commit, largest), about)
+            return b"" if isinstance(found, HubError) else found
+
+        config = _parse(read("config.json"))
+        if "model.safetensors.index.json" in sizes:
+            index = _parse(read("model.safetensors.index.json", LARGEST_INDEX_BYTES)).get("weight_map")
+            names = frozenset(index) if isinstance(index, dict) else frozenset()
+            return config, replace(estimate_weights(size), names=names)
+        if "model.safetensors" not in sizes:
+            return config, estimate_weights(size or sum(sizes.values()))
+        length = int.from_bytes(read("model.safetensors", 8), "little")
+        header = read("model.safetensors", 8 + length)[8:] if 0 < length < LARGEST_INDEX_BYTES else b""
+        return config, parse_header(header, size)
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+NATIVE_TYPES = "transformers/models/auto/configuration_auto.py"
+CALIBRATION_EXTRA = "Install it with `pip install 'prefect-huggingface[calibration]'`"
+DATASET_TABLES = {
+    "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
+    "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
+    "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
+}
+HEADS = {"text-generation": r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"}
+# Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
+# The paged attention of OpenVINO 2026.4 knows nothing of their masks: local windows, positions as biases.
+WRONG_ATTENTION = ("gpt_neo", "mpt", "xglm")
+STACK = re.compile(r"((?:.+\.)?(?:layers|layer|h|blocks|block))\.(\d+)\..+")
+HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.")
+# Architectures whose head is not the table of embeddings unless their configuration says so.
+OWN_HEADS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3", "phimoe", "olmo", "olmo2",
+    "stablelm", "gptj", "gpt_neox", "granite", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "internlm2",
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+SENTENCEPIECE_FILES = (".model", ".spm")
+QUANTIZED_SOURCES = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitnet": None, "mxfp4": None}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportCase:
+    """An export to check. What is not known yet is empty.
+
+    Attributes:
+        model: Model to export.
+        config: Content of `config.json`.
+        recipe: Every setting.
+        weights: Names of the weights.
+        files: Names of the files.
+    """
+
+    model: LocalModel
+    config: Mapping[str, Any]
+    recipe: Recipe
+    weights: frozenset[str] = frozenset()
+    files: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Name of the model, quoted."""
+        return repr(self.model.model_id)
+
+    @property
+    def model_type(self) -> str:
+        """Architecture of the model, empty if it is not known."""
+        return str(self.config.get("model_type", ""))
+
+
+def find_problems(case: ExportCase) -> tuple[str, ...]:
+    """Return a sentence for each reason why an export cannot succeed."""
+    checks: tuple[Callable[[ExportCase], str | None], ...] = (
+        check_remote_code, check_architecture, check_attention, check_task, check_head, check_weights,
+        check_transformers, check_source_format, check_tokenizer, check_packages, check_dataset,
+    )  # fmt: skip
+    if case.model.is_gguf and (unusable := describe_gguf(case.model).problem):
+        return (unusable,)
+    if not case.config:
+        checks = (check_packages, check_dataset)
+    problems = [problem for check in checks if (problem := check(case)) is not None]
+    # It takes a second or two where such packages are installed, and no longer matters beside another problem.
+    conflict = None if problems else find_conflict()
+    return (*problems, *([conflict] if conflict else []))
+
+
+def check_remote_code(case: ExportCase) -> str | None:
+    """A model that is Python code of its own needs the permission to run it."""
+    if "auto_map" not in case.config or case.model.trust_remote_code or is_native(case.model_type):
+        return None
+    return (
+        f"{case.name} is an architecture of its own ({case.model_type!r}) and needs to run Python code that comes with "
+        "it. Set `trust_remote_code=True` if you trust it, or choose another model."
+    )
+
+
+def check_architecture(case: ExportCase) -> str | None:
+    """The architecture is one that Optimum exports."""
+    table = support_table()
+    if not table or case.model_type in table:
+        return None
+    near = difflib.get_close_matches(case.model_type, table, n=3, cutoff=0.5)
+    nearest = f" The nearest supported ones are {', '.join(map(repr, near))}." if near else ""
+    return (
+        f"{case.name} has the architecture {case.model_type!r}, which the installed optimum-intel "
+        f"({installed_version('optimum-intel')}) does not export.{nearest} Use `backend='torch'`, or another model."
+    )
+
+
+def check_task(case: ExportCase) -> str | None:
+    """The architecture can do the task."""
+    support = support_table().get(case.model_type)
+    if support is None or case.recipe.task in support.tasks:
+        return None
+    possible = sorted({name for name, task in EXPORT_TASKS.items() if task in support.tasks})
+    if not possible:
+        return (
+            f"{case.name} is a {case.model_type!r} model, which does not generate text "
+            f"(it can do {', '.join(sorted(support.tasks))}). Choose a model that generates text."
+        )
+    return (
+        f"{case.name} is a {case.model_type!r} model and cannot do {case.model.task!r}. "
+        f"Set `task` to {' or '.join(map(repr, possible))}."
+    )
+
+
+def check_head(case: ExportCase) -> str | None:
+    """The weights are those of a model that generates, so that no head is made up of random numbers."""
+    heads = [str(name) for name in case.config.get("architectures") or []]
+    causal = case.recipe.task.startswith("text-generation")
+    if causal and case.config.get("is_encoder_decoder"):
+        return (
+            f"{case.name} is an encoder-decoder model and does not do {case.model.task!r}. "
+            "Set `task` to 'text2text-generation', 'summarization' or 'translation'."
+        )
+    if not heads or any(re.search(HEADS["text-generation"], name) or "Generation" in name for name in heads):
+        return None
+    if not any(re.search(r"For[A-Z]\w+$", name) for name in heads) or any("MT" in name for name in heads):
+        return None
+    return (
+        f"{case.name} was trained as {heads[0]!r} and has no weights for {case.model.task!r}. "
+        "Choose a model that generates text."
+    )
+
+
+def check_attention(case: ExportCase) -> str | None:
+    """The continuous batch of OpenVINO computes the attention of the architecture rightly."""
+    config = {**case.config, **(case.config.get("text_config") or {})}
+    by_bias = config.get("model_type") == "falcon" and config.get("alibi")
+    if config.get("model_type") not in WRONG_ATTENTION and not by_bias:
+        return None
+    return (
+        f"{case.name} is a {config['model_type']!r} model, whose attention mask the continuous batch of OpenVINO does "
+        "not compute: its answers would be wrong. Use `backend='torch'`, or another model."
+    )
+
+
+def check_weights(case: ExportCase) -> str | None:
+    """The checkpoint has its head and all its layers, so that nothing is made up of random numbers."""
+    config = {**case.config, **(case.config.get("text_config") or {})}
+    stacks: dict[str, set[int]] = {}
+    for name in case.weights:
+        if found := STACK.fullmatch(name):
+            stacks.setdefault(found[1], set()).add(int(found[2]))
+    if not stacks:
+        return None
+    for prefix, numbers in sorted(stacks.items()):
+        wanted = max(*numbers, (_layer_count(config, prefix, len(stacks)) or 0) - 1) + 1
+        missing = sorted(set(range(wanted)) - numbers)
+        if missing:
+            text = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            return f"{case.name} lacks the weights of layer {text} of {wanted} ({prefix!r}). Download it again."
+    tied = config.get("tie_word_embeddings", config.get("model_type") not in OWN_HEADS)
+    if tied or not case.recipe.task.startswith("text-generation") or any(HEAD_NAME.search(n) for n in case.weights):
+        return None
+    return (
+        f"{case.name} has no weights for its head ('lm_head.weight'), it is a model without one. "
+        "Choose a model that generates text."
+    )
+
+
+def _layer_count(config: Mapping[str, Any], prefix: str, stacks: int) -> int | None:
+    """Return the number of layers that the configuration names for a stack of layers, if it surely does."""
+    part = next((part for part in ("encoder", "decoder") if part in prefix), None)
+    if part is not None:
+        names: tuple[str, ...] = (f"{part}_layers", f"num_{part}_layers", "num_layers")
+    else:
+        names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if stacks == 1 else ()
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def check_tokenizer(case: ExportCase) -> str | None:
+    """The tokenizer is there, and the packages that read it are installed."""
+    if not case.files:
+        return None
+    if not any(name in TOKENIZER_FILES or name.endswith(SENTENCEPIECE_FILES) for name in case.files):
+        return f"{case.name} holds no tokenizer ('tokenizer.json'). Copy the files of its tokenizer there."
+    pieces = sorted(name for name in case.files if name.endswith(SENTENCEPIECE_FILES))
+    if not pieces or ("tokenizer.json" in case.files and case.model_type != "marian"):
+        return None
+    lacking = [package for package in ("sentencepiece", "protobuf") if installed_version(package) is None]
+    if not lacking:
+        return None
+    return (
+        f"{case.name} has its tokenizer as SentencePiece only ({pieces[0]!r}), which needs the package {lacking[0]!r}. "
+        "Install it with `pip install 'prefect-huggingface[sentencepiece]'`."
+    )
+
+
+def check_transformers(case: ExportCase) -> str | None:
+    """The installed version of Transformers is one that the architecture is exported with."""
+    support, installed = support_table().get(case.model_type), installed_version("transformers")
+    if support is None or installed is None:
+        return None
+    maximum = LIFTED_UP_TO if case.model_type in LIFTED_LIMITS else support.maximum
+    if maximum is not None and Version(installed) > Version(maximum):
+        return (
+            f"{case.name}: optimum-intel {installed_version('optimum-intel')} exports {case.model_type!r} only with "
+            f"Transformers up to {maximum}, and {installed} is installed. Use `backend='torch'`, or an OpenVINO "
+            "repository of the model."
+        )
+    if support.minimum is not None and Version(installed) < Version(support.minimum):
+        return f"{case.name} needs Transformers {support.minimum} or newer, and {installed} is installed. Update it."
+    return None
+
+
+def check_source_format(case: ExportCase) -> str | None:
+    """The checkpoint is one whose weights can be taken, and they are not quantized twice."""
+    source = case.config.get("quantization_config")
+    method = source.get("quant_method") if isinstance(source, dict) else None
+    if method is None:
+        return None
+    if method not in QUANTIZED_SOURCES:
+        return (
+            f"{case.name} is quantized already ({method!r}) in a way that cannot be exported. "
+            "Use the repository with its original weights."
+        )
+    package = QUANTIZED_SOURCES[method]
+    if package is not None and installed_version(package) is None:
+        return f"{case.name} is quantized with {method!r} and needs the package {package!r}. Install it with pip."
+    if case.recipe.quantization is not None and method in ("gptq", "awq", "bitnet"):
+        return f"{case.name} is quantized already ({method!r}). Set `weight_format='fp16'` to export it as it is."
+    return None
+
+
+def check_packages(case: ExportCase) -> str | None:
+    """The packages that the recipe needs are installed."""
+    needed = ["optimum-intel", "openvino", "openvino-tokenizers"]
+    needed += ["nncf"] if case.recipe.quantization is not None else []
+    needed += ["pillow"] if case.recipe.task == "image-text-to-text" else []
+    for package in needed:
+        if installed_version(package) is None:
+            return f"The export needs the package {package!r}. Install it with `pip install {package}`."
+    dataset = dataset_of(case.recipe)
+    texts_suffice = case.recipe.task.startswith("text-generation")
+    if dataset in (None, "auto") and texts_suffice or dataset is None or installed_version("datasets"):
+        return None
+    if not isinstance(dataset, str) and texts_suffice:
+        return None
+    what = f"the data set {dataset!r}" if isinstance(dataset, str) else "calibration texts for this kind of model"
+    return (
+        f"The recipe in {case.recipe.weight_format} for {case.name} uses {what}, which needs the package 'datasets'. "
+        f"{CALIBRATION_EXTRA}, or give options that need no data, "
+        "`quantization=QuantizationOptions(group_size=128)` for instance."
+    )
+
+
+def check_dataset(case: ExportCase) -> str | None:
+    """The name of the data set is one that Optimum knows for the task."""
+    dataset = dataset_of(case.recipe)
+    known = read_constants(DATASETS).get(DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
+    if not isinstance(dataset, str) or not known or dataset.partition(":")[0] in known:
+        return None
+    return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
+
+
+def dataset_of(recipe: Recipe) -> Any:
+    """Return the calibration data of a recipe: a name, texts, or None."""
+    return (recipe.quantization or {}).get("dataset")
+
+
+def is_native(model_type: str) -> bool:
+    """Tell whether Transformers has an architecture of its own accord."""
+    return f'("{model_type}", ' in _native_source()
+
+
+@cache
+def _native_source() -> str:
+    try:
+        return Path(str(distribution("transformers").locate_file(NATIVE_TYPES))).read_text(encoding="utf-8")
+    except (PackageNotFoundError, OSError):
+        return ""
+
+
+FOUR_BITS = ("u4", "i4", "nf4", "f4e2m1")
+EIGHT_BITS = ("u8", "i8", "f8e4m3", "f8e5m2")
+ELEMENT_TYPE = re.compile(rb'element_type="(\w+)"')
+# Codes of a codebook are of an integer type; the codebook itself is not looked for.
+WANTS_FOUR_BITS = ("int4", "nf4", "mxfp4", "cb4")
+
+
+def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
+    """Refuse an OpenVINO model that was not made here and cannot answer.
+
+    Raises:
+        PlanError: If it has no tokenizer, or attention that the engine computes wrongly, or would have to be quantized
+            a second time.
+    """
+    names = {file.path for file in snapshot.files}
+    wanted = "openvino_tokenizer.xml" if "openvino_model.xml" in names else "tokenizer_config.json"
+    if wanted not in names:
+        raise PlanError(
+            f"{model.model_id!r} is an OpenVINO model without a tokenizer ({wanted!r} is missing). Export it with its "
+            "tokenizer, or set `model_id` to its source."
+        )
+    recipe = Recipe("text-generation-with-past", "fp16", None)
+    wrong = check_attention(ExportCase(model, read_json(snapshot.path / "config.json"), recipe))
+    if wrong is not None:
+        raise PlanError(wrong)
+    check_precision(model, snapshot)
+
+
+def check_precision(model: LocalModel, snapshot: Snapshot) -> None:
+    """Refuse to quantize an OpenVINO model a second time.
+
+    A model that asks for 4 bits, and is an OpenVINO folder without any, cannot be given them: its weights have lost
+    their precision already, or should be quantized from the checkpoint.
+
+    Raises:
+        PlanError: If the folder has no weights in 4 bits and the model asks for them.
+    """
+    if model.weight_format not in WANTS_FOUR_BITS:
+        return
+    found = weight_type(snapshot.path, snapshot.commit)
+    if found != "4 bits":
+        raise PlanError(
+            f"{model.model_id!r} is an OpenVINO model with weights in {found}, and is not quantized to "
+            f"{model.weight_format!r} again. Set `weight_format='int8'` or None to use it as it is, or give its source."
+        )
+
+
+@lru_cache(maxsize=64)
+def weight_type(folder: Path, commit: str) -> str:
+    """Return the precision of most large weights of an OpenVINO model: "4 bits", "8 bits" or "full precision".
+
+    Args:
+        folder: Folder of the model.
+        commit: Commit of its content, for remembering the answer.
+    """
+    types: set[str] = set()
+    for name in OPENVINO_MODELS:
+        path = folder / name
+        if path.is_file():
+            types |= {found.decode() for found in ELEMENT_TYPE.findall(path.read_bytes())}
+    if types & set(FOUR_BITS):
+        return "4 bits"
+    return "8 bits" if types & set(EIGHT_BITS) else "full precision"
+
+
+# Python with torch, Transformers, Optimum and NNCF, before there is any model.
+BASE_MEMORY_BYTES = 650 << 20
+# Graph, tokenizer and temporary files.
+BASE_DISK_BYTES = 64 << 20
+BITS = {"checkpoint": 16.0, "fp32": 32.0, "fp16": 16.0, "int8": 8.1, "int4": 4.5, "nf4": 4.3, "mxfp4": 4.3, "cb4": 4.1}
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def estimate_disk(weights: SourceWeights, weight_format: str) -> int:
+    """Return the bytes of disk that an export needs at its fullest: the converted and the quantized model together."""
+    final = weights.parameters * bits_per_weight(weight_format) / 8
+    converted = weights.size_bytes if bits_per_weight(weight_format) < 16 else 0
+    return int(converted + final) + BASE_DISK_BYTES
+
+
+def estimate_memory(weights: SourceWeights, weight_format: str) -> int:
+    """Return the bytes of memory that an export needs at its fullest, as measured with plain exports."""
+    final = weights.parameters * bits_per_weight(weight_format) / 8
+    return int(2.0 * weights.size_bytes + final) + BASE_MEMORY_BYTES
+
+
+def least_memory(weights: SourceWeights) -> int:
+    """Return the bytes of memory without which an export cannot succeed: every weight is in memory once."""
+    return weights.size_bytes + BASE_MEMORY_BYTES // 2
+
+
+def bits_per_weight(weight_format: str) -> float:
+    """Return the bits that one weight takes, with its part of the scales."""
+    return BITS.get(weight_format, 4.5 if weight_format.startswith(("cb4", "int4")) else 8.1)
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that can be had, swap included, or None where the system does not tell."""
+    try:
+        available = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    except (OSError, RuntimeError, psutil.Error):
+        return None
+    limit, used = _read_number(CGROUP / "memory.max"), _read_number(CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def _read_number(path: Path) -> int | None:
+    with suppress(OSError, ValueError):
+        return int(path.read_text(encoding="ascii"))
+    return None
+
+
+# Measured with optimum-intel 2.1 and Transformers 5.5: a broken one of these ends the import of Optimum.
+IMPORTED_WHEN_PRESENT = (
+    "torchvision", "torchao", "kernels", "hqq", "librosa", "soundfile", "pandas", "datasets", "diffusers", "kokoro",
+)  # fmt: skip
+LONGEST_SECONDS = 60.0
+PROBE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    print(json.dumps([name, "it ends the process that imports it"]), flush=True)
+    try:
+        importlib.import_module(name)
+        reason = None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    print(json.dumps([name, reason]), flush=True)
+"""
+
+
+def find_conflict() -> str | None:
+    """Return a sentence about the first optional package that cannot be imported beside torch, or None."""
+    present = [name for name in IMPORTED_WHEN_PRESENT if _is_installed(name)]
+    versions = tuple((name, installed_version(name)) for name in present)
+    return next((_describe(name, reason) for name, reason in probe_packages(versions) if reason is not None), None)
+
+
+def _is_installed(name: str) -> bool:
+    spec = find_spec(name)
+    # A folder of that name without Python files is no package.
+    return spec is not None and spec.origin is not None
+
+
+@cache
+def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Import torch and then each package in a child process, and return why it cannot be imported, if so."""
+    if not versions:
+        return []
+    names = ["torch", *(name for name, _ in versions)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", PROBE, *names],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace",
+            timeout=LONGEST_SECONDS, env={**os.environ, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []  # not known, which is no reason to refuse an export
+    found: dict[str, str | None] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith('["'):
+            found.update([json.loads(line)])
+    return list(found.items())
+
+
+def _describe(name: str, reason: str) -> str:
+    version = installed_version(name)
+    named = f"{name!r} {version}" if version else repr(name)
+    if name == "torch":
+        return f"The package {named} cannot be imported: {reason}. Install it again."
+    return (
+        f"The package {named} does not fit torch {installed_version('torch')} and stops every export: {reason}. "
+        f"Exports do not need it: remove it with `pip uninstall {name}`, or install the build for this torch."
+    )

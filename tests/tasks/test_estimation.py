@@ -1,0 +1,32 @@
+"""An estimate of a batch is near the truth, also where the rows are sorted by their length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.batching.job import BatchOptions
+from prefect_huggingface.tasks.estimation import describe_estimate, measure_batch
+
+ROWS = 2000
+
+
+def test_tokens_of_rows_of_mixed_lengths(tmp_path: Path, bundled_model: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    # Row by row longer, so that the first rows would tell little.
+    lengths = [1 + 15 * row // ROWS for row in range(ROWS)]
+    lines = [{"number": row, "max_new_tokens": length} for row, length in enumerate(lengths)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = LocalModel(model_id=str(bundled_model), options={"ignore_eos": True})
+    more = BatchOptions(option_columns=["max_new_tokens"], max_concurrency=64)
+    estimate = measure_batch(model, str(source), "What is the number {number} in French?", more=more)
+
+    assert (estimate.rows, estimate.measured_rows) == (ROWS, 256)
+    assert estimate.generated_tokens == pytest.approx(sum(lengths), rel=0.25)
+    assert estimate.prompt_tokens > 5 * ROWS
+    assert estimate.seconds > 0
+    assert estimate.disk_bytes > source.stat().st_size
+    assert "2,000, of which 256 were measured" in describe_estimate(estimate)
