@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.batching.chains import ChainRows, ChainStep, check_chain
 from prefect_huggingface.tasks.batching.requests import OPENAI_COLUMNS, OpenAIRows, PromptRows, RequestMaker
 from prefect_huggingface.tasks.errors import BatchError
@@ -41,9 +42,13 @@ from prefect_huggingface.tasks.storage.tables.writers import check_types
 JOURNAL_VERSION = 2
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
-DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
+DECISIVE_FIELDS = (
+    "task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation", "embedding",
+)  # fmt: skip
 SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters")
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
+VECTOR_COLUMNS = ("embedding", "status", "prompt_tokens", "seconds", "error")
+VECTOR_FORMATS = ("parquet", "arrow", "jsonl")
 MAX_DUPLICATES = 10_000
 BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "r2", "oss")
 TEMPORARY_CHARACTERS = 32  # what a temporary file's name has besides that of the output
@@ -51,6 +56,7 @@ LEAST_FREE_BYTES = 16 * 2**20
 
 KeepJournal = Literal["failed", "always", "never"]
 Model = LocalModel | InferenceEndpoint
+InputType = Literal["query", "document"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -160,6 +166,8 @@ class Output:
         fields: Columns for the values of structured answers, with their JSON types.
         reasoning: Column for the reasoning of the model, None where no row has any.
         steps: Names of the steps of a chain, whose outputs take the place of the completion.
+        vectors: Whether vectors take the place of the completion.
+        dimensions: Their number of dimensions, known once there is one.
     """
 
     destination: str
@@ -170,10 +178,14 @@ class Output:
     fields: Mapping[str, str] = field(default_factory=dict)
     reasoning: str | None = None
     steps: tuple[str, ...] = ()
+    vectors: bool = False
+    dimensions: int | None = None
 
     @property
     def own(self) -> tuple[str, ...]:
         """Columns that every output has, without the prefix."""
+        if self.vectors:
+            return VECTOR_COLUMNS
         texts = self.steps or OUTPUT_COLUMNS[:1]
         reasoning = () if self.reasoning is None else (self.reasoning,)
         return (*texts, *OUTPUT_COLUMNS[1:], *reasoning)
@@ -203,6 +215,7 @@ class BatchJob:
         greedy: Whether equal prompts have equal answers, for each step.
         served_names: Names under which requests in the OpenAI format may call the model.
         duplicate_rows: Rows of the OpenAI format whose id an earlier row has.
+        input_type: Whether the texts are queries or documents, in a batch of vectors; None in others.
     """
 
     table: Table
@@ -219,6 +232,7 @@ class BatchJob:
     greedy: tuple[bool, ...] = (True,)
     served_names: tuple[str, ...] = ()
     duplicate_rows: tuple[int, ...] = ()
+    input_type: InputType | None = None
 
     @property
     def key(self) -> str:
@@ -240,6 +254,7 @@ class BatchJob:
             "option columns": list(self.option_columns),
             "options": dict(self.options),
             "steps": [dict(step) for step in self.steps],
+            **({"input type": self.input_type} if self.input_type else {}),
             "model": dict(self.models[0]) if self.models else {},
             **further,
             "versions": dict(self.versions),
@@ -248,7 +263,7 @@ class BatchJob:
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
         asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
-        return _hash({**asked, "output": asdict(replace(output, reasoning=None))})
+        return _hash({**asked, "output": asdict(replace(output, reasoning=None, dimensions=None))})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -276,8 +291,9 @@ class BatchJob:
         if self.table.format == "openai":
             return OpenAIRows(self.options, self.served_names, self.duplicate_rows, self.greedy[0])
         return PromptRows(
-            self.prompt, self.system, self.messages_column, self.option_columns, self.options, self.greedy[0]
-        )
+            self.prompt, self.system, self.messages_column, self.option_columns, self.options, self.greedy[0],
+            self.input_type,
+        )  # fmt: skip
 
 
 def _hash(value: Any) -> str:
@@ -491,6 +507,27 @@ def _plan_openai_job(source: str, system: str | None, options: dict[str, Any], m
     if len(duplicates) == MAX_DUPLICATES:
         raise BatchError(f"{source!r} has {MAX_DUPLICATES} or more repeated `custom_id`s. Make them unique.")
     return BatchJob(table, options=options, duplicate_rows=duplicates)
+
+
+def plan_vectors(job: BatchJob, output: Output, models: Sequence[Model], input_type: InputType | None) -> Output:
+    """Return the output of a batch of vectors; that of other batches stays as it is.
+
+    Raises:
+        BatchError: If a model is not for what is asked for, or the format of the output holds no vectors.
+    """
+    for model in models:
+        task = getattr(model, "task", None)
+        if input_type is None and task in VECTOR_TASKS and job.table.format != "openai":
+            raise BatchError(f"{model.model_id!r} is for {task!r} and generates no text. Use `batch_embedding`.")
+        if input_type is not None and task != "feature-extraction":
+            raise BatchError(f"The `task` of {model.model_id!r} must be 'feature-extraction', got {task!r}. Set it.")
+    if input_type is None:
+        return output
+    if output.format not in VECTOR_FORMATS or job.table.format == "openai":
+        raise BatchError(
+            f"`destination` must be a table that holds vectors, got {output.destination!r}. End it with .parquet."
+        )
+    return replace(output, vectors=True)
 
 
 def check_ids(table: Table, column: str) -> None:

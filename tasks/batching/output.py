@@ -6,6 +6,7 @@ finished, whatever it had still to do.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections import Counter
@@ -17,10 +18,11 @@ from typing import IO, Any
 
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
 from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, Output
+from prefect_huggingface.tasks.batching.requests import read_line
 from prefect_huggingface.tasks.batching.run import STATUSES
 from prefect_huggingface.tasks.batching.shard import Chosen
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.openai_protocol import CHAT_URL, AnswerWriter, error_body, error_status, read_call
+from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
 from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
@@ -153,7 +155,9 @@ def publish_output(
     """
     check_unchanged(job.table)
     journal, publication, place = owner.journal, Publication(), Place.of(output.destination)
-    if job.table.format != "openai" and not job.steps and _has_reasoning(job, journal):
+    if output.vectors:
+        output = replace(output, dimensions=_dimensions_of(job, journal))
+    elif job.table.format != "openai" and not job.steps and _has_reasoning(job, journal):
         kept = job.table.columns if output.columns is None else output.columns
         taken = {*kept, *output.added}
         names = ("reasoning", "completion_reasoning")
@@ -194,6 +198,43 @@ def _has_reasoning(job: BatchJob, journal: Journal) -> bool:
         if pc.any(found).as_py():
             return True
     return False
+
+
+def _dimensions_of(job: BatchJob, journal: Journal) -> int:
+    """Return the number of dimensions of the first vector, 0 where no row has one."""
+    for name in journal.names():
+        for details in journal.load(name, job.key)["details"].to_pylist():
+            if (vector := read_vector(details)) is not None:
+                return len(vector)
+    return 0
+
+
+def read_vector(details: str | None) -> Any | None:
+    """Return the vector in the details of a row, an array of float32, or None where it has none."""
+    import numpy as np
+
+    encoded = json.loads(details).get("vector") if details else None
+    return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
+
+
+def _vector_column(answers: Any, dimensions: int) -> Any:
+    """Return the vectors as lists of a fixed size; those of rows that failed are null."""
+    import numpy as np
+    import pyarrow as pa
+
+    found = [read_vector(details) for details in answers["details"].to_pylist()]
+    values = np.zeros((len(found), dimensions), dtype=np.float32)
+    for place, vector in enumerate(found):
+        if vector is not None:
+            values[place] = vector
+    missing = pa.array([vector is None for vector in found], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=_vector_type(dimensions), mask=missing)
+
+
+def _vector_type(dimensions: int) -> Any:
+    import pyarrow as pa
+
+    return pa.list_(pa.float32(), dimensions)
 
 
 def _answered(job: BatchJob, journal: Journal, chosen: Chosen | None) -> Iterator[tuple[Chunk, Any]]:
@@ -259,6 +300,7 @@ def _added_schema(output: Output) -> Any:
     import pyarrow as pa
 
     kinds = {"prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64()}
+    kinds |= {"embedding": _vector_type(output.dimensions or 0)} if output.vectors else {}
     json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
     own = [(output.prefix + name, kinds.get(name, pa.string())) for name in output.own]
     fields = [(output.prefix + name, json_kinds.get(kind, pa.string())) for name, kind in output.fields.items()]
@@ -275,8 +317,10 @@ class _Values(list[Any]):
 def _added_columns(answers: Any, output: Output, parsers: Mapping[str, str]) -> dict[str, Any]:
     import pyarrow as pa
 
-    names = [name for name in output.own if name != output.reasoning]
+    names = [name for name in output.own if name != output.reasoning and not (output.vectors and name == "embedding")]
     columns = {output.prefix + name: answers[name].combine_chunks() for name in names}
+    if output.vectors:
+        columns[f"{output.prefix}embedding"] = _vector_column(answers, output.dimensions or 0)
     for name in (name for name, parser in parsers.items() if parser != "text"):
         texts = answers[name].to_pylist()
         columns[output.prefix + name] = _parsed_column(texts, parsers[name], output.format == "jsonl")
@@ -376,7 +420,7 @@ class OpenAIBatchWriter:
         return {**record, "response": {"status_code": code, "request_id": f"req_{name}", "body": body}, "error": None}
 
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-        call = read_call(line["body"], chat=line["url"] == CHAT_URL)
+        call = read_line(line["url"], line["body"])
         details = json.loads(answer["details"]) if answer["details"] else {}
         logprobs = details.get("logprobs")
         completion = Completion(
@@ -387,8 +431,10 @@ class OpenAIBatchWriter:
             alternatives=tuple(details.get("alternatives", ())),
             logprobs=None if logprobs is None else tuple(logprobs),
             reasoning=details.get("reasoning"),
+            vector=read_vector(answer["details"]),
         )
-        return AnswerWriter(call, name, self._created, call.model).write([completion])
+        body: dict[str, Any] = call.writer(name, self._created, call.model).write([completion])
+        return body
 
 
 def publish_artifacts(publication: Publication, samples: Sequence[tuple[float, int]], journal: Journal) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import time
+from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -430,6 +431,8 @@ def _problem(row: int, problem: RowProblem, step: int = 0) -> ResultRow:
 def _details(completion: Completion) -> str | None:
     names = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
     details = {name: value for name in names if (value := getattr(completion, name))}
+    if completion.vector is not None:
+        details["vector"] = b64encode(completion.vector.astype("<f4").tobytes()).decode()
     return json.dumps(details, ensure_ascii=False, default=str) if details else None
 
 
