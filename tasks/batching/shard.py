@@ -10,7 +10,6 @@ import json
 import os
 import queue
 import time
-from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.chains import ChainRows, parse_output
 from prefect_huggingface.tasks.batching.job import BatchJob
 from prefect_huggingface.tasks.batching.requests import RequestMaker, RowProblem, RowRequest
+from prefect_huggingface.tasks.batching.vectors import write_vector
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
@@ -432,7 +432,7 @@ def _details(completion: Completion) -> str | None:
     names = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
     details = {name: value for name in names if (value := getattr(completion, name))}
     if completion.vector is not None:
-        details["vector"] = b64encode(completion.vector.astype("<f4").tobytes()).decode()
+        details["vector"] = write_vector(completion.vector)
     return json.dumps(details, ensure_ascii=False, default=str) if details else None
 
 

@@ -115,7 +115,8 @@ class SegmentName(NamedTuple):
         if (found := SEGMENT_NAME.match(name)) is None:
             return None
         epoch, attempt, *numbers, checksum = found.groups()
-        return cls(int(epoch), attempt, *map(int, numbers), checksum=checksum)
+        number, first, last, steps, rows, failed, tokens = map(int, numbers)
+        return cls(int(epoch), attempt, number, first, last, steps, rows, failed, tokens, checksum)
 
     @override
     def __str__(self) -> str:
