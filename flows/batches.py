@@ -29,7 +29,15 @@ from prefect_huggingface.tasks.batches import (
     run_shard,
 )
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
-from prefect_huggingface.tasks.batching.job import BatchOptions, Model, add_models, check_free, list_models, pin_model
+from prefect_huggingface.tasks.batching.job import (
+    BatchOptions,
+    InputType,
+    Model,
+    add_models,
+    check_free,
+    list_models,
+    pin_model,
+)
 from prefect_huggingface.tasks.batching.output import (
     Publication,
     RunFigures,
@@ -43,7 +51,6 @@ from prefect_huggingface.tasks.batching.run import (
     CancelWatch,
     Progress,
     check_failures,
-    clear_journal,
     find_commits,
     find_finished,
     is_published,
@@ -105,7 +112,58 @@ def batch_inference(
         BatchError: If the batch cannot start or go on.
         TableError: If the input cannot be read or the output cannot be written.
     """
-    more = more or BatchOptions()
+    return _put_through(model, source, destination, prompt, options, system, rows, more or BatchOptions())
+
+
+@form_flow(name="batch-embedding", task_runner=_runner)
+def batch_embedding(
+    model: Annotated[LocalModel, titled("Model")],
+    source: Annotated[str, titled("Input file", min_length=1)],
+    destination: Annotated[str, titled("Output file", min_length=1)],
+    text: Annotated[str, titled("Text template", min_length=1)],
+    input_type: Annotated[InputType, titled("Kind of text")] = "document",
+    options: Annotated[GenerationOptions | None, titled("Options")] = None,
+    rows: Annotated[Annotated[int, Field(ge=1)] | None, titled("Rows of a trial")] = None,
+    more: Annotated[BatchOptions | None, titled("More options")] = None,
+) -> BatchSummary:
+    """Compute the vector of every row of a table, and write the vectors beside the rows.
+
+    Everything is as for `batch_inference`: the journal, runs that go on where they were killed, dates in the names of
+    files, equal texts that are computed once, and shards. The column `embedding` holds the vectors, in Parquet and
+    Arrow as lists of a fixed size; it is null for a row that failed.
+
+    Args:
+        model: Model with task "feature-extraction".
+        source: Input: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or pattern of such files, or an fsspec URL.
+        destination: Output file or URL that ends with .parquet, .arrow or .jsonl. It must not exist.
+        text: Template over the columns, "{title}: {body}" for instance. Other braces are doubled.
+        input_type: Whether the texts are documents or queries, which some models have different prompts for.
+        options: `context_overflow` says what happens to texts that are too long.
+        rows: Compute the first rows only, into a file of their own beside the output.
+        more: Everything that is rarely changed. In Python, its fields may also be given by their own names.
+
+    Returns:
+        Counts, and where the output is.
+
+    Raises:
+        BatchError: If the batch cannot start or go on.
+        TableError: If the input cannot be read or the output cannot be written.
+    """
+    return _put_through(model, source, destination, text, options, None, rows, more or BatchOptions(), input_type)
+
+
+def _put_through(
+    model: Model,
+    source: str,
+    destination: str,
+    prompt: str | None,
+    options: GenerationOptions | None,
+    system: str | None,
+    rows: int | None,
+    more: BatchOptions,
+    input_type: InputType | None = None,
+) -> BatchSummary:
+    """Plan a batch and run it, in the journal that is beside its output."""
     start, template = find_start(more.time_zone), destination
     end_with_parent()
     source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
@@ -113,7 +171,7 @@ def batch_inference(
     with hub_of(model):
         journal = Journal.beside(destination)
         check_free(destination, replaceable=bool(journal.read_published()))
-        plan = plan_batch(model, source, destination, prompt, options, system, rows, more)
+        plan = plan_batch(model, source, destination, prompt, options, system, rows, more, input_type)
         with own_journal(journal, more.if_running) as owner:
             outcome = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
     if isinstance(outcome, BatchSummary) and more.show_progress:
@@ -137,7 +195,7 @@ def _answer(
     except BatchCancelledError as exc:
         return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
     if plan.chosen is None and not _is_kept(more, publication.summary):
-        clear_journal(owner)
+        owner.clear()
     return publication.summary
 
 
@@ -146,7 +204,7 @@ def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -
     run_log().info("The batch is finished already: its output is %s.", summary.destination)
     publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
     if not _is_kept(more, summary):
-        clear_journal(owner)
+        owner.clear()
     return summary
 
 

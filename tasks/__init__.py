@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prefect_huggingface.tasks.batching.job import BatchOptions
     from prefect_huggingface.tasks.chains import ChainStep
     from prefect_huggingface.tasks.downloads import download_model, plan_download
+    from prefect_huggingface.tasks.embedding import Embeddings, TextScore, embed_texts, rerank_texts
     from prefect_huggingface.tasks.endpoints import (
         get_endpoint,
         pause_endpoint,
@@ -31,12 +32,15 @@ __all__ = [
     "BatchSummary",
     "ChainStep",
     "Completion",
+    "Embeddings",
     "EndpointStatus",
     "Export",
     "Request",
     "Snapshot",
+    "TextScore",
     "compare_export",
     "download_model",
+    "embed_texts",
     "estimate_batch",
     "export_to_openvino",
     "generate_chat",
@@ -50,6 +54,7 @@ __all__ = [
     "plan_export",
     "prune_store",
     "publish_batch",
+    "rerank_texts",
     "resolve_models",
     "resume_endpoint",
     "run_shard",
@@ -66,6 +71,7 @@ _HOMES = {
     "batching.job": ("BatchOptions",),
     "chains": ("ChainStep",),
     "downloads": ("download_model", "plan_download"),
+    "embedding": ("Embeddings", "TextScore", "embed_texts", "rerank_texts"),
     "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),
     "engines.registry": ("load_engine", "set_memory_budget", "unload_engines"),
     "estimation": ("estimate_batch",),

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect import task
@@ -20,21 +20,22 @@ from prefect_huggingface.tasks.assets import model_keys, note_asset, place_key
 from prefect_huggingface.tasks.batching.job import (
     BatchJob,
     BatchOptions,
+    InputType,
     Model,
     Output,
     ResolvedModel,
     check_ids,
     choose_columns,
     describe_models,
-    get_fields,
     list_models,
     plan_job,
     plan_output,
     resolve_model,
 )
-from prefect_huggingface.tasks.batching.output import Publication, RunFigures, publish_output, trial_of
+from prefect_huggingface.tasks.batching.output import Publication, RunFigures, get_fields, publish_output, trial_of
 from prefect_huggingface.tasks.batching.run import choose_rows, get_status
 from prefect_huggingface.tasks.batching.shard import Chosen, Shard, ShardResult, process_shard
+from prefect_huggingface.tasks.batching.vectors import plan_vectors
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import library_logs
@@ -69,6 +70,7 @@ def check_batch(
     system: str | None = None,
     rows: int | None = None,
     more: BatchOptions | None = None,
+    input_type: InputType | None = None,
 ) -> BatchPlan:
     """Check a batch in the order of cost: the destination, then the input and its columns. Nothing is changed.
 
@@ -82,9 +84,10 @@ def check_batch(
     job = plan_job(source, prompt, system, options, more)
     if more.id_column:
         check_ids(job.table, more.id_column)
-    fields = get_fields([model.options.model_dump(mode="json"), job.options])
-    output = choose_columns(job, output, more.columns, fields)
     models = list_models(model, more.steps or ())
+    output, job = plan_vectors(job, output, models, input_type), replace(job, input_type=input_type)
+    fields = {} if output.vectors else get_fields([model.options.model_dump(mode="json"), job.options])
+    output = choose_columns(job, output, more.columns, fields)
     job = describe_models(job, models, options, more.served_names)
     chosen = choose_rows(job.table.rows, rows, more)
     return BatchPlan(job, output if chosen is None else trial_of(output), chosen)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.blocks.quantization import WeightFormat
 from prefect_huggingface.tasks.artifacts import in_run, publish_image, publish_table
 from prefect_huggingface.tasks.engines.openvino_runtime import compile_properties
@@ -30,11 +32,13 @@ from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_ch
 from prefect_huggingface.tasks.storage.exports.evaluator import DEFAULT_PROMPTS
 from prefect_huggingface.tasks.storage.exports.plan import free_memory
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
-from prefect_huggingface.tasks.storage.exports.store import get_export
+from prefect_huggingface.tasks.storage.exports.store import CARD, get_export, model_card
 from prefect_huggingface.tasks.storage.files import open_staging, write_text
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights
+from prefect_huggingface.tasks.storage.hub.cache import known_licence
 from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.vector_quality import compare_vectors
 
 MAX_NEW_TOKENS = 32
 STEPS = {"source": "answering with the source", "export": "comparing an export"}
@@ -52,7 +56,8 @@ def compare_formats(
 
     The source answers each prompt greedily with torch. Each export is given the same tokens, and its next-token
     distributions are compared, and the probabilities and greedy answers of the continuous batch that answers with it.
-    Exports that are not there are made. The result is kept, so asking again costs nothing.
+    Exports that are not there are made. The result is kept, so asking again costs nothing. Models of vectors
+    and scores are compared by these.
 
     Args:
         model: Model with backend "openvino"; its other settings hold for all formats.
@@ -76,7 +81,10 @@ def compare_formats(
     snapshot = get_snapshot(model)
     if is_openvino_folder(file.path for file in snapshot.files):
         raise PlanError(f"{model.model_id!r} is an OpenVINO model, its source is not here. Compare its source instead.")
-    quality = _compare(model, snapshot, exports, texts, max_new_tokens)
+    if model.task in VECTOR_TASKS:
+        quality = compare_vectors(model, models, exports, snapshot, texts)
+    else:
+        quality = _compare(model, snapshot, exports, texts, max_new_tokens)
     _publish(quality)
     if min_agreement is not None:
         check_agreement(quality, min_agreement)
@@ -92,12 +100,16 @@ def check_agreement(quality: ExportQuality, min_agreement: float) -> None:
     for entry in quality.formats:
         if entry.agreement < min_agreement:
             raise QualityError(
-                f"The export of {quality.source!r} in {entry.weight_format} agrees with its source on "
-                f"{entry.agreement:.1%} of the next tokens, less than {min_agreement:.1%} (`min_agreement`). "
+                f"The export of {quality.source!r} in {entry.weight_format} agrees with its source by "
+                f"{entry.agreement:.1%}{_measure(entry)}, less than {min_agreement:.1%} (`min_agreement`). "
                 "Choose a weight format with more bits, or quantization options with calibration data.",
                 agreement=entry.agreement,
                 weight_format=entry.weight_format,
             )
+
+
+def _measure(entry: FormatQuality) -> str:
+    return " of the next tokens" if entry.ranking is None else " (the least of cosine and rank correlation)"
 
 
 def _check_input(model: LocalModel, prompts: Sequence[str] | None, formats: Sequence[str] | None) -> None:
@@ -140,13 +152,17 @@ def _compare(
             staging = held.enter_context(open_staging(model.store_path))
             found = run_child(program, {**job, "work": str(staging.path)}, staging.path, staging.descriptor)
         _keep_result(kept, found)
+    qualities = tuple(_format_quality(export, found["exports"][export.key]) for export in exports)
+    for export, one in zip(exports, qualities, strict=True):
+        with suppress(OSError):
+            write_text(export.path / CARD, model_card(export, known_licence(snapshot.path), asdict(one)))
     return ExportQuality(
         source=model.model_id,
         commit=snapshot.commit,
         prompts=len(texts),
         source_tokens_per_second=float(found["source"]["tokens_per_second"]),
         source_size_bytes=sum(file.size for file in snapshot.files),
-        formats=tuple(_format_quality(export, found["exports"][export.key]) for export in exports),
+        formats=qualities,
     )
 
 

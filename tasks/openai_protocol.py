@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.tool_calls import call_schema, choose_tools, find_calls
+from prefect_huggingface.tasks.engines.tool_calls import (
+    InvalidCall,
+    Item,
+    ToolCall,
+    ToolCallParser,
+    call_schema,
+    choose_tools,
+)
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.records import Completion, ErrorCode, Message, Request
 
@@ -65,7 +73,12 @@ class BodyError(Exception):
     Attributes:
         code: Kind of the error.
         param: Field of the body that is at fault, or None.
+        status: HTTP status of the answer.
+        retry_after: Seconds after which the same request may work, or None for never.
     """
+
+    status: int = 400
+    retry_after: int | None = None
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -91,6 +104,16 @@ class OpenAICall:
     tools: tuple[Mapping[str, Any], ...] = ()
     stream: bool = False
     include_usage: bool = False
+
+    def writer(self, name: str, created: int, model: str | None) -> AnswerWriter:
+        """Return what writes the answer to this call.
+
+        Args:
+            name: Name of the answer.
+            created: Time of the answer, in seconds since 1970.
+            model: Name of the model that answers.
+        """
+        return AnswerWriter(self, name, created, model)
 
 
 def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
@@ -299,6 +322,13 @@ def check_images(call: OpenAICall, most: int, allow_remote: bool) -> None:
         raise BodyError("invalid_prompt", text, "messages")
 
 
+def prompt_characters(request: Request) -> int:
+    """Return the number of characters that a request puts before the model."""
+    contents = [request.prompt, request.pair, *(message.get("content") for message in request.messages or ())]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    return sum(len(str(part.get("text", "") if isinstance(part, Mapping) else part or "")) for part in parts)
+
+
 def _read_prompts(prompt: Any) -> list[str]:
     prompts = prompt if isinstance(prompt, list) else [prompt]
     if not prompts or not all(isinstance(each, str) for each in prompts):
@@ -327,11 +357,6 @@ class AnswerWriter:
         self._head["model"] = model
         self._chunk_head = {**self._head, "object": f"{kind}.chunk" if call.chat else kind}
 
-    @property
-    def holds_text(self) -> bool:
-        """Whether text waits for the end of the answer, since it may be a tool call."""
-        return bool(self._call.tools)
-
     def write(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the body of the answer, the completions in the order of the requests."""
         answers = [(text, each, place) for each in completions for place, text in enumerate(_texts(each))]
@@ -350,25 +375,24 @@ class AnswerWriter:
         """Return the chunk of a piece of reasoning, under the name that vLLM and DeepSeek give it."""
         return self._chunk(index, {"delta": {"reasoning_content": text}})
 
-    def write_end(self, index: int, text: str, completion: Completion, place: int) -> Iterator[dict[str, Any]]:
-        """Yield the chunks that end an answer: what was held back of its text, its tool calls, its finish reason.
+    def write_call(self, index: int, number: int, call: ToolCall) -> dict[str, Any]:
+        """Return the chunk of a tool call."""
+        return self._chunk(index, {"delta": {"tool_calls": [{"index": number, **self._call_of(index, number, call)}]}})
+
+    def write_end(self, index: int, completion: Completion, place: int, has_calls: bool) -> dict[str, Any]:
+        """Return the chunk that ends an answer.
 
         Args:
             index: Index of the answer.
-            text: Whole text of the answer, or "" where it was sent already.
             completion: Completion that the answer is of.
             place: Place of the answer in its completion.
+            has_calls: Whether the answer has tool calls.
         """
-        text, calls = self._split(text, index)
-        if text:
-            yield self.write_text(index, text)
-        for number, call in enumerate(calls):
-            yield self._chunk(index, {"delta": {"tool_calls": [{"index": number, **call}]}})
         end = self._chunk(index, {"delta": {}} if self._call.chat else {"text": ""})
         end["choices"][0] |= {
-            "logprobs": self._logprobs(completion, place), "finish_reason": _finish_reason(completion, calls),
+            "logprobs": self._logprobs(completion, place), "finish_reason": _finish_reason(completion, has_calls),
         }  # fmt: skip
-        yield end
+        return end
 
     def write_usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """Return the chunk of the token counts."""
@@ -387,28 +411,22 @@ class AnswerWriter:
             if place == 0 and completion.reasoning is not None:
                 message["reasoning_content"] = completion.reasoning
             content = {"message": {**message, "tool_calls": calls} if calls else message}
-        reason = _finish_reason(completion, calls)
+        reason = _finish_reason(completion, bool(calls))
         return {"index": index, **content, "logprobs": self._logprobs(completion, place), "finish_reason": reason}
 
     def _split(self, text: str, index: int) -> tuple[str, list[dict[str, Any]]]:
-        """Return the text beside the tool calls, and the calls. Where a call cannot be read, all of it is text."""
-        if not self._call.tools or not text:
-            return text, []
-        found = find_calls(text, self._call.tools)
-        if found.invalid:
-            return text, []
-        return found.text, [
-            {
-                "id": self._call_id(index, number),
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-            }
-            for number, call in enumerate(found.calls)
-        ]
+        """Return the text beside the tool calls, and the calls. A call that cannot be read is text."""
+        parser = ToolCallParser(self._call.tools)
+        items = [*parser.feed(text), *parser.finish()]
+        calls = [item for item in items if isinstance(item, ToolCall)]
+        rest = "".join(text_of(item) for item in items if not isinstance(item, ToolCall))
+        return rest, [self._call_of(index, number, call) for number, call in enumerate(calls)]
 
-    def _call_id(self, index: int, number: int) -> str:
+    def _call_of(self, index: int, number: int, call: ToolCall) -> dict[str, Any]:
         # Some chat templates take exactly nine letters and digits.
-        return hashlib.sha256(f"{self._name} {index} {number}".encode()).hexdigest()[:9]
+        name = hashlib.sha256(f"{self._name} {index} {number}".encode()).hexdigest()[:9]
+        function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+        return {"id": name, "type": "function", "function": function}
 
     def _logprobs(self, completion: Completion, place: int) -> dict[str, Any] | None:
         """Log probabilities are kept for the first answer of a completion only, and without the texts of the tokens."""
@@ -426,7 +444,7 @@ class AnswerWriter:
 class AnswerStream:
     """The chunks of the answers to one call, in the order of a stream.
 
-    Only the first answer to a prompt comes piece by piece, and with tools none, since its text may be a call.
+    Only the first answer to a prompt comes piece by piece. With tools, text that may become a call waits.
 
     Attributes:
         completions: Completions that have come, by the number of their request.
@@ -434,13 +452,14 @@ class AnswerStream:
 
     def __init__(self, call: OpenAICall, writer: AnswerWriter) -> None:
         self._call, self._writer = call, writer
-        self._begun: set[int] = set()
+        self._parsers: dict[int, ToolCallParser] = {}
+        self._calls: Counter[int] = Counter()
         self.completions: dict[int, Completion] = {}
 
     def go_on(self, number: int, text: str) -> list[dict[str, Any]]:
         """Return the chunks of a piece of text of the first answer to a request."""
         index = self._index(number)
-        return [*self._begin(index), *([] if self._writer.holds_text else [self._writer.write_text(index, text)])]
+        return [*self._begin(index), *self._write(index, self._parsers[index].feed(text))]
 
     def think(self, number: int, text: str) -> list[dict[str, Any]]:
         """Return the chunks of a piece of reasoning of the first answer to a request."""
@@ -453,19 +472,29 @@ class AnswerStream:
         chunks: list[dict[str, Any]] = []
         for place, text in enumerate(_texts(completion)):
             index = self._index(number) + place
-            rest = text if place or self._writer.holds_text else ""
-            chunks += [*self._begin(index), *self._writer.write_end(index, rest, completion, place)]
+            chunks += self._begin(index)
+            parser = self._parsers[index]
+            chunks += self._write(index, [*(parser.feed(text) if place else ()), *parser.finish()])
+            chunks.append(self._writer.write_end(index, completion, place, self._calls[index] > 0))
         return chunks
+
+    def _write(self, index: int, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+        for item in items:
+            if isinstance(item, ToolCall):
+                yield self._writer.write_call(index, self._calls[index], item)
+                self._calls[index] += 1
+            else:
+                yield self._writer.write_text(index, text_of(item))
 
     def _index(self, number: int) -> int:
         options = self._call.requests[number].options
         return number * (options.n if options is not None else 1)
 
     def _begin(self, index: int) -> list[dict[str, Any]]:
-        if index in self._begun or not self._call.chat:
+        if index in self._parsers:
             return []
-        self._begun.add(index)
-        return [self._writer.write_role(index)]
+        self._parsers[index] = ToolCallParser(self._call.tools)
+        return [self._writer.write_role(index)] if self._call.chat else []
 
 
 def usage(completions: Sequence[Completion]) -> dict[str, int]:
@@ -499,7 +528,12 @@ def _texts(completion: Completion) -> tuple[str, ...]:
     return (completion.text, *completion.alternatives)
 
 
-def _finish_reason(completion: Completion, calls: Sequence[Any]) -> str:
+def text_of(item: str | InvalidCall) -> str:
+    """Return the text of a part of an answer that is no tool call."""
+    return item.text if isinstance(item, InvalidCall) else item
+
+
+def _finish_reason(completion: Completion, has_calls: bool) -> str:
     if completion.finish_reason in ("length", "deadline"):
         return "length"
-    return "tool_calls" if calls else "stop"
+    return "tool_calls" if has_calls else "stop"

@@ -25,6 +25,9 @@ class FormatQuality:
         positions: Number of positions that were compared.
         tokens_per_second: Generated tokens per second of the export, one prompt at a time.
         size_bytes: Size of the export.
+        cosine: Least cosine of a vector with that of the source, for models of vectors; `agreement` is then this or
+            `ranking`, whichever is less, and `exact_matches` the share of the texts with the same nearest text.
+        ranking: Rank correlation (Spearman) of similarities or scores with those of the source.
     """
 
     weight_format: str
@@ -36,6 +39,8 @@ class FormatQuality:
     positions: int
     tokens_per_second: float
     size_bytes: int
+    cosine: float | None = None
+    ranking: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class ExportQuality:
 
 def quality_rows(quality: ExportQuality) -> list[dict[str, Any]]:
     """Return the table of a comparison, the source first."""
+    if any(entry.ranking is not None for entry in quality.formats):
+        return _vector_rows(quality)
     head = {
         "format": "source (torch)",
         "agreement": 1.0,
@@ -97,6 +104,24 @@ def quality_rows(quality: ExportQuality) -> list[dict[str, Any]]:
         for entry in quality.formats
     ]
     return [head, *rows]
+
+
+def _vector_rows(quality: ExportQuality) -> list[dict[str, Any]]:
+    rows = [("source (torch)", 1.0, 1.0, 1.0, quality.source_tokens_per_second, quality.source_size_bytes)] + [
+        (each.weight_format, each.cosine, each.ranking, each.exact_matches, each.tokens_per_second, each.size_bytes)
+        for each in quality.formats
+    ]
+    return [
+        {
+            "format": name,
+            "least cosine": None if cosine is None else round(cosine, 5),
+            "rank correlation": None if ranking is None else round(ranking, 4),
+            "same best text": round(best, 4),
+            "tokens/s": round(speed, 1),
+            "size (MB)": round(size / 1e6, 1),
+        }
+        for name, cosine, ranking, best, speed, size in rows
+    ]
 
 
 def plot_quality(quality: ExportQuality) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.blocks import EmbeddingOptions, GenerationOptions
 
 Message = Mapping[str, Any]
 """One chat message: `role` ("system", "user", "assistant" or "tool") and `content`."""
@@ -83,6 +83,9 @@ class Request:
         tools: Functions that the model may call, as JSON schemas in the form of OpenAI; the chat template shows them.
         chat_template: Whether a plain prompt is put into the chat template, where the model's setting does not fit.
         template: Text of a chat template in place of the model's.
+        pair: Text that a reranker scores against the prompt, which is the query.
+        input_type: Whether a text for a vector is a query or a document, which models may prompt differently.
+        embedding: Options of a vector or a score, put over those of the model.
     """
 
     prompt: str | None = None
@@ -93,6 +96,9 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     chat_template: Literal["auto", "always", "never"] | None = None
     template: str | None = None
+    pair: str | None = None
+    input_type: Literal["query", "document"] | None = None
+    embedding: EmbeddingOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,7 @@ class Completion:
         reasoning: What the model thought before its answer, or None where it shows nothing of it.
         choice_probabilities: Probability of each choice of the response format, together 1, where asked for: the
             product over its tokens, from where the answer begins. It does not depend on which one was drawn.
+        vector: Vector of the text, or the one score of the pair, as an array of float32; None for generated text.
     """
 
     text: str
@@ -129,6 +136,7 @@ class Completion:
     parsed: Any = None
     reasoning: str | None = None
     choice_probabilities: Mapping[str, float] | None = None
+    vector: Any = field(default=None, compare=False)
 
     @property
     def status(self) -> str:

@@ -1,16 +1,27 @@
-"""Settings and fixtures of the whole suite: no network, folders of its own, one Prefect server."""
+"""Settings and fixtures of the whole suite: no network, folders of its own, one Prefect server for each process."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+# Processes of pytest-xdist share this folder with the one that starts them, and in it one store: what one of them has
+# exported, the others find there. Everything else is each process's own.
+_SHARED_NAME = "PREFECT_HUGGINGFACE_TESTS_FOLDER"
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if _WORKER is None:
+    os.environ[_SHARED_NAME] = tempfile.mkdtemp(prefix="prefect-huggingface-tests-")
+_SHARED = Path(os.environ[_SHARED_NAME])
+_HOME = _SHARED / (_WORKER or "main")
+_HOME.mkdir()
 
 # The libraries read these when they are imported, so they stand before every import.
-_HOME = Path(tempfile.mkdtemp(prefix="prefect-huggingface-tests-"))
 os.environ.update(
     HF_HOME=str(_HOME / "hf"),
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -23,7 +34,8 @@ os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW="ignore",
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
-    PREFECT_HUGGINGFACE_HOME=str(_HOME / "store"),
+    PREFECT_HUGGINGFACE_HOME=str(_SHARED / "store"),
+    OMP_NUM_THREADS="1",  # the models are tiny, and there is a process of tests on every core
 )
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "HF_ENDPOINT", "PREFECT_API_URL"):
     os.environ.pop(_name, None)
@@ -32,6 +44,7 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 from support.hub_server import LocalHub  # noqa: E402
 from support.serve_process import transformers_serve  # noqa: E402
@@ -42,19 +55,35 @@ from support.tiny_models import make_tiny_llama  # noqa: E402
 
 def pytest_unconfigure() -> None:
     """Remove the folder of the session."""
-    shutil.rmtree(_HOME, ignore_errors=True)
+    shutil.rmtree(_SHARED if _WORKER is None else _HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def session_folder() -> Path:
-    """Folder of this test session."""
+    """Folder of this process of the test session."""
     return _HOME
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(session_folder: Path) -> Path:
+def made_once() -> Callable[[str, Callable[[Path], Any]], Any]:
+    """Return what the first process makes in a folder of a given name; the others read it."""
+
+    def get(name: str, make: Callable[[Path], Any]) -> Any:
+        folder = _SHARED / "made" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            record = folder.with_suffix(".pickle")
+            if not record.exists():
+                record.write_bytes(pickle.dumps(make(folder)))
+            return pickle.loads(record.read_bytes())
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(made_once) -> Path:
     """Checkpoint folder of a random Llama of two layers with a chat template."""
-    return make_tiny_llama(session_folder / "models" / "tiny-llama")
+    return made_once("tiny-llama", make_tiny_llama)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -20,17 +20,17 @@ from starlette.types import Receive, Scope, Send
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.openai_protocol import AnswerStream, AnswerWriter, OpenAICall, error_body, error_status
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.openai_protocol import AnswerStream, OpenAICall, error_body, error_status
+from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.vector_protocol import VectorCall
 
 # A stream that has nothing to say for so long says that it is there, and a client that reads nothing is given up.
 PING_SECONDS = 15.0
 SEND_SECONDS = 60.0
-JSON_TYPE, EVENT_TYPE = b"application/json", b"text/event-stream; charset=utf-8"
+JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
 
-
-class Reasoning(str):
-    """A piece of what the model thinks before its answer."""
+Chunks = Iterable[Mapping[str, Any]]
+Letter = Callable[[], Chunks]
 
 
 class Mailbox:
@@ -41,12 +41,12 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._letters: deque[tuple[Inbox, Any]] = deque()
+        self._letters: deque[tuple[asyncio.Queue[Letter], Letter]] = deque()
         self._woken = False
 
-    def post(self, inbox: Inbox, item: Any) -> None:
-        """Bring an item to an inbox; from any thread."""
-        self._letters.append((inbox, item))
+    def post(self, inbox: asyncio.Queue[Letter], letter: Letter) -> None:
+        """Bring something to an inbox; from any thread."""
+        self._letters.append((inbox, letter))
         if not self._woken:
             self._woken = True
             with suppress(RuntimeError):  # the loop is closed, so that nobody waits any more
@@ -55,28 +55,8 @@ class Mailbox:
     def _deliver(self) -> None:
         self._woken = False
         while self._letters:
-            inbox, item = self._letters.popleft()
-            inbox.put(item)
-
-
-class Inbox:
-    """What has come for one stream."""
-
-    def __init__(self) -> None:
-        self._items: list[Any] = []
-        self._filled = asyncio.Event()
-
-    def put(self, item: Any) -> None:
-        """Add an item."""
-        self._items.append(item)
-        self._filled.set()
-
-    async def take(self) -> list[Any]:
-        """Return all items that have come; wait for one."""
-        await self._filled.wait()
-        self._filled.clear()
-        items, self._items = self._items, []
-        return items
+            inbox, letter = self._letters.popleft()
+            inbox.put_nowait(letter)
 
 
 class GenerationResponse(Response):
@@ -88,21 +68,17 @@ class GenerationResponse(Response):
         name: Name of the answer, unique in this server.
         mailbox: Brings text from the engine.
         metrics: Counts what happens.
-        check: Called with the engine before anything is submitted; raises where the call is not for it.
+        check: Called with the call and the engine before anything is submitted; raises where the call is not for it.
     """
 
     def __init__(
-        self,
-        call: OpenAICall,
-        model: ServedModel,
-        name: str,
-        mailbox: Mailbox,
-        metrics: Metrics,
-        check: Callable[[Engine], None],
-    ) -> None:
+        self, call: OpenAICall | VectorCall, model: ServedModel, name: str, mailbox: Mailbox, metrics: Metrics,
+        check: Callable[[OpenAICall | VectorCall, Engine], None],
+    ) -> None:  # fmt: skip
         self._call, self._model, self._mailbox, self._metrics, self._check = call, model, mailbox, metrics, check
-        self._writer = AnswerWriter(call, name, int(time.time()), model.name)
+        self._writer: Any = call.writer(name, int(time.time()), model.name)
         self._began = time.perf_counter()
+        self._is_sent = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,117 +99,85 @@ class GenerationResponse(Response):
 
     async def _answer(self, send: Send) -> None:
         async with self._model.use() as engine:
-            self._check(engine)
+            self._check(self._call, engine)
             futures: list[Future[Completion]] = []
             try:
-                if self._call.stream:
-                    await self._send_events(engine, futures, send)
-                else:
-                    futures += [engine.submit(request) for request in self._call.requests]
-                    completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
-                    self._finish(completions)
-                    await _send_all(send, self._writer.write(completions))
+                if isinstance(self._call, OpenAICall) and self._call.stream:
+                    await self._stream(self._call, engine, futures, send)
+                    return
+                futures += [engine.submit(request) for request in self._call.requests]
+                completions = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                for completion in completions:
+                    self._count(completion)
+                await self._send(send, orjson.dumps(self._writer.write(completions)), JSON, more=False)
             finally:
                 for future in futures:
                     future.cancel()
 
-    def _finish(self, completions: Sequence[Completion]) -> None:
-        for completion in completions:
-            self._metrics.count(self._model.name, completion, time.perf_counter() - self._began)
-            if completion.error is not None:
-                raise failure_of(completion)
-
-    async def _send_events(self, engine: Engine, futures: list[Future[Completion]], send: Send) -> None:
-        inbox, events = Inbox(), EventSender(send)
-        futures += [self._submit(engine, request, each, inbox) for each, request in enumerate(self._call.requests)]
-        stream = AnswerStream(self._call, self._writer)
+    async def _stream(self, call: OpenAICall, engine: Engine, futures: list[Future[Completion]], send: Send) -> None:
+        """Send events. The headers go with the first one, so that an early error still has its status."""
+        inbox: asyncio.Queue[Letter] = asyncio.Queue()
+        stream = AnswerStream(call, self._writer)
+        for number, request in enumerate(call.requests):
+            futures.append(self._submit(engine, request, number, stream, inbox))
         try:
             while len(stream.completions) < len(futures):
-                try:
+                letters: list[Letter] = []
+                with suppress(TimeoutError):
                     # `asyncio.wait_for` of Python 3.11 loses a cancellation that comes together with an item.
                     async with asyncio.timeout(PING_SECONDS):
-                        items = await inbox.take()
-                except TimeoutError:
-                    await events.ping()
-                    continue
-                await events.send(self._chunks_of(items, stream, events.begun))
+                        letters.append(await inbox.get())
+                while not inbox.empty():
+                    letters.append(inbox.get_nowait())
+                events = _events(chunk for letter in letters for chunk in letter())
+                if not self._is_sent and events:
+                    self._metrics.count_first_token(self._model.name, time.perf_counter() - self._began)
+                if events or not letters:
+                    await self._send(send, events or b": the answer is on its way\n\n", EVENTS)
+            end = [self._writer.write_usage([*stream.completions.values()])] if call.include_usage else []
         except ApiError as exc:
-            if not events.begun:
+            if not self._is_sent:
                 raise
-            await events.send([error_body(exc.code, str(exc), status=exc.status)])
-        else:
-            if self._call.include_usage:
-                await events.send([self._writer.write_usage(list(stream.completions.values()))])
-        await events.end()
+            end = [error_body(exc.code, str(exc), status=exc.status)]
+        await self._send(send, _events(end) + b"data: [DONE]\n\n", EVENTS, more=False)
 
-    def _chunks_of(self, items: Sequence[Any], stream: AnswerStream, begun: bool) -> list[dict[str, Any]]:
-        if not begun and isinstance(items[0][1], str):
-            self._metrics.count_first_token(self._model.name, time.perf_counter() - self._began)
-        chunks: list[dict[str, Any]] = []
-        for number, item in items:
-            if isinstance(item, Reasoning):
-                chunks += stream.think(number, item)
-            elif isinstance(item, str):
-                chunks += stream.go_on(number, item)
-            else:
-                self._finish([item])
-                chunks += stream.end(number, item)
-        return chunks
-
-    def _submit(self, engine: Engine, request: Any, number: int, inbox: Inbox) -> Future[Completion]:
-        def tell(future: Future[Completion]) -> None:
+    def _submit(
+        self, engine: Engine, request: Request, number: int, stream: AnswerStream, inbox: asyncio.Queue[Letter]
+    ) -> Future[Completion]:
+        def end(future: Future[Completion]) -> None:
             if not future.cancelled():
-                self._mailbox.post(inbox, (number, future.result()))
+                self._mailbox.post(inbox, lambda: stream.end(number, self._count(future.result())))
 
-        def think(text: str) -> None:
-            self._mailbox.post(inbox, (number, Reasoning(text)))
-
-        future = engine.submit(request, lambda text: self._mailbox.post(inbox, (number, text)), think)
-        future.add_done_callback(tell)
+        future = engine.submit(
+            request,
+            lambda text: self._mailbox.post(inbox, lambda: stream.go_on(number, text)),
+            lambda text: self._mailbox.post(inbox, lambda: stream.think(number, text)),
+        )
+        future.add_done_callback(end)
         return future
 
+    def _count(self, completion: Completion) -> Completion:
+        self._metrics.count(self._model.name, completion, time.perf_counter() - self._began)
+        if completion.error is None:
+            return completion
+        status = error_status(completion.error_code)
+        code, retry_after = completion.error_code or "engine_error", 1 if status in (429, 503) else None
+        raise ApiError(status, code, completion.error, retry_after=retry_after)
 
-class EventSender:
-    """Sends server-sent events. The headers go with the first one, so that an early error still has its status."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.begun = False
-
-    async def send(self, chunks: Sequence[Mapping[str, Any]]) -> None:
-        """Send some events."""
-        if chunks:
-            await self._write(b"".join(b"data: %b\n\n" % orjson.dumps(chunk) for chunk in chunks))
-
-    async def ping(self) -> None:
-        """Send a comment, which clients leave out."""
-        await self._write(b": the answer is on its way\n\n")
-
-    async def end(self) -> None:
-        """Send the end of the stream."""
-        await self._write(b"data: [DONE]\n\n", more=False)
-
-    async def _write(self, content: bytes, more: bool = True) -> None:
-        if not self.begun:
-            self.begun = True
-            headers = [(b"content-type", EVENT_TYPE), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _send(self, send: Send, content: bytes, media_type: str, more: bool = True) -> None:
+        if not self._is_sent:
+            self._is_sent = True
+            headers = {"content-type": media_type, "cache-control": "no-cache", "x-accel-buffering": "no"}
+            if not more:
+                headers["content-length"] = str(len(content))
+            pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": pairs})
         async with asyncio.timeout(SEND_SECONDS):
-            await self._send({"type": "http.response.body", "body": content, "more_body": more})
+            await send({"type": "http.response.body", "body": content, "more_body": more})
 
 
-def failure_of(completion: Completion) -> ApiError:
-    """Return the error that a failed completion is answered with."""
-    status = error_status(completion.error_code)
-    retry_after = 1 if status in (429, 503) else None
-    return ApiError(status, completion.error_code, completion.error or "", retry_after=retry_after)
-
-
-async def _send_all(send: Send, body: Mapping[str, Any]) -> None:
-    content = orjson.dumps(body)
-    headers = [(b"content-type", JSON_TYPE), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+def _events(chunks: Chunks) -> bytes:
+    return b"".join(b"data: %b\n\n" % orjson.dumps(chunk) for chunk in chunks)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import itertools
-import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from fastapi import Depends, FastAPI, Request, Response
@@ -19,8 +18,23 @@ from starlette.requests import ClientDisconnect
 from prefect_huggingface.deployments.model_server.answers import GenerationResponse, Mailbox
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ApiError, ServedModel, ServedModels, evict_idle
+from prefect_huggingface.deployments.model_server.settings import ServerSettings
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.openai_protocol import BodyError, OpenAICall, check_images, error_body, read_call
+from prefect_huggingface.tasks.openai_protocol import (
+    BodyError,
+    OpenAICall,
+    check_images,
+    error_body,
+    prompt_characters,
+    read_call,
+)
+from prefect_huggingface.tasks.vector_protocol import (
+    EMBEDDINGS_URL,
+    RERANK_URL,
+    VectorCall,
+    read_embedding_call,
+    read_rerank_call,
+)
 
 BODY_SECONDS = 60.0
 # More characters than this for each token of the context are too many in any language.
@@ -30,25 +44,12 @@ MAX_IMAGES = 16
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """How a server behaves.
-
-    Attributes:
-        api_keys: Keys of which each request must give one; none on a server for this machine only.
-        idle_seconds: Time after which a model that nobody uses is closed, or None for never.
-        preload: Whether all models are loaded at the start.
-        allow_remote_images: Whether images are fetched from http addresses.
-        max_requests: Most requests that are worked on or wait.
-        max_body_bytes: Largest body.
-    """
-
-    api_keys: tuple[str, ...] = ()
-    idle_seconds: float | None = None
-    preload: bool = False
-    allow_remote_images: bool = False
-    max_requests: int = 512
-    max_body_bytes: int = 32 * 10**6
+Call = OpenAICall | VectorCall
+Route = Callable[[Request], Awaitable[Response]]
+READERS: dict[str, Callable[[dict[str, Any]], Call]] = {
+    "/v1/chat/completions": partial(read_call, chat=True), "/v1/completions": partial(read_call, chat=False),
+    EMBEDDINGS_URL: read_embedding_call, RERANK_URL: read_rerank_call, "/rerank": read_rerank_call,
+}  # fmt: skip
 
 
 class ModelServer:
@@ -56,42 +57,25 @@ class ModelServer:
 
     def __init__(self, models: ServedModels, settings: ServerSettings) -> None:
         self.models, self.settings, self.metrics = models, settings, Metrics(models)
-        self._numbers = itertools.count(1)
-        self._mark = os.urandom(6).hex()
         self._mailbox: Mailbox | None = None
-        self._preload: asyncio.Future[Any] | None = None
+        self._loads: list[asyncio.Future[Engine]] = []
 
     @asynccontextmanager
     async def run(self, _: FastAPI) -> AsyncIterator[None]:
         """Do what a server does beside its requests."""
         self._mailbox = Mailbox(asyncio.get_running_loop())
-        tasks: list[asyncio.Future[Any]] = []
         if self.settings.preload:
-            self._preload = asyncio.ensure_future(self._load_all())
-            tasks.append(self._preload)
-        if self.settings.idle_seconds is not None:
-            tasks.append(asyncio.ensure_future(evict_idle(self.settings.idle_seconds)))
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-                with suppress(asyncio.CancelledError, ApiError):
-                    await task
-
-    async def _load_all(self) -> None:
-        for model in self.models:
-            async with model.use():
-                continue
+            self._loads = [model.load() for model in self.models]
+        eviction = asyncio.ensure_future(evict_idle(self.settings.idle_minutes))
+        yield
+        eviction.cancel()
 
     async def health(self) -> Response:
         """Answer 200 once the models that are to be loaded at the start are."""
-        preload = self._preload
-        if preload is not None and not preload.done():
+        if not all(load.done() for load in self._loads):
             return _json({"status": "loading"}, 503)
-        if preload is not None and (error := preload.exception()) is not None:
-            return _json({"status": "failed", "error": str(error)}, 503)
-        return _json({"status": "ok"})
+        errors = [str(error) for load in self._loads if (error := load.exception()) is not None]
+        return _json({"status": "failed", "errors": errors}, 503) if errors else _json({"status": "ok"})
 
     async def list_models(self) -> Response:
         """Return all models."""
@@ -105,24 +89,21 @@ class ModelServer:
         """Return the counters."""
         return Response(self.metrics.write(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def chat(self, request: Request) -> Response:
-        """Go on with a conversation."""
-        return await self._generate(request, chat=True)
+    def route(self, read: Callable[[dict[str, Any]], Call]) -> Route:
+        """Return the route for bodies of one kind."""
 
-    async def complete(self, request: Request) -> Response:
-        """Go on with a prompt."""
-        return await self._generate(request, chat=False)
+        async def answer(request: Request) -> Response:
+            call = read(await self._read_body(request))
+            if isinstance(call, OpenAICall):
+                check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
+            model = self.models.find(call.model)
+            if self.models.requests >= self.settings.max_requests:
+                text = f"The server works on {self.models.requests} requests already. Try again in a moment."
+                raise ApiError(429, "rate_limited", text, retry_after=1)
+            assert self._mailbox is not None
+            return GenerationResponse(call, model, uuid4().hex[:20], self._mailbox, self.metrics, check_prompts)
 
-    async def _generate(self, request: Request, chat: bool) -> Response:
-        call = read_call(await self._read_body(request), chat)
-        check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
-        model = self.models.find(call.model)
-        self._check_load()
-        assert self._mailbox is not None
-        name = f"{self._mark}{next(self._numbers):x}"
-        return GenerationResponse(
-            call, model, name, self._mailbox, self.metrics, lambda engine: check_prompts(call, engine)
-        )
+        return answer
 
     async def tokenize(self, request: Request) -> Response:
         """Count the tokens of a text."""
@@ -135,17 +116,12 @@ class ModelServer:
             count = await asyncio.to_thread(engine.count_tokens, text)
             return _json({"count": count, "max_model_len": engine.context_length})
 
-    def _check_load(self) -> None:
-        if self.models.requests >= self.settings.max_requests:
-            text = f"The server works on {self.models.requests} requests already. Try again in a moment."
-            raise ApiError(429, "rate_limited", text, retry_after=1)
-
     async def _read_body(self, request: Request) -> dict[str, Any]:
         """Return the JSON object of a body; read no more of it than is allowed."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             # A web page may send a form to any address of this machine, but no JSON.
             raise ApiError(415, "invalid_body", "The body must be JSON. Send `Content-Type: application/json`.")
-        limit, content = self.settings.max_body_bytes, bytearray()
+        limit, content = int(self.settings.max_body_mb * 10**6), bytearray()
         too_large = ApiError(413, "body_too_large", f"The body has more than {limit:,} bytes. Send less.")
         if int(request.headers.get("content-length", 0)) > limit:
             raise too_large
@@ -155,7 +131,7 @@ class ModelServer:
                     content += part
                     if len(content) > limit:
                         raise too_large
-        except TimeoutError:
+        except (TimeoutError, ClientDisconnect):
             raise ApiError(408, "body_timeout", f"The body took more than {BODY_SECONDS:g} s. Send it again.") from None
         try:
             body = orjson.loads(content)
@@ -166,15 +142,14 @@ class ModelServer:
         return body
 
 
-def check_prompts(call: OpenAICall, engine: Engine) -> None:
+def check_prompts(call: Call, engine: Engine) -> None:
     """Refuse prompts that no tokenizer needs to see to find them too long.
 
     Raises:
         ApiError: If a prompt is too long.
     """
     for request in call.requests:
-        texts = [request.prompt] if request.prompt is not None else [_text(each) for each in request.messages or ()]
-        check_length(sum(map(len, texts)), engine)
+        check_length(prompt_characters(request), engine)
 
 
 def check_length(characters: int, engine: Engine) -> None:
@@ -189,44 +164,35 @@ def check_length(characters: int, engine: Engine) -> None:
         raise ApiError(400, "too_long", text)
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
-    return str(content or "")
-
-
 def _describe(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "prefect-huggingface"}
+    card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "prefect-huggingface"}
+    return {**card, "parent": model.base} if model.base is not None else card
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 
-def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
+def create_app(models: ServedModels, settings: ServerSettings, api_keys: Sequence[str]) -> FastAPI:
     """Return the application of a server."""
     server = ModelServer(models, settings)
     app = FastAPI(title="prefect-huggingface", lifespan=server.run, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/health", server.health)
-    guard: Any = {"dependencies": [Depends(_guard(settings))], "response_model": None}
+    guard: Any = {"dependencies": [Depends(_guard(api_keys))], "response_model": None}
     app.add_api_route("/metrics", server.read_metrics, **guard)
     app.add_api_route("/v1/models", server.list_models, **guard)
     app.add_api_route("/v1/models/{name:path}", server.read_model, **guard)
-    for path, route in {
-        "/v1/chat/completions": server.chat, "/v1/completions": server.complete, "/tokenize": server.tokenize,
-    }.items():  # fmt: skip
-        app.add_api_route(path, route, methods=["POST"], **guard)
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(BodyError, _answer_body_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(ClientDisconnect, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_unknown_error)
+    app.add_api_route("/tokenize", server.tokenize, methods=["POST"], **guard)
+    for path, read in READERS.items():
+        app.add_api_route(path, server.route(read), methods=["POST"], **guard)
+    app.add_exception_handler(BodyError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_unknown_url)
+    app.add_exception_handler(Exception, _answer_failure)
     return app
 
 
-def _guard(settings: ServerSettings) -> Any:
-    keys = [f"Bearer {key}".encode() for key in settings.api_keys]
+def _guard(api_keys: Sequence[str]) -> Any:
+    keys = [f"Bearer {key}".encode() for key in api_keys]
 
     async def check(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
@@ -242,24 +208,17 @@ def _guard(settings: ServerSettings) -> Any:
     return check
 
 
-async def _answer_api_error(_: Request, exc: Any) -> Response:
-    headers = {"Retry-After": str(exc.retry_after)} if exc.retry_after is not None else {}
-    if exc.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+async def _answer_error(_: Request, exc: Any) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if exc.status == 401 else {}
+    if exc.retry_after is not None:
+        headers["Retry-After"] = str(exc.retry_after)
     return _json(error_body(exc.code, str(exc), exc.param, exc.status), exc.status, headers)
 
 
-async def _answer_body_error(_: Request, exc: Any) -> Response:
-    return _json(error_body(exc.code, str(exc), exc.param, 400), 400)
-
-
-async def _answer_http_error(request: Request, exc: Any) -> Response:
-    if isinstance(exc, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it
+async def _answer_unknown_url(request: Request, exc: Any) -> Response:
     text = f"{request.method} {request.url.path[:100]!r} is not known here."
     return _json(error_body("unknown_url", text, status=exc.status_code), exc.status_code, exc.headers)
 
 
-async def _answer_unknown_error(_: Request, exc: Any) -> Response:
-    text = "The server failed. Look at its log."
-    return _json(error_body("engine_error", text, status=500), 500)
+async def _answer_failure(_: Request, exc: Any) -> Response:
+    return _json(error_body("engine_error", "The server failed. Look at its log.", status=500), 500)

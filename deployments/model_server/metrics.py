@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,37 +10,39 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prefect_huggingface.deployments.model_server.models import ServedModel
 from prefect_huggingface.tasks.records import Completion
 
+LABEL = "model_name"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 640)
+GAUGES: dict[str, tuple[str, Callable[[ServedModel], float]]] = {
+    "num_requests_running": ("Requests in the engine.", lambda model: model.requests - model.loading),
+    "num_requests_waiting": ("Requests that wait for their model.", lambda model: model.loading),
+    "kv_cache_usage_perc": ("Share of the KV cache that is in use, 0 to 1.", lambda model: model.cache_usage),
+}
 
 
 class Metrics:
     """Counters of one server."""
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
-        self._registry = registry = CollectorRegistry()
-        labels = ["model_name"]
-        running = Gauge("vllm:num_requests_running", "Requests in the engine.", labels, registry=registry)
-        waiting = Gauge("vllm:num_requests_waiting", "Requests that wait for their model.", labels, registry=registry)
-        self._prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", labels, registry=registry)
-        self._generated_tokens = Counter("vllm:generation_tokens", "Generated tokens.", labels, registry=registry)
-        self._first_token = Histogram(
-            "vllm:time_to_first_token_seconds",
-            "Time to a stream's first text.",
-            labels,
-            registry=registry,
-            buckets=SECONDS,
-        )
-        self._latency = Histogram(
-            "vllm:e2e_request_latency_seconds", "Time to an answer's end.", labels, registry=registry, buckets=SECONDS
-        )
-        self._ends = Counter(
-            "vllm:request_success", "Answers by their finish reason.", [*labels, "finished_reason"], registry=registry
-        )
-        for model in models:
-            running.labels(model.name).set_function(partial(_running, model))
-            waiting.labels(model.name).set_function(partial(_waiting, model))
-            self._prompt_tokens.labels(model.name)
-            self._generated_tokens.labels(model.name)
+        self._registry = CollectorRegistry()
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._generated_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self._ends = self._counter("request_success", "Answers by their finish reason.", "finished_reason")
+        self._first_token = self._histogram("time_to_first_token_seconds", "Time to a stream's first text.")
+        self._latency = self._histogram("e2e_request_latency_seconds", "Time to an answer's end.")
+        names = {model.name: model for model in models}
+        for name, (text, read) in GAUGES.items():
+            gauge = Gauge(f"vllm:{name}", text, [LABEL], registry=self._registry)
+            for label, model in names.items():
+                gauge.labels(label).set_function(partial(read, model))
+        for counter in (self._prompt_tokens, self._generated_tokens):
+            for label in names:
+                counter.labels(label)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"vllm:{name}", text, [LABEL, *labels], registry=self._registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"vllm:{name}", text, [LABEL], registry=self._registry, buckets=SECONDS)
 
     def count_first_token(self, model: str, seconds: float) -> None:
         """Count the first text of a stream."""
@@ -60,11 +62,3 @@ class Metrics:
     def write(self) -> bytes:
         """Return everything as text."""
         return generate_latest(self._registry)
-
-
-def _running(model: ServedModel) -> float:
-    return model.requests - model.loading
-
-
-def _waiting(model: ServedModel) -> float:
-    return model.loading

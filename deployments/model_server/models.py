@@ -14,6 +14,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.engines.registry import list_engines, load_engine, unload_idle_engines
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
+from prefect_huggingface.tasks.openai_protocol import BodyError
 
 logger = get_logger(__name__)
 
@@ -24,21 +25,19 @@ EVICTION_SECONDS = 15.0
 UNNAMED = "dummy"
 
 
-class ApiError(Exception):
-    """An answer that is an error, in the form of OpenAI.
+class ApiError(BodyError):
+    """An answer that is an error with a status of its own.
 
     Attributes:
         status: HTTP status.
-        code: Kind of the error.
-        param: Field of the body that is at fault, or None.
         retry_after: Seconds after which the same request may work, or None.
     """
 
     def __init__(
-        self, status: int, code: str | None, message: str, param: str | None = None, retry_after: int | None = None
+        self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
     ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+        super().__init__(code, message, param)
+        self.status, self.retry_after = status, retry_after
 
 
 class ServedModel:
@@ -47,12 +46,13 @@ class ServedModel:
     Attributes:
         name: Name that requests use.
         block: What is loaded.
+        base: Name of the model whose adapter this is, or None.
         requests: Number of requests that wait for the model or use it.
         loading: Number of them that wait for it.
     """
 
-    def __init__(self, name: str, block: LocalModel) -> None:
-        self.name, self.block = name, block
+    def __init__(self, name: str, block: LocalModel, base: str | None = None) -> None:
+        self.name, self.block, self.base = name, block, base
         self.requests = self.loading = 0
         self.created = int(time.time())
         self._engine: Engine | None = None
@@ -61,7 +61,20 @@ class ServedModel:
     @property
     def names(self) -> set[str]:
         """All names that requests may use."""
+        if self.base is not None:
+            return {self.name}
         return {self.name, f"{LocalModel.get_block_type_slug()}/{self.name}", self.block.model_id}
+
+    def variants(self) -> Iterator[ServedModel]:
+        """Yield the model with each of its adapters alone, as `NAME:ADAPTER`."""
+        for adapter in self.block.adapters:
+            block = self.block.model_copy(update={"adapters": [adapter]})
+            yield ServedModel(f"{self.name}:{adapter.name}", block, self.name)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that is in use, 0 to 1."""
+        return self._engine.cache_usage if self._engine is not None else 0.0
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Engine]:
@@ -72,25 +85,18 @@ class ServedModel:
         """
         self.requests += 1
         try:
-            yield self._engine or await self.load()
+            yield self._engine or await self._wait_for_engine()
         finally:
             self.requests -= 1
             if not self.requests:
                 self._engine = None
 
-    async def load(self) -> Engine:
-        """Return the engine. All who ask while it is loaded wait for the same loading.
-
-        Raises:
-            ApiError: If the model cannot be loaded, or not in time.
-        """
-        if self._load is None:
-            self._load = asyncio.ensure_future(asyncio.to_thread(self._load_engine))
-            self._load.add_done_callback(self._keep)
+    async def _wait_for_engine(self) -> Engine:
+        """Return the engine. All who ask while it is loaded wait for the same loading."""
         self.loading += 1
         try:
             async with asyncio.timeout(LOAD_WAIT_SECONDS):
-                return await asyncio.shield(self._load)
+                return await asyncio.shield(self.load())
         except TimeoutError:
             raise ApiError(503, "model_loading", f"{self.name!r} is being loaded. Try again.", retry_after=5) from None
         except HuggingFaceTaskError as exc:
@@ -100,6 +106,13 @@ class ServedModel:
             raise ApiError(status, "model_unavailable", message, retry_after=wait) from None
         finally:
             self.loading -= 1
+
+    def load(self) -> asyncio.Future[Engine]:
+        """Begin to load the engine, once for all who ask meanwhile."""
+        if self._load is None:
+            self._load = asyncio.ensure_future(asyncio.to_thread(self._load_engine))
+            self._load.add_done_callback(self._keep)
+        return self._load
 
     def _load_engine(self) -> Engine:
         began = time.time()
@@ -126,7 +139,7 @@ class ServedModels:
     """
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
-        self._models = list(models)
+        self._models = [each for model in models for each in (model, *model.variants())]
         names = [model.name for model in self._models]
         if len(set(names)) < len(names):
             raise SystemExit(f"Two models have the same name, got {', '.join(names)}. Rename a folder or a block.")
@@ -160,9 +173,9 @@ def name_of(model_id: str) -> str:
     return path.resolve().name if path.exists() else model_id
 
 
-async def evict_idle(seconds: float) -> None:
-    """Close engines that nobody has used for so long, for ever."""
-    while True:
-        await asyncio.sleep(min(seconds, EVICTION_SECONDS))
-        if closed := await asyncio.to_thread(unload_idle_engines, seconds):
+async def evict_idle(minutes: float | None) -> None:
+    """Close engines that nobody has used for so long, for ever; none without a time."""
+    while minutes is not None:
+        await asyncio.sleep(min(minutes * 60, EVICTION_SECONDS))
+        if closed := await asyncio.to_thread(unload_idle_engines, minutes * 60):
             logger.info("Closed %d idle model(s).", closed)

@@ -41,9 +41,12 @@ from prefect_huggingface.tasks.storage.tables.writers import check_types
 JOURNAL_VERSION = 2
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
-DECISIVE_FIELDS = ("task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation")
+DECISIVE_FIELDS = (
+    "task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation", "embedding",
+)  # fmt: skip
 SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters")
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
+VECTOR_COLUMNS = ("embedding", "status", "prompt_tokens", "seconds", "error")
 MAX_DUPLICATES = 10_000
 BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "r2", "oss")
 TEMPORARY_CHARACTERS = 32  # what a temporary file's name has besides that of the output
@@ -51,6 +54,7 @@ LEAST_FREE_BYTES = 16 * 2**20
 
 KeepJournal = Literal["failed", "always", "never"]
 Model = LocalModel | InferenceEndpoint
+InputType = Literal["query", "document"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -160,6 +164,8 @@ class Output:
         fields: Columns for the values of structured answers, with their JSON types.
         reasoning: Column for the reasoning of the model, None where no row has any.
         steps: Names of the steps of a chain, whose outputs take the place of the completion.
+        vectors: Whether vectors take the place of the completion.
+        dimensions: Their number of dimensions, known once there is one.
     """
 
     destination: str
@@ -170,10 +176,14 @@ class Output:
     fields: Mapping[str, str] = field(default_factory=dict)
     reasoning: str | None = None
     steps: tuple[str, ...] = ()
+    vectors: bool = False
+    dimensions: int | None = None
 
     @property
     def own(self) -> tuple[str, ...]:
         """Columns that every output has, without the prefix."""
+        if self.vectors:
+            return VECTOR_COLUMNS
         texts = self.steps or OUTPUT_COLUMNS[:1]
         reasoning = () if self.reasoning is None else (self.reasoning,)
         return (*texts, *OUTPUT_COLUMNS[1:], *reasoning)
@@ -203,6 +213,7 @@ class BatchJob:
         greedy: Whether equal prompts have equal answers, for each step.
         served_names: Names under which requests in the OpenAI format may call the model.
         duplicate_rows: Rows of the OpenAI format whose id an earlier row has.
+        input_type: Whether the texts are queries or documents, in a batch of vectors; None in others.
     """
 
     table: Table
@@ -219,6 +230,7 @@ class BatchJob:
     greedy: tuple[bool, ...] = (True,)
     served_names: tuple[str, ...] = ()
     duplicate_rows: tuple[int, ...] = ()
+    input_type: InputType | None = None
 
     @property
     def key(self) -> str:
@@ -240,6 +252,7 @@ class BatchJob:
             "option columns": list(self.option_columns),
             "options": dict(self.options),
             "steps": [dict(step) for step in self.steps],
+            **({"input type": self.input_type} if self.input_type else {}),
             "model": dict(self.models[0]) if self.models else {},
             **further,
             "versions": dict(self.versions),
@@ -248,7 +261,7 @@ class BatchJob:
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
         asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
-        return _hash({**asked, "output": asdict(replace(output, reasoning=None))})
+        return _hash({**asked, "output": asdict(replace(output, reasoning=None, dimensions=None))})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -276,8 +289,9 @@ class BatchJob:
         if self.table.format == "openai":
             return OpenAIRows(self.options, self.served_names, self.duplicate_rows, self.greedy[0])
         return PromptRows(
-            self.prompt, self.system, self.messages_column, self.option_columns, self.options, self.greedy[0]
-        )
+            self.prompt, self.system, self.messages_column, self.option_columns, self.options, self.greedy[0],
+            self.input_type,
+        )  # fmt: skip
 
 
 def _hash(value: Any) -> str:
@@ -542,24 +556,6 @@ def choose_columns(job: BatchJob, output: Output, columns: Sequence[str] | None,
                 "write JSONL."
             )
     return chosen
-
-
-def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
-    """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
-    fields: dict[str, str] = {}
-    for each in options:
-        schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
-        properties = schema.get("properties")
-        if isinstance(properties, dict):
-            fields = {name: _json_type(kind) for name, kind in properties.items()}
-    return fields
-
-
-def _json_type(schema: Any) -> str:
-    """Return the type that a property has when it is not null, "string" where it may have several."""
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
-    return names[0] if len(names) == 1 else "string"
 
 
 def check_free(destination: str, replaceable: bool = False) -> None:

@@ -17,10 +17,12 @@ from typing import IO, Any
 
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
 from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, Output
+from prefect_huggingface.tasks.batching.requests import read_line
 from prefect_huggingface.tasks.batching.run import STATUSES
 from prefect_huggingface.tasks.batching.shard import Chosen
+from prefect_huggingface.tasks.batching.vectors import dimensions_of, read_vector, vector_column, vector_type
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.openai_protocol import CHAT_URL, AnswerWriter, error_body, error_status, read_call
+from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
 from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
@@ -153,7 +155,9 @@ def publish_output(
     """
     check_unchanged(job.table)
     journal, publication, place = owner.journal, Publication(), Place.of(output.destination)
-    if job.table.format != "openai" and not job.steps and _has_reasoning(job, journal):
+    if output.vectors:
+        output = replace(output, dimensions=dimensions_of(job, journal))
+    elif job.table.format != "openai" and not job.steps and _has_reasoning(job, journal):
         kept = job.table.columns if output.columns is None else output.columns
         taken = {*kept, *output.added}
         names = ("reasoning", "completion_reasoning")
@@ -246,6 +250,24 @@ def _fold(table: Any, job: BatchJob) -> Any:
     return last
 
 
+def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
+    """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
+    fields: dict[str, str] = {}
+    for each in options:
+        schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
+        properties = schema.get("properties")
+        if isinstance(properties, dict):
+            fields = {name: _json_type(kind) for name, kind in properties.items()}
+    return fields
+
+
+def _json_type(schema: Any) -> str:
+    """Return the type that a property has when it is not null, "string" where it may have several."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
+    return names[0] if len(names) == 1 else "string"
+
+
 def _table_writer(stack: ExitStack, path: Path, job: BatchJob, output: Output) -> Callable[[Chunk, Any], None]:
     schema = get_schema(job.table) if output.format != "jsonl" else None
     parsers = {step["name"]: step.get("parser", "text") for step in job.steps}
@@ -259,6 +281,7 @@ def _added_schema(output: Output) -> Any:
     import pyarrow as pa
 
     kinds = {"prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64()}
+    kinds |= {"embedding": vector_type(output.dimensions or 0)} if output.vectors else {}
     json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
     own = [(output.prefix + name, kinds.get(name, pa.string())) for name in output.own]
     fields = [(output.prefix + name, json_kinds.get(kind, pa.string())) for name, kind in output.fields.items()]
@@ -275,8 +298,10 @@ class _Values(list[Any]):
 def _added_columns(answers: Any, output: Output, parsers: Mapping[str, str]) -> dict[str, Any]:
     import pyarrow as pa
 
-    names = [name for name in output.own if name != output.reasoning]
+    names = [name for name in output.own if name != output.reasoning and not (output.vectors and name == "embedding")]
     columns = {output.prefix + name: answers[name].combine_chunks() for name in names}
+    if output.vectors:
+        columns[f"{output.prefix}embedding"] = vector_column(answers, output.dimensions or 0)
     for name in (name for name, parser in parsers.items() if parser != "text"):
         texts = answers[name].to_pylist()
         columns[output.prefix + name] = _parsed_column(texts, parsers[name], output.format == "jsonl")
@@ -376,7 +401,7 @@ class OpenAIBatchWriter:
         return {**record, "response": {"status_code": code, "request_id": f"req_{name}", "body": body}, "error": None}
 
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-        call = read_call(line["body"], chat=line["url"] == CHAT_URL)
+        call = read_line(line["url"], line["body"])
         details = json.loads(answer["details"]) if answer["details"] else {}
         logprobs = details.get("logprobs")
         completion = Completion(
@@ -387,8 +412,10 @@ class OpenAIBatchWriter:
             alternatives=tuple(details.get("alternatives", ())),
             logprobs=None if logprobs is None else tuple(logprobs),
             reasoning=details.get("reasoning"),
+            vector=read_vector(answer["details"]),
         )
-        return AnswerWriter(call, name, self._created, call.model).write([completion])
+        body: dict[str, Any] = call.writer(name, self._created, call.model).write([completion])
+        return body
 
 
 def publish_artifacts(publication: Publication, samples: Sequence[tuple[float, int]], journal: Journal) -> None:

@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, read_call
+from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, OpenAICall, read_call
 from prefect_huggingface.tasks.records import Request
+from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL, VectorCall, read_embedding_call
 
 OPENAI_COLUMNS = ("custom_id", "url", "body")
 
@@ -113,6 +114,7 @@ class PromptRows:
         option_columns: Columns that hold a generation option of the same name.
         options: Options that were given for the batch.
         greedy: Whether equal prompts have equal answers.
+        input_type: Whether the texts are queries or documents, for vectors.
     """
 
     def __init__(
@@ -123,7 +125,9 @@ class PromptRows:
         option_columns: tuple[str, ...] = (),
         options: Mapping[str, Any] | None = None,
         greedy: bool = True,
+        input_type: Literal["query", "document"] | None = None,
     ) -> None:
+        self._input_type = input_type
         self._prompt = Template(prompt) if prompt is not None else None
         self._system = Template(system) if system is not None else None
         self._messages = messages_column
@@ -154,7 +158,8 @@ class PromptRows:
             prompt = self._prompt.render(row)
             if isinstance(prompt, RowProblem):
                 return prompt
-            return RowRequest(Request(prompt=prompt, options=options, id=number), prompt + suffix, greedy)
+            request = Request(prompt=prompt, options=options, id=number, input_type=self._input_type)
+            return RowRequest(request, prompt + suffix, greedy)
         messages = self._conversation(row)
         if isinstance(messages, RowProblem):
             return messages
@@ -208,7 +213,7 @@ def _read_messages(value: Any) -> list[Mapping[str, Any]] | None:
 
 
 class OpenAIRows:
-    """Makes requests of the lines of an OpenAI batch file: chat completions and completions.
+    """Makes requests of the lines of an OpenAI batch file: chat completions, completions and embeddings.
 
     Args:
         options: Options that were given for the batch.
@@ -247,9 +252,7 @@ class OpenAIRows:
             raise BodyError(
                 "unknown_model", f"The model {body.get('model')!r} is not here. Use {' or '.join(self._names)}."
             )
-        if row.get("url") not in (CHAT_URL, COMPLETIONS_URL):
-            raise BodyError("malformed", f"`url` must be {CHAT_URL!r} or {COMPLETIONS_URL!r}, got {row.get('url')!r}.")
-        call = read_call(body, chat=row.get("url") == CHAT_URL)
+        call = read_line(str(row.get("url")), body)
         if call.stream:
             raise BodyError("invalid_option", "`stream` is not supported in a batch, got True. Leave it out.", "stream")
         if len(call.requests) > 1:
@@ -257,6 +260,21 @@ class OpenAIRows:
         [asked] = call.requests
         options = asked.options or GenerationOptions()
         request = replace(asked, options=self._options.merged(options), id=number)
-        text = json.dumps([request.prompt, request.messages, request.tools, options.model_dump()], default=str)
+        vector = [] if asked.input_type is None else [asked.input_type, repr(asked.embedding)]
+        text = json.dumps([request.prompt, request.messages, request.tools, options.model_dump(), *vector], default=str)
         greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
         return RowRequest(request, text, shareable=greedy)
+
+
+def read_line(url: str, body: Mapping[str, Any]) -> OpenAICall | VectorCall:
+    """Return what the body of a line asks for.
+
+    Raises:
+        BodyError: If it asks for what cannot be done, or its route is not known.
+    """
+    if url == EMBEDDINGS_URL:
+        return read_embedding_call(body)
+    if url not in (CHAT_URL, COMPLETIONS_URL):
+        known = f"{CHAT_URL!r}, {COMPLETIONS_URL!r} or {EMBEDDINGS_URL!r}"
+        raise BodyError("malformed", f"`url` must be {known}, got {url!r}.")
+    return read_call(body, chat=url == CHAT_URL)

@@ -94,15 +94,6 @@ def is_published(record: Mapping[str, Any], place: Place) -> bool:
     return not place.is_local or place.digest() == record["sha256"]
 
 
-def clear_journal(owner: JournalOwner) -> None:
-    """Delete the rows of a journal, and leave the record of what was published: a repeated call finds it there."""
-    owner.check()
-    kept = ("lock", "held", "published-", f"owner-{owner.epoch:06}", f"alive-{owner.epoch:06}")
-    for name in owner.journal.place.names():
-        if not name.startswith(kept):
-            owner.journal.place.child(name).remove()
-
-
 @dataclass(frozen=True, slots=True)
 class RowCounts:
     """Counts of rows in a journal.

@@ -23,6 +23,7 @@ from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.chains import ChainRows, parse_output
 from prefect_huggingface.tasks.batching.job import BatchJob
 from prefect_huggingface.tasks.batching.requests import RequestMaker, RowProblem, RowRequest
+from prefect_huggingface.tasks.batching.vectors import write_vector
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
@@ -433,9 +434,11 @@ _more_of = attrgetter(*_MORE)
 
 def _details(completion: Completion) -> str | None:
     values = _more_of(completion)
-    if not any(values):
+    if completion.vector is None and not any(values):
         return None
     details = {name: value for name, value in zip(_MORE, values, strict=True) if value}
+    if completion.vector is not None:
+        details["vector"] = write_vector(completion.vector)
     return json.dumps(details, ensure_ascii=False, default=str)
 
 

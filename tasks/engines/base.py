@@ -98,6 +98,11 @@ class Engine(ABC):
     def context_length(self) -> int | None:
         """Number of tokens that prompt and answer may have together, or None where it is not known."""
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that is in use, 0 to 1; 0 where the engine does not tell."""
+        return 0.0
+
     def generate(self, requests: Iterable[Request], in_flight: int | None = None) -> Generator[Completion, None, None]:
         """Yield the completions of many requests as they finish. Closing the iterator cancels those under way.
 

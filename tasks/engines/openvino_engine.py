@@ -48,6 +48,7 @@ from prefect_huggingface.tasks.engines.request_state import RequestState, Sequen
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.records import ErrorCode, Request
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
+from prefect_huggingface.tasks.storage.files import link_file
 
 logger = get_logger(__name__)
 
@@ -101,6 +102,11 @@ class OpenVINOTextEngine(EngineWorker):
 
     def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
         return InputProcessor.of_folder(path, model.chat_template, model.options)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that the last step used, 0 to 1."""
+        return self._pipeline.cache_usage
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of the queue."""
@@ -386,7 +392,7 @@ def link_preprocessor(path: Path) -> Path | None:
         return None
     view = Path(tempfile.mkdtemp(prefix="prefect-huggingface-images-"))
     for file in path.iterdir():
-        (view / file.name).symlink_to(file.resolve())
+        link_file(file.resolve(), view / file.name)
     (view / PREPROCESSOR_FILE).write_text(json.dumps(settings), encoding="utf-8")
     return view
 

@@ -277,8 +277,8 @@ class GenaiPipeline:
 
     @property
     def cache_usage(self) -> float:
-        """Percentage of the KV cache that is in use."""
-        return float(self._pipeline.get_metrics().cache_usage)
+        """Share of the KV cache that the last step used, 0 to 1."""
+        return float(self._pipeline.get_metrics().cache_usage) / 100
 
     def add(self, tokens: Sequence[int], config: Any) -> Any:
         """Add a prompt and return its handle."""

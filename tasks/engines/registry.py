@@ -26,6 +26,7 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.engines.base import WAKE_SECONDS, Engine, OnText, RequestError
 from prefect_huggingface.tasks.engines.inputs import TemplateUse, resolve_options
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
@@ -47,7 +48,7 @@ WEIGHT_SUFFIXES = (".bin", ".safetensors", ".pt", ".pth", ".xml", ".gguf")
 SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters", "offline", "allow_pickle")
 LOADING_FIELDS = (
     "task", "backend", "device", "device_map", "dtype", "load_in", "attn_implementation", "ov_config", "engine",
-    "model_kwargs", "trust_remote_code", "allow_pickle",
+    "model_kwargs", "trust_remote_code", "allow_pickle", "embedding",
 )  # fmt: skip
 
 _SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
@@ -58,6 +59,11 @@ ENGINE_CLASSES = {
     ("torch", "image-text-to-text"): "torch_vision:TorchVisionEngine",
     **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
+    **{
+        (backend, task): "embedding_engine:EmbeddingEngine"
+        for backend in ("openvino", "torch")
+        for task in VECTOR_TASKS
+    },
 }
 ENDPOINT_CLASS = "endpoint_engine:EndpointEngine"
 
@@ -212,6 +218,11 @@ class EngineHandle(Engine):
     def context_length(self) -> int | None:
         """Number of tokens that prompt and answer may have together, or None where it is not known."""
         return self._entry.engine.context_length
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that is in use, 0 to 1; 0 where the engine does not tell."""
+        return self._entry.engine.cache_usage
 
 
 class Registry:

@@ -48,6 +48,8 @@ class RequestState:
         restart_error: Code of the error when a second attempt differs from what was streamed already.
         multimodal: What a reader of images has prepared for the engine, or None.
         needs_choice_scores: Whether the backend has still to score the choices, where the answer begins.
+        encoded: Tokens of a text for a vector or a score, or None.
+        vector: The vector or the score, once it is there.
     """
 
     def __init__(self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None) -> None:
@@ -70,6 +72,8 @@ class RequestState:
         self.multimodal: Any = None
         self.needs_choice_scores = False
         self._choice_scores: dict[str, float] | None = None
+        self.encoded: Any = None
+        self.vector: Any = None
         self._ended: FinishReason | None = None
         self._deadline = float("inf")
 
@@ -243,6 +247,7 @@ class RequestState:
             parsed=self._parse(),
             reasoning=first.reasoning if first else None,
             choice_probabilities=self._choice_probabilities(),
+            vector=self.vector,
         )
 
     def _choice_probabilities(self) -> dict[str, float] | None:

@@ -12,6 +12,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
+from prefect_huggingface.tasks.storage.exports.child import find_conflict
 
 logger = get_logger(__name__)
 
@@ -43,9 +44,16 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
         if model.attn_implementation is not None:
             arguments["attn_implementation"] = model.attn_implementation
         device = arguments.pop("device", None)
-        loaded = getattr(transformers, auto_class).from_pretrained(
-            path, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
+        loaded, found = getattr(transformers, auto_class).from_pretrained(
+            path, output_loading_info=True, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
         )
+        if found["missing_keys"]:
+            # Transformers would make them up.
+            missing = sorted(found["missing_keys"])
+            raise EngineError(
+                f"{model.model_id!r} lacks {len(missing)} weights of the model, {', '.join(missing[:3])} for instance. "
+                "Download it again, or choose another model."
+            )
         for adapter in adapters:
             _merge(loaded, adapter)
         loaded = loaded if device is None else loaded.to(device)
@@ -254,6 +262,10 @@ def _loading_message(path: Path, model: LocalModel, exc: Exception) -> str:
             f"The model in {str(path)!r} needs Python code that comes with it, and that is not allowed. "
             "Set `trust_remote_code=True` if you trust the source."
         )
+    # A package that cannot be imported has nothing to do with the model.
+    conflict = find_conflict() if isinstance(exc, (ImportError, RuntimeError)) else None
+    if conflict is not None:
+        return conflict
     return (
         f"The model in {str(path)!r} could not be loaded for task {model.task!r}: {cause}. "
         "Check that the folder is complete and that the model is one for this task."

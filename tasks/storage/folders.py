@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ PICKLED_WEIGHTS = (".bin", ".pt", ".pth")
 OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".mlmodel", ".ckpt", ".npz")
 DOCUMENTS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".pdf")
 NEVER_READ = (*DOCUMENTS, "training_args.bin", ".tmp", ".lock", ".part", ".incomplete")
-FOLDERS_READ = ("additional_chat_templates",)
+# The second kind has the steps after the model in repositories of Sentence Transformers.
+FOLDERS_READ = re.compile(r"additional_chat_templates|\d+_[A-Za-z]+")
 
 
 def list_files(folder: Path) -> list[str]:
@@ -79,7 +81,7 @@ def _walk(folder: Path) -> Iterator[str]:
                 continue
             if not entry.is_dir():
                 yield entry.name
-            elif entry.name in FOLDERS_READ:
+            elif FOLDERS_READ.fullmatch(entry.name):
                 yield from (f"{entry.name}/{name}" for name in os.listdir(entry) if not name.startswith("."))
 
 

@@ -15,6 +15,8 @@ import pytest
 from support.prefect_services import FINAL_STATES, PrefectServices, prefect_services, stop_process, wait_until
 from support.wheels import build_wheel, make_environment
 
+# The quick tier has the content of the wheel (`test_packaging`) and a worker that runs deployments (`test_schedules`).
+pytestmark = pytest.mark.slow
 POOL = "hugging-face"
 
 

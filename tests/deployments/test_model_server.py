@@ -19,6 +19,7 @@ from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.generation import complete_prompts, stream_completion
 from prefect_huggingface.tasks.records import Request
 from support.model_servers import USER, ModelServerProcess, model_server
+from support.prefect_services import wait_until
 from support.scripted_models import make_scripted_model
 
 WEATHER = {
@@ -34,6 +35,9 @@ CITY = {
     "type": "object", "properties": {"city": {"enum": ["Lima", "Oslo"]}}, "required": ["city"],
     "additionalProperties": False,
 }  # fmt: skip
+
+
+TALK = "Let me look out of the window, and then ask for it: 1 < 2."
 
 
 @pytest.fixture(scope="module")
@@ -208,16 +212,22 @@ def test_tokens_health_and_metrics(guarded_server: ModelServerProcess, long_mode
     assert guarded_server.read_metric("vllm:generation_tokens_total") == before + 14
     assert guarded_server.read_metric("vllm:time_to_first_token_seconds_count") > 0
     assert guarded_server.read_metric("vllm:num_requests_running") == 0
+    assert guarded_server.read_metric("vllm:kv_cache_usage_perc") == 0
+    body = {"messages": USER, "max_tokens": 3000, "stream": True, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {guarded_server.key}"}
+    with httpx.stream("POST", f"{guarded_server.url}/chat/completions", json=body, headers=headers):
+        wait_until(lambda: 0 < guarded_server.read_metric("vllm:kv_cache_usage_perc") < 1, 30, "a filled cache")
 
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """A server of two models that think first: one then answers, the other one calls a tool."""
+    """A server of models that think first: one then answers, one calls a tool, and one talks before it calls it."""
     folder = tmp_path_factory.mktemp("thinker")
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     thinker = make_scripted_model(folder / "thinker", "<think>\nHm.\n</think>\n\nLima")
     caller = make_scripted_model(folder / "caller", f"<think>\nA tool.\n</think>\n\n{call}")
-    models = ["--model", str(thinker), "--model", str(caller)]
+    talker = make_scripted_model(folder / "talker", f"<think>\nHm.\n</think>\n\n{TALK}\n{call}")
+    models = [argument for model in (thinker, caller, talker) for argument in ("--model", str(model))]
     with model_server(folder, *models, "--backend", "torch", "--device", "cpu") as server:
         yield openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
 
@@ -242,6 +252,22 @@ def test_a_tool_that_may_be_called_is_found_behind_the_thoughts(thinker: openai.
     [call] = [call for delta in deltas for call in delta.tool_calls or ()]
     assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Oslo"}')
     assert not any(delta.content for delta in deltas)
+
+
+def test_text_streams_although_a_tool_may_be_called(thinker: openai.OpenAI) -> None:
+    asked = {"model": "talker", "messages": USER, "tools": [WEATHER], "max_tokens": 200}
+    whole = thinker.chat.completions.create(**asked).choices[0]
+    choices = [chunk.choices[0] for chunk in thinker.chat.completions.create(**asked, stream=True)]
+    pieces = [choice.delta.content for choice in choices if choice.delta.content]
+    assert len(pieces) > 3
+    assert "".join(pieces).strip() == (whole.message.content or "").strip() == TALK
+    streamed = [call.function for choice in choices for call in choice.delta.tool_calls or ()]
+    calls = [call.function for call in whole.message.tool_calls or ()]
+    assert [(call.name, call.arguments) for call in streamed] == [(call.name, call.arguments) for call in calls]
+    assert [call.arguments for call in calls] == ['{"city": "Oslo"}']
+    assert choices[-1].finish_reason == whole.finish_reason == "tool_calls"
+    # All of the text comes before the call.
+    assert [bool(choice.delta.tool_calls) for choice in choices][-2:] == [True, False]
 
 
 def test_options_beyond_openai_s(thinker: openai.OpenAI) -> None:

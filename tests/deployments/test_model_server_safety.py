@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from prefect_huggingface.deployments.model_server.__main__ import parse_arguments, read_keys
+from prefect_huggingface.deployments.model_server.settings import parse_arguments, read_keys
 from prefect_huggingface.tasks.openai_protocol import BodyError, read_call
 from support.hub_server import LocalHub
 from support.model_servers import USER, ModelServerProcess, RawClient, model_server

@@ -70,7 +70,7 @@ def kill_somewhere(folder: Path, life: int, dice: random.Random, **start: Any) -
 @pytest.mark.parametrize("kills", [1, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_a_killed_batch_goes_on(tmp_path: Path, bundled_model: Path, kills: int) -> None:
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows = ROWS if kills > 1 else 100
+    rows = ROWS if kills > 1 else 40
     write_rows(source, rows)
     model = {"model_id": str(bundled_model)}
     batch_inference(LocalModel(**model), str(source), str(tmp_path / "whole.jsonl"), **PARAMETERS)

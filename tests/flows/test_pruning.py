@@ -1,27 +1,28 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from prefect.artifacts import Artifact
 
-from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.blocks import ModelStore
 from prefect_huggingface.flows import prune_models
 from prefect_huggingface.tasks.errors import PlanError
-from prefect_huggingface.tasks.storage.exports.store import get_export
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def test_a_store_comes_down_to_its_size(tiny_llama, tmp_path):
+def test_a_store_comes_down_to_its_size(tiny_openvino, tmp_path):
     store = ModelStore(path=tmp_path / "store")
-    export = get_export(LocalModel(model_id=str(tiny_llama), weight_format="fp32", store=store))
+    export = shutil.copytree(tiny_openvino, store.path / "exports" / tiny_openvino.name)
     kept = prune_models(store, 1.0)
     assert kept.removed == ()
-    assert export.path.is_dir()
+    assert export.is_dir()
 
     report = prune_models(store, 0)
-    assert [model.path for model in report.removed] == [export.path]
+    assert [model.path for model in report.removed] == [export]
     assert report.kept_bytes == 0
-    assert not export.path.exists()
+    assert not export.exists()
     assert "export" in str(Artifact.get("pruned-models").data)
 
 

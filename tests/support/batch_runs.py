@@ -44,6 +44,7 @@ def read_answers(folder: Path, life: int) -> list[int]:
 
 def note_answers(path: str) -> None:
     """Write the row of every answer to a file, right when the engine gives it."""
+    from prefect_huggingface.tasks.engines.embedding_engine import EmbeddingEngine
     from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 
     submit = OpenVINOTextEngine.submit
@@ -56,7 +57,7 @@ def note_answers(path: str) -> None:
         )
         return future
 
-    OpenVINOTextEngine.submit = noted  # type: ignore[method-assign]
+    OpenVINOTextEngine.submit = EmbeddingEngine.submit = noted  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -66,9 +67,10 @@ def main() -> None:
         threading.Thread(target=_die_with_parent, daemon=True).start()
     note_answers(settings["log"])
     from prefect_huggingface.blocks import LocalModel
-    from prefect_huggingface.flows.batches import batch_inference
+    from prefect_huggingface.flows import batches
 
-    batch_inference(LocalModel(**settings["model"]), **settings["parameters"])
+    name = settings["parameters"].pop("flow", "batch_inference")
+    getattr(batches, name)(LocalModel(**settings["model"]), **settings["parameters"])
 
 
 def _die_with_parent() -> None:

@@ -35,6 +35,12 @@ SEQ2SEQ: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("Bart", ENCODER_DECODER),
     "marian": ("Marian", ENCODER_DECODER),
 }  # fmt: skip
+# What a task of a T5 changes, as in the configurations of the real ones.
+TASK_SETTINGS = {
+    "summarization": {"prefix": "summarize: ", "num_beams": 4, "min_length": 30},
+    "translation_en_to_fr": {"prefix": "translate English to French: "},
+    "translation_en_to_de": {"prefix": "translate English to German: "},
+}
 CLASS_NAMES = {"t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration", "marian": "MarianMTModel"}
 CLASS_NAMES |= {"gpt2": "GPT2LMHeadModel", "gemma3": "Gemma3ForCausalLM"}
 

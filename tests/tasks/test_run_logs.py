@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import uuid
-from pathlib import Path
 
 import pytest
 from prefect import flow, task
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import LogFilter
 from prefect.logging.handlers import APILogHandler
 
-from prefect_huggingface.blocks import LocalModel, ModelStore
-from prefect_huggingface.flows.preparation import prepare_model
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.exports.child import describe_bar
+from support.export_requests import LoggedExport
+from support.flow_logs import messages_of
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
-
-
-def messages_of(flow_run_id: uuid.UUID) -> list[str]:
-    """The log of a run, once it has arrived to its end."""
-    wanted = LogFilter.model_validate({"flow_run_id": {"any_": [flow_run_id]}})
-    for _ in range(100):
-        with get_client(sync_client=True) as client:
-            lines = client.read_logs(wanted, limit=200)
-        if any(line.name == "prefect.flow_runs" and line.message.startswith("Finished in state") for line in lines):
-            break
-        time.sleep(0.2)
-    return [line.message for line in sorted(lines, key=lambda line: line.timestamp)]
 
 
 def speak() -> str:
@@ -75,19 +59,16 @@ def test_a_line_outside_a_run_is_no_error(recwarn):
 OF_PREFECT = ("Beginning flow run", "Created task run", "Finished in state", "View at ")
 
 
-def test_the_log_of_an_export_is_at_most_six_lines_and_all_ours(bundled_model: Path, tmp_path):
-    model = LocalModel(model_id=str(bundled_model), weight_format="int4", store=ModelStore(path=tmp_path / "store"))
-    state = prepare_model(model, return_state=True)
-    assert state.is_completed()
-    (folder,) = (tmp_path / "store" / "exports").glob("model-int4-*")
-    lines = [line for line in messages_of(state.state_details.flow_run_id) if not line.startswith(OF_PREFECT)]
+def test_the_log_of_an_export_is_at_most_six_lines_and_all_ours(logged_export: LoggedExport) -> None:
+    lines = [line for line in logged_export.messages if not line.startswith(OF_PREFECT)]
     assert len(lines) <= 6, lines
+    source, folder = (re.escape(str(place)) for place in (logged_export.model.model_id, logged_export.export.path))
     ours = (
-        rf"Exporting {re.escape(str(bundled_model))} to OpenVINO in int4\.( .+)?",
+        rf"Exporting {source} to OpenVINO in int4\.( .+)?",
         r"Step 1 of 3: converting the model to OpenVINO\.",
         r"Step 2 of 3: quantizing the weights\.",
         r"Step 3 of 3: loading the export and generating from it\.",
-        rf"Exported {re.escape(str(bundled_model))} in [\d.]+ s: [\d.]+ MB in {re.escape(str(folder))}",
+        rf"Exported {source} in [\d.]+ s: [\d.]+ MB in {folder}",
     )
     assert [bool(re.fullmatch(pattern, line)) for pattern, line in zip(ours, lines, strict=True)] == [True] * 5, lines
 

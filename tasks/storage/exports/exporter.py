@@ -16,6 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prefect_huggingface.tasks.storage.exports.vector_exports import (
+    VECTOR_EXPORTS,
+    add_files,
+    optimum_arguments,
+    verify_vectors,
+)
+
 REPORT_MARK = "@@export@@ "
 VERIFIED_TOKENS = 4
 ENGINE_BATCH = 8
@@ -117,18 +124,20 @@ def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
         # Without it, Optimum would quantize large models by a rule of its own.
         ov_config = OVConfig(quantization_config=quantization)
     lift_limit(source)
-    refuse_missing_weights()
+    refuse_missing_weights(unused="pooler." if recipe["task"] == "feature-extraction" else None)
     report(step="export")
     main_export(
         source,
         output,
-        task=recipe["task"],
+        **optimum_arguments(source, recipe["task"]),
         library_name="transformers",
         trust_remote_code=recipe["trust_remote_code"],
         local_files_only=True,
         convert_tokenizer=True,
         ov_config=ov_config,
     )
+    if recipe["task"] in VECTOR_EXPORTS:
+        add_files(source, output, recipe["task"])
 
 
 def lift_limit(source: str) -> None:
@@ -141,8 +150,12 @@ def lift_limit(source: str) -> None:
         getattr(model_configs, name).MAX_TRANSFORMERS_VERSION = LIFTED_UP_TO
 
 
-def refuse_missing_weights() -> None:
-    """Make Transformers refuse a checkpoint that lacks weights of the model; it would make them up."""
+def refuse_missing_weights(unused: str | None) -> None:
+    """Make Transformers refuse a checkpoint that lacks weights of the model; it would make them up.
+
+    Args:
+        unused: Beginning of the names of weights that nothing is computed with, or None.
+    """
     from transformers import PreTrainedModel
 
     load = PreTrainedModel.from_pretrained.__func__
@@ -150,7 +163,7 @@ def refuse_missing_weights() -> None:
     def from_pretrained(cls: Any, *args: Any, **settings: Any) -> Any:
         wants_info = settings.pop("output_loading_info", False)
         model, found = load(cls, *args, output_loading_info=True, **settings)
-        missing = sorted(found["missing_keys"])
+        missing = sorted(name for name in found["missing_keys"] if not (unused and name.startswith(unused)))
         if missing:
             named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise RuntimeError(
@@ -180,9 +193,10 @@ def quantize_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
     """Quantize the OpenVINO model of a folder in place."""
     from optimum.exporters.openvino.__main__ import _main_quantize
 
+    arguments = optimum_arguments(source, recipe["task"])
     _main_quantize(
         source,
-        task=recipe["task"],
+        task=arguments["task"],
         library_name="transformers",
         quantization_config=make_quantization_config(recipe, output),
         output=output,
@@ -210,6 +224,9 @@ def verify_model(source: str, output: Path, recipe: dict[str, Any]) -> dict[str,
     Raises:
         RuntimeError: If something is missing or nothing is generated.
     """
+    if recipe["task"] in VECTOR_EXPORTS:
+        verify_vectors(output)
+        return {"weights": count_weights(output)}
     causal = recipe["task"].startswith("text-generation")
     needed = ["config.json", "tokenizer_config.json"]
     # OpenVINO GenAI has its own tokenizer models; encoder-decoder models are run with the tokenizer of Transformers.

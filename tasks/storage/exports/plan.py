@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +17,22 @@ import psutil
 from packaging.version import Version
 
 from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.hub_errors import HubError, attempt
 from prefect_huggingface.tasks.records import Snapshot
+from prefect_huggingface.tasks.storage.exports.child import find_conflict
 from prefect_huggingface.tasks.storage.exports.exporter import LIFTED_LIMITS, LIFTED_UP_TO
 from prefect_huggingface.tasks.storage.exports.recipes import (
     DATASETS,
     EXPORT_TASKS,
     Recipe,
     installed_version,
-    read_constants,
+    read_table,
     recipe_notes,
     support_table,
 )
+from prefect_huggingface.tasks.storage.exports.vector_exports import MORE_ENCODERS, VECTOR_EXPORTS, is_causal
 from prefect_huggingface.tasks.storage.files import free_disk
 from prefect_huggingface.tasks.storage.folders import (
     OPENVINO_MODELS,
@@ -255,7 +254,10 @@ DATASET_TABLES = {
     "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
     "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
     "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
+    "feature-extraction": "PREDEFINED_LANGUAGE_DATASETS",
+    "text-classification": "PREDEFINED_LANGUAGE_DATASETS",
 }
+SCORED = r"(ForSequenceClassification|ForCausalLM)$"
 HEADS = {"text-generation": r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"}
 # Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
 # The paged attention of OpenVINO 2026.4 knows nothing of their masks: local windows, positions as biases.
@@ -296,6 +298,11 @@ class ExportCase:
         return repr(self.model.model_id)
 
     @property
+    def is_vector(self) -> bool:
+        """Whether the model is for vectors or scores."""
+        return self.recipe.task in VECTOR_EXPORTS
+
+    @property
     def model_type(self) -> str:
         """Architecture of the model, empty if it is not known."""
         return str(self.config.get("model_type", ""))
@@ -330,8 +337,15 @@ def check_remote_code(case: ExportCase) -> str | None:
 def check_architecture(case: ExportCase) -> str | None:
     """The architecture is one that Optimum exports."""
     table = support_table()
-    if not table or case.model_type in table:
+    if installed_version("optimum-intel") is None or case.model_type in table:
         return None
+    if case.is_vector and case.model_type in MORE_ENCODERS:
+        return None
+    if not table:
+        return (
+            f"The architectures of optimum-intel {installed_version('optimum-intel')} cannot be read. Install a "
+            "version that this package names in its requirements."
+        )
     near = difflib.get_close_matches(case.model_type, table, n=3, cutoff=0.5)
     nearest = f" The nearest supported ones are {', '.join(map(repr, near))}." if near else ""
     return (
@@ -343,7 +357,8 @@ def check_architecture(case: ExportCase) -> str | None:
 def check_task(case: ExportCase) -> str | None:
     """The architecture can do the task."""
     support = support_table().get(case.model_type)
-    if support is None or case.recipe.task in support.tasks:
+    task = "feature-extraction" if case.is_vector and is_causal(case.config) else case.recipe.task
+    if support is None or task in support.tasks:
         return None
     possible = sorted({name for name, task in EXPORT_TASKS.items() if task in support.tasks})
     if not possible:
@@ -360,6 +375,13 @@ def check_task(case: ExportCase) -> str | None:
 def check_head(case: ExportCase) -> str | None:
     """The weights are those of a model that generates, so that no head is made up of random numbers."""
     heads = [str(name) for name in case.config.get("architectures") or []]
+    if case.model.task == "text-ranking" and not any(re.search(SCORED, name) for name in heads):
+        return (
+            f"{case.name} was trained as {', '.join(map(repr, heads)) or 'nothing that is known'} and gives no scores. "
+            "Choose a reranker, or set `task='feature-extraction'` for vectors."
+        )
+    if case.is_vector:
+        return None
     causal = case.recipe.task.startswith("text-generation")
     if causal and case.config.get("is_encoder_decoder"):
         return (
@@ -380,7 +402,7 @@ def check_attention(case: ExportCase) -> str | None:
     """The continuous batch of OpenVINO computes the attention of the architecture rightly."""
     config = {**case.config, **(case.config.get("text_config") or {})}
     by_bias = config.get("model_type") == "falcon" and config.get("alibi")
-    if config.get("model_type") not in WRONG_ATTENTION and not by_bias:
+    if case.is_vector or (config.get("model_type") not in WRONG_ATTENTION and not by_bias):
         return None
     return (
         f"{case.name} is a {config['model_type']!r} model, whose attention mask the continuous batch of OpenVINO does "
@@ -501,8 +523,10 @@ def check_packages(case: ExportCase) -> str | None:
 def check_dataset(case: ExportCase) -> str | None:
     """The name of the data set is one that Optimum knows for the task."""
     dataset = dataset_of(case.recipe)
-    known = read_constants(DATASETS).get(DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
-    if not isinstance(dataset, str) or not known or dataset.partition(":")[0] in known:
+    if not isinstance(dataset, str) or installed_version("optimum-intel") is None:
+        return None
+    known = read_table(DATASETS, DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
+    if dataset.partition(":")[0] in known:
         return None
     return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
 
@@ -541,12 +565,13 @@ def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
     """
     names = {file.path for file in snapshot.files}
     wanted = "openvino_tokenizer.xml" if "openvino_model.xml" in names else "tokenizer_config.json"
+    wanted = "tokenizer.json" if model.task in VECTOR_TASKS else wanted
     if wanted not in names:
         raise PlanError(
             f"{model.model_id!r} is an OpenVINO model without a tokenizer ({wanted!r} is missing). Export it with its "
             "tokenizer, or set `model_id` to its source."
         )
-    recipe = Recipe("text-generation-with-past", "fp16", None)
+    recipe = Recipe(EXPORT_TASKS[model.task], "fp16", None)
     wrong = check_attention(ExportCase(model, read_json(snapshot.path / "config.json"), recipe))
     if wrong is not None:
         raise PlanError(wrong)
@@ -637,66 +662,3 @@ def _read_number(path: Path) -> int | None:
     with suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"))
     return None
-
-
-# Measured with optimum-intel 2.1 and Transformers 5.5: a broken one of these ends the import of Optimum.
-IMPORTED_WHEN_PRESENT = (
-    "torchvision", "torchao", "kernels", "hqq", "librosa", "soundfile", "pandas", "datasets", "diffusers", "kokoro",
-)  # fmt: skip
-LONGEST_SECONDS = 60.0
-PROBE = """
-import importlib, json, sys
-for name in sys.argv[1:]:
-    print(json.dumps([name, "it ends the process that imports it"]), flush=True)
-    try:
-        importlib.import_module(name)
-        reason = None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    print(json.dumps([name, reason]), flush=True)
-"""
-
-
-def find_conflict() -> str | None:
-    """Return a sentence about the first optional package that cannot be imported beside torch, or None."""
-    present = [name for name in IMPORTED_WHEN_PRESENT if _is_installed(name)]
-    versions = tuple((name, installed_version(name)) for name in present)
-    return next((_describe(name, reason) for name, reason in probe_packages(versions) if reason is not None), None)
-
-
-def _is_installed(name: str) -> bool:
-    spec = find_spec(name)
-    # A folder of that name without Python files is no package.
-    return spec is not None and spec.origin is not None
-
-
-@cache
-def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
-    """Import torch and then each package in a child process, and return why it cannot be imported, if so."""
-    if not versions:
-        return []
-    names = ["torch", *(name for name, _ in versions)]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", PROBE, *names],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace",
-            timeout=LONGEST_SECONDS, env={**os.environ, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return []  # not known, which is no reason to refuse an export
-    found: dict[str, str | None] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith('["'):
-            found.update([json.loads(line)])
-    return list(found.items())
-
-
-def _describe(name: str, reason: str) -> str:
-    version = installed_version(name)
-    named = f"{name!r} {version}" if version else repr(name)
-    if name == "torch":
-        return f"The package {named} cannot be imported: {reason}. Install it again."
-    return (
-        f"The package {named} does not fit torch {installed_version('torch')} and stops every export: {reason}. "
-        f"Exports do not need it: remove it with `pip uninstall {name}`, or install the build for this torch."
-    )

@@ -194,7 +194,10 @@ class RepositoryFolder:
 
 
 # Configuration, tokenizer and chat template: small files at the top of the repository.
-_SMALL = re.compile(r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja")
+_SMALL = re.compile(
+    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
+    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"  # steps after the model, as of Sentence Transformers
+)
 _USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
 _TOKENIZERS = {
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -206,7 +209,7 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
 _SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
-RULES = 2
+RULES = 3
 """Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
 
 
@@ -307,7 +310,7 @@ def describe_weights(names: set[str], backend: str) -> str:
     found = sorted(names)
     other = [name for name in found if name.endswith(".safetensors")]
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:
-        return "is an adapter and holds no model. Set `model_id` to its base model, and the adapter as its adapter."
+        return "is an adapter and holds no model. Set `model_id` to its base model and `adapters` to this."
     if backend == "torch" and any(_OPENVINO_MODEL.fullmatch(name) for name in names):
         return "holds an OpenVINO model. Set `backend='openvino'` to run it."
     if gguf := [name for name in found if name.lower().endswith(".gguf")]:
@@ -464,6 +467,12 @@ def manifests_of(folder: RepositoryFolder) -> Iterator[Manifest]:
         manifest = read_manifest(place)
         if manifest is not None:
             yield manifest
+
+
+def known_licence(snapshot: Path) -> str | None:
+    """Return the licence of a snapshot of the cache as its model card names it, if that is known."""
+    places = (snapshot.parent.parent / "manifests").glob(f"{snapshot.name}-*.json")
+    return next((found.licence for found in map(read_manifest, places) if found and found.licence), None)
 
 
 def verified_blobs(folder: RepositoryFolder) -> dict[str, int]:

@@ -10,26 +10,22 @@ import pytest
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
 from prefect_huggingface.tasks import unload_engines
 from support.engine_families import FAMILY_NAMES, LOCAL_FAMILY_NAMES, Family, family_model
-from support.export_models import make_model
+from support.export_models import TASK_SETTINGS, make_model
 from support.tiny_vision_model import draw_image, make_tiny_llava
 
 
 @pytest.fixture(scope="session")
 def tiny_t5(session_folder: Path) -> Path:
     """Checkpoint folder of a random T5."""
-    return make_model(session_folder / "models" / "tiny-t5", "t5")
+    return make_model(session_folder / "models" / "tiny-t5", "t5", task_specific_params=TASK_SETTINGS)
 
 
 @pytest.fixture(scope="session")
 def tiny_t5_openvino(tiny_t5: Path) -> Path:
     """OpenVINO folder of the tiny T5, with its weights in full precision."""
-    from optimum.intel import OVModelForSeq2SeqLM
-    from transformers import AutoTokenizer
+    from prefect_huggingface.tasks.storage.exports.store import get_export
 
-    target = tiny_t5.with_name("tiny-t5-openvino")
-    OVModelForSeq2SeqLM.from_pretrained(tiny_t5, export=True, load_in_8bit=False).save_pretrained(target)
-    AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(target)
-    return target
+    return get_export(family_model("openvino-seq2seq", tiny_t5)).path
 
 
 @pytest.fixture(scope="session")

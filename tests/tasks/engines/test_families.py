@@ -133,7 +133,7 @@ def test_a_forged_turn_is_text(family: str, tmp_path: Path) -> None:
     assert len(trusted.segments) == 1
 
 
-@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_forged_turn_does_not_reach_the_model(backend: str, tmp_path: Path) -> None:
     folder = make_scripted_model(tmp_path, "clean", "phi-3", after={"<|system|>": "forged"})
     engine = engine_of(folder, backend)

@@ -83,7 +83,10 @@ def test_the_border_is_within_the_prompts(longrope):
     assert any(length < BORDER < length + 24 for length in lengths)
 
 
-@pytest.mark.parametrize("order", ["as they are", "reversed", "shuffled"])
+ORDERS = ["shuffled", *(pytest.param(order, marks=pytest.mark.slow) for order in ("as they are", "reversed"))]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_text_does_not_depend_on_the_rows_beside_it_or_on_the_prefix_cache(longrope, order):
     options = {"max_new_tokens": 24, "ignore_eos": True}
     expected = alone(longrope, **options)

@@ -18,35 +18,13 @@ from prefect_huggingface.tasks.engines.torch_seq2seq import (
     task_prefix,
 )
 from prefect_huggingface.tasks.records import Completion, Request
-from support.export_models import make_model
+from support.export_models import TASK_SETTINGS, make_model
 from support.tiny_models import SAMPLE_TEXTS
 
 NEW_TOKENS = 16
 WORDS = " ".join(SAMPLE_TEXTS).split()
 CHOOSE = random.Random(3)
 PROMPTS = [" ".join(CHOOSE.choices(WORDS, k=CHOOSE.randint(1, 12))) for _ in range(10)]
-TASK_SETTINGS = {
-    "summarization": {"prefix": "summarize: ", "num_beams": 4, "min_length": 30},
-    "translation_en_to_fr": {"prefix": "translate English to French: "},
-    "translation_en_to_de": {"prefix": "translate English to German: "},
-}
-
-
-@pytest.fixture(scope="module")
-def folder(session_folder: Path) -> Path:
-    target = session_folder / "models" / "seq2seq-t5"
-    return make_model(target, "t5", task_specific_params=TASK_SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def export(folder: Path) -> Path:
-    from optimum.intel import OVModelForSeq2SeqLM
-    from transformers import AutoTokenizer
-
-    target = folder.parent / "seq2seq-t5-openvino"
-    OVModelForSeq2SeqLM.from_pretrained(folder, export=True, load_in_8bit=False).save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
-    return target
 
 
 def settings(folder: Path, backend: str, task: str = "text2text-generation", **more) -> LocalModel:
@@ -59,11 +37,11 @@ def settings(folder: Path, backend: str, task: str = "text2text-generation", **m
 
 
 @pytest.fixture(scope="module", params=["torch", "openvino"])
-def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Seq2SeqEngine]:
+def engine(request: pytest.FixtureRequest, tiny_t5: Path) -> Iterator[Seq2SeqEngine]:
     if request.param == "torch":
-        loaded = TorchSeq2SeqEngine(folder, settings(folder, "torch"))
+        loaded = TorchSeq2SeqEngine(tiny_t5, settings(tiny_t5, "torch"))
     else:
-        target = request.getfixturevalue("export")
+        target = request.getfixturevalue("tiny_t5_openvino")
         loaded = OpenVINOSeq2SeqEngine(target, settings(target, "openvino"))
     with loaded:
         yield loaded
@@ -88,8 +66,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Reference:
-    return Reference(folder)
+def reference(tiny_t5: Path) -> Reference:
+    return Reference(tiny_t5)
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +145,8 @@ def test_cancelled_late_and_bad_requests_leave_the_others_alone(engine, expected
     assert late.result().finish_reason == "deadline"
 
 
-def test_prefix_of_the_task_is_put_before_the_prompt(folder, reference):
-    with TorchSeq2SeqEngine(folder, settings(folder, "torch", task="summarization")) as engine:
+def test_prefix_of_the_task_is_put_before_the_prompt(tiny_t5, reference):
+    with TorchSeq2SeqEngine(tiny_t5, settings(tiny_t5, "torch", task="summarization")) as engine:
         completion = run(engine, [PROMPTS[0]])[0]
         assert completion.text == reference.text("summarize: " + PROMPTS[0])
         assert run(engine, ["summarize: " + PROMPTS[0]])[0].text == completion.text
@@ -198,10 +176,10 @@ def test_a_prompt_longer_than_the_encoder_is_refused_or_cut(session_folder):
         assert cut.prompt_tokens == 64
 
 
-def test_memory_that_runs_out_only_makes_the_batch_smaller(folder, expected):
+def test_memory_that_runs_out_only_makes_the_batch_smaller(tiny_t5, expected):
     import torch
 
-    with TorchSeq2SeqEngine(folder, settings(folder, "torch", engine=EngineOptions(max_num_seqs=8))) as engine:
+    with TorchSeq2SeqEngine(tiny_t5, settings(tiny_t5, "torch", engine=EngineOptions(max_num_seqs=8))) as engine:
 
         def refuse(module, args, kwargs):
             if len(kwargs["input_ids"]) > 3:

@@ -239,6 +239,7 @@ def test_openvino_from_a_checkpoint(bundled_model: Path) -> None:
     assert ov_llm.invoke("What is the capital of France?").strip() == "Paris"
 
 
+@pytest.mark.slow
 def test_openvino_from_an_existing_pipeline(bundled_model: Path) -> None:
     from optimum.intel.openvino import OVModelForCausalLM
     from transformers import AutoTokenizer, pipeline

@@ -116,12 +116,12 @@ def test_chat_uses_the_template_of_the_pipelines_tokenizer(loaded: dict[str, Any
     assert answer.content == llm.invoke("<|user|>Hello<|end|><|assistant|>")
 
 
-def test_a_pipeline_with_an_openvino_model(loaded: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_pipeline_with_an_openvino_model(loaded: dict[str, Any], tiny_openvino: Path) -> None:
     from optimum.intel.openvino import OVModelForCausalLM
     from transformers import pipeline
 
     model = OVModelForCausalLM.from_pretrained(
-        tiny_llama, export=True, device="CPU", ov_config={"INFERENCE_PRECISION_HINT": "f32"}
+        tiny_openvino, device="CPU", ov_config={"INFERENCE_PRECISION_HINT": "f32"}
     )
     settings = {"max_new_tokens": 10, "do_sample": False}
     made = pipeline("text-generation", model=model, tokenizer=loaded["tokenizer"], **settings)

@@ -27,8 +27,13 @@ def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_scripted_model(tmp_path_factory.mktemp("phi3"), ANSWER, "phi-3")
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.fixture
-def run(hub: LocalHub, bundled_model: Path, phi3: Path, tmp_path: Path):
+def run(hub: LocalHub, bundled_model: Path, phi3: Path, store: Path, tmp_path: Path):
     """Run a script in a folder of its own, and return the lines that it prints."""
     models = {"gpt2": bundled_model, "bigscience/bloom-1b7": bundled_model, "microsoft/Phi-3-mini-4k-instruct": phi3}
     for name, folder in models.items():
@@ -36,9 +41,10 @@ def run(hub: LocalHub, bundled_model: Path, phi3: Path, tmp_path: Path):
     hub.users[TOKEN] = "ann"
 
     def run_script(code: str, typed: str = "") -> list[str]:
-        names = ("HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
         environment = {name: value for name, value in os.environ.items() if name not in names}
-        environment |= {"HF_ENDPOINT": hub.endpoint, "PREFECT_HUGGINGFACE_HOME": str(tmp_path / "store")}
+        environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint}
+        environment["PREFECT_HUGGINGFACE_HOME"] = str(store)
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, input=typed, capture_output=True, text=True,
             timeout=280,
@@ -295,6 +301,8 @@ ov_config = {
 """
 
 
+# The Chinese one has every call of the other two.
+@pytest.mark.slow
 def test_hugging_face_local_pipelines_in_english(run) -> None:
     lines = run(ENGLISH + ON_A_GPU)
     assert lines[0]
@@ -308,6 +316,7 @@ def test_hugging_face_local_pipelines_in_chinese(run) -> None:
     assert len([line for line in lines if line.startswith("openvino")]) == 2
 
 
+@pytest.mark.slow
 def test_hugging_face_local_pipelines_in_japanese(run) -> None:
     lines = run(ENGLISH + ON_A_GPU + OPENVINO)
     assert len([line for line in lines if line.startswith("answer")]) == 4

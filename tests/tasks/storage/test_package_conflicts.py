@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.exports import plan_model
-from prefect_huggingface.tasks.storage.exports.plan import probe_packages
+from prefect_huggingface.tasks.storage.exports.child import probe_packages
 from prefect_huggingface.tasks.storage.exports.recipes import installed_version
+from support.tiny_vision_model import make_tiny_llava
 
 # What a torchvision says that was built for another torch.
 NMS = "operator torchvision::nms does not exist"
@@ -65,6 +68,28 @@ def test_a_package_that_does_not_fit_is_named_with_the_remedy(
     began = processor_seconds()
     assert plan_model(model).problems == (problem,)
     assert processor_seconds() - began < 1, "the second plan asks nothing again"
+
+
+LOAD = """
+import sys
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.engines.registry import load_engine
+from prefect_huggingface.tasks.errors import EngineError
+try:
+    load_engine(LocalModel(model_id=sys.argv[1], backend="torch", task=sys.argv[2]))
+except EngineError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_it_is_named_as_well_where_torch_runs_the_model(install: Callable[[str, str], None], tmp_path: Path) -> None:
+    install("torchvision", f"import torch\nraise RuntimeError('{NMS}')\n")
+    command = [sys.executable, "-c", LOAD, str(make_tiny_llava(tmp_path / "llava")), "image-text-to-text"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("The package 'torchvision' 0.99 does not fit torch ")
+    assert NMS in printed
+    assert "`pip uninstall torchvision`" in printed
 
 
 def test_packages_that_work_or_are_not_imported_are_no_problem(

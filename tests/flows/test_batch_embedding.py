@@ -1,0 +1,123 @@
+"""Vectors of tables: the flow from the input to a column of vectors, and lines of OpenAI's batch format."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.flows import batch_embedding, batch_inference
+from prefect_huggingface.tasks import embed_texts
+from prefect_huggingface.tasks.errors import BatchError
+from support.batch_runs import read_answers, start_batch
+from support.prefect_services import wait_until
+from support.vector_models import TEXTS, make_embedder
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def model(session_folder: Path) -> LocalModel:
+    folder = make_embedder(session_folder / "batches" / "embedder", "xlm-roberta")
+    return LocalModel(model_id=str(folder), task="feature-extraction", backend="torch", dtype="float32")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    rows: list[dict[str, Any]] = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
+    rows += [{"id": 6, "text": None}, {"id": 7, "text": TEXTS[0]}, {"id": 8, "text": "One, two. " * 90}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_vectors_stand_beside_the_rows(tmp_path: Path, source: Path, model: LocalModel) -> None:
+    destination = tmp_path / "out.parquet"
+
+    summary = batch_embedding(model, str(source), str(destination), "{text}", show_progress=False)
+
+    table = pq.read_table(destination)
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 64)
+    assert table["id"].to_pylist() == list(range(9))
+    assert table["status"].to_pylist() == ["ok"] * 6 + ["missing_value", "ok", "too_long"]
+    assert [value is None for value in table["embedding"].to_pylist()] == [
+        status != "ok" for status in table["status"].to_pylist()
+    ]
+    expected = embed_texts.fn(model, [*TEXTS, TEXTS[0]])
+    found = np.array([value for value in table["embedding"].to_pylist() if value is not None])
+    assert np.allclose(found, expected.vectors, atol=1e-6)
+    assert table["prompt_tokens"].to_pylist()[:6] == list(expected.tokens[:6])
+    assert (summary.rows, summary.succeeded, summary.failed, summary.shared) == (9, 7, 2, 1)
+
+
+def test_queries_have_their_prompt_and_long_texts_are_cut(tmp_path: Path, source: Path, model: LocalModel) -> None:
+    destination = tmp_path / "out.jsonl"
+    options = GenerationOptions(context_overflow="truncate_right")
+
+    batch_embedding(model, str(source), str(destination), "{text}", "query", options, show_progress=False)
+
+    rows = [json.loads(line) for line in destination.read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok"] * 6 + ["missing_value", "ok", "ok"]
+    expected = embed_texts.fn(model, TEXTS, input_type="query").vectors
+    assert np.allclose([row["embedding"] for row in rows[:6]], expected, atol=1e-6)
+
+
+def test_a_model_and_an_output_that_do_not_fit_are_refused(tmp_path: Path, source: Path, model: LocalModel) -> None:
+    with pytest.raises(BatchError, match="batch_embedding"):
+        batch_inference(model, str(source), str(tmp_path / "out.jsonl"), "{text}", show_progress=False)
+    with pytest.raises(BatchError, match=".parquet"):
+        batch_embedding(model, str(source), str(tmp_path / "out.csv"), "{text}", show_progress=False)
+    other = model.model_copy(update={"task": "text-generation"})
+    with pytest.raises(BatchError, match="feature-extraction"):
+        batch_embedding(other, str(source), str(tmp_path / "out.parquet"), "{text}", show_progress=False)
+
+
+def test_lines_of_the_openai_format_are_embedded(tmp_path: Path, model: LocalModel) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bodies = [{"input": TEXTS[0]}, {"input": TEXTS[1], "dimensions": 8, "encoding_format": "base64"}, {"input": " "}]
+    lines = [
+        {"custom_id": str(number), "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", **body}}
+        for number, body in enumerate(bodies)
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    batch_inference(model, str(source), str(destination), served_names=["m"], show_progress=False)
+
+    answers = [json.loads(line)["response"] for line in destination.read_text().splitlines()]
+    vector = embed_texts.fn(model, TEXTS[:1]).vectors[0]
+    assert np.allclose(answers[0]["body"]["data"][0]["embedding"], vector, atol=1e-6)
+    assert isinstance(answers[1]["body"]["data"][0]["embedding"], str)
+    assert answers[0]["body"]["usage"]["prompt_tokens"] > 0
+    [error] = (tmp_path / "out.errors.jsonl").read_text().splitlines()
+    assert json.loads(error)["response"]["status_code"] == 400
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, model: LocalModel) -> None:
+    source = tmp_path / "in.jsonl"
+    rows = [{"id": number, "text": f"{number} {TEXTS[number % 6]}"} for number in range(20_000)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"source": str(source), "text": "{text}", "flow": "batch_embedding"}
+    fields = model.model_dump(mode="json", exclude_unset=True, exclude={"block_type_slug"})
+    whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
+
+    first = start_batch(tmp_path, 1, fields, destination=str(killed), **settings)
+    segments = Path(f"{killed}.journal") / "segments"
+    wait_until(lambda: segments.is_dir() and len(list(segments.iterdir())) > 2, 240, "finished rows")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not killed.exists()
+    assert start_batch(tmp_path, 2, fields, destination=str(killed), **settings).wait(280) == 0
+    batch_embedding(model, str(source), str(whole), "{text}", show_progress=False)
+
+    assert 0 < len(read_answers(tmp_path, 2)) < len(rows)
+    one, other = pq.read_table(killed), pq.read_table(whole)
+    assert one["id"].to_pylist() == other["id"].to_pylist()
+    assert np.allclose(one["embedding"].to_pylist(), other["embedding"].to_pylist(), atol=1e-5)

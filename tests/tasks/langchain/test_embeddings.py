@@ -1,0 +1,202 @@
+"""`HuggingFaceEmbeddings` and the cross-encoder: the arguments, and the vectors, of LangChain's classes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain_tests.integration_tests import EmbeddingsIntegrationTests
+from langchain_tests.unit_tests import EmbeddingsUnitTests
+
+from prefect_huggingface.blocks import EmbeddingOptions, LocalModel
+from prefect_huggingface.tasks import embed_texts, rerank_texts
+from prefect_huggingface.tasks.errors import GenerationError, SettingsError
+from prefect_huggingface.tasks.langchain import (
+    HuggingFaceCrossEncoder,
+    HuggingFaceEmbeddings,
+    HuggingFaceEndpointEmbeddings,
+)
+from support.vector_models import TEXTS, make_embedder, make_ranker
+
+# Synchronous tests ignore the mark.
+pytestmark = [pytest.mark.asyncio, pytest.mark.filterwarnings("ignore:.*is marked with '@pytest.mark.asyncio'")]
+
+ARGUMENTS = {
+    "model_name", "cache_folder", "model_kwargs", "encode_kwargs", "query_encode_kwargs", "multi_process",
+    "show_progress",
+}  # fmt: skip
+TOKEN = "hf_embeddingsSecret"
+
+
+@pytest.fixture(scope="module")
+def embedder(session_folder: Path) -> Path:
+    return make_embedder(session_folder / "langchain" / "embedder", "xlm-roberta")
+
+
+@pytest.fixture(scope="module")
+def ranker(session_folder: Path) -> Path:
+    return make_ranker(session_folder / "langchain" / "ranker", "bge-reranker")
+
+
+class Suite:
+    @pytest.fixture(autouse=True)
+    def _use(self, embedder: Path) -> None:
+        self.folder = embedder
+
+    @property
+    def embeddings_class(self) -> type[HuggingFaceEmbeddings]:
+        return HuggingFaceEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": str(self.folder)}
+
+
+class TestUnit(Suite, EmbeddingsUnitTests):
+    pass
+
+
+class TestIntegration(Suite, EmbeddingsIntegrationTests):
+    pass
+
+
+def plain(folder: Path, texts: list[str], prompt: str = "", **options: Any) -> np.ndarray:
+    model = LocalModel(model_id=str(folder), task="feature-extraction", backend="torch")
+    chosen = EmbeddingOptions(document_prompt=prompt, **options)
+    return embed_texts.fn(model, texts, embedding=chosen).vectors
+
+
+def test_all_arguments_are_there() -> None:
+    assert ARGUMENTS <= set(HuggingFaceEmbeddings.model_fields)
+    assert list(inspect.signature(HuggingFaceCrossEncoder.score).parameters) == ["self", "text_pairs"]
+    assert {"model_name", "model_kwargs"} <= set(HuggingFaceCrossEncoder.model_fields)
+    names = {"model", "provider", "repo_id", "task", "model_kwargs", "huggingfacehub_api_token"}
+    assert names <= set(HuggingFaceEndpointEmbeddings.model_fields)
+
+
+def test_prompts_are_used_where_they_are_asked_for(embedder: Path) -> None:
+    embeddings = HuggingFaceEmbeddings(
+        model_name=str(embedder),
+        model_kwargs={"device": "cpu"},
+        encode_kwargs={"normalize_embeddings": True, "batch_size": 8},
+        query_encode_kwargs={"prompt_name": "query"},
+    )
+
+    assert np.allclose(embeddings.embed_documents(TEXTS), plain(embedder, TEXTS), atol=1e-5)
+    assert np.allclose(embeddings.embed_query("Paris"), plain(embedder, ["query: Paris"])[0], atol=1e-5)
+    with pytest.raises(SettingsError, match="'query', 'document'"):
+        HuggingFaceEmbeddings(model_name=str(embedder), encode_kwargs={"prompt_name": "x"}).embed_query("Paris")
+
+
+def test_a_block_brings_its_own_prompts(embedder: Path) -> None:
+    block = LocalModel(model_id=str(embedder), task="feature-extraction", backend="torch")
+
+    embeddings = HuggingFaceEmbeddings(model=block)
+
+    assert np.allclose(embeddings.embed_query("Paris"), plain(embedder, ["query: Paris"])[0], atol=1e-5)
+    assert np.allclose(embeddings.embed_documents(["Paris"]), plain(embedder, ["passage: Paris"]), atol=1e-5)
+
+
+def test_empty_and_long_texts_have_vectors_too(embedder: Path) -> None:
+    embeddings = HuggingFaceEmbeddings(model_name=str(embedder), model_kwargs={"truncate_dim": 16})
+
+    found = embeddings.embed_documents(["", "One, two,\nthree. " * 80])
+
+    assert np.shape(found) == (2, 16)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"model_kwargs": {"unknown": 1}}, {"encode_kwargs": {"unknown": 1}}, {"encode_kwargs": {"precision": "binary"}},
+        {"model_kwargs": {"backend": "onnx"}}, {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_unknown_arguments_are_refused(embedder: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        HuggingFaceEmbeddings(model_name=str(embedder), **wrong)
+
+
+def test_a_cross_encoder_scores_pairs(ranker: Path) -> None:
+    model = LocalModel(model_id=str(ranker), task="text-ranking", backend="torch")
+    expected = [score.score for score in rerank_texts.fn(model, "Paris", TEXTS)]
+
+    found = HuggingFaceCrossEncoder(model_name=str(ranker)).score([("Paris", text) for text in TEXTS])
+
+    assert np.allclose(found, expected, atol=1e-6)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Callable[[list[int]], tuple[str, list[Any]]]]:
+    """Start a server that answers with these statuses first, and return its address and what it was asked."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(statuses: list[int]) -> tuple[str, list[Any]]:
+        asked: list[Any] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                asked.append((self.path, self.headers.get("authorization"), body))
+                status = statuses.pop(0) if statuses else 200
+                rows = [{"index": at, "embedding": [float(len(text))]} for at, text in enumerate(body["input"])]
+                content = json.dumps({"data": rows[::-1]}).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_is_asked_in_batches_and_again_after_a_passing_failure(endpoint: Any) -> None:
+    url, asked = endpoint([503])
+    embeddings = HuggingFaceEndpointEmbeddings(
+        endpoint_url=url, huggingfacehub_api_token=TOKEN, model_kwargs={"dimensions": 1}
+    )
+
+    found = embeddings.embed_documents(["a" * count for count in range(1, 71)])
+
+    assert found == [[float(count)] for count in range(1, 71)]
+    assert [len(body["input"]) for _, _, body in asked] == [64, 64, 6]
+    assert {(path, token, body["dimensions"]) for path, token, body in asked} == {
+        ("/v1/embeddings", f"Bearer {TOKEN}", 1)
+    }
+    assert TOKEN not in repr(embeddings)
+
+
+def test_no_token_of_the_machine_goes_to_a_server(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    url, asked = endpoint([])
+
+    HuggingFaceEndpointEmbeddings(model=url).embed_query("Paris")
+
+    assert asked[0][1] is None
+
+
+def test_a_failure_of_the_server_shows_no_token(endpoint: Any) -> None:
+    url, _ = endpoint([401])
+
+    with pytest.raises(GenerationError, match="HTTP status 401") as caught:
+        HuggingFaceEndpointEmbeddings(endpoint_url=url, huggingfacehub_api_token=TOKEN).embed_query("Paris")
+
+    assert caught.value.__context__ is None
