@@ -97,6 +97,22 @@ class GenerationOptions(BaseModel):
         title="End tokens",
         description="Ids of tokens that end the generation, besides those of the model.",
     )
+    src_lang: str | None = Field(
+        default=None,
+        title="Source language",
+        description="Code of the prompt's language, 'eng_Latn' or 'en_XX' say, for models such as NLLB and mBART.",
+    )
+    tgt_lang: str | None = Field(
+        default=None,
+        title="Target language",
+        description="Code of the answer's language, 'deu_Latn' or 'de_DE' say, for models such as NLLB and mBART.",
+    )
+    forced_bos_token_id: int | None = Field(
+        default=None,
+        ge=0,
+        title="First token",
+        description="Id of the first token of the answer of an encoder-decoder model. The target language sets it.",
+    )
     seed: int | None = Field(
         default=None, ge=0, lt=2**63, title="Seed", description="Seed that makes sampling repeatable."
     )

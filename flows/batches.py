@@ -51,7 +51,6 @@ from prefect_huggingface.tasks.batching.run import (
     CancelWatch,
     Progress,
     check_failures,
-    clear_journal,
     find_commits,
     find_finished,
     is_published,
@@ -196,7 +195,7 @@ def _answer(
     except BatchCancelledError as exc:
         return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
     if plan.chosen is None and not _is_kept(more, publication.summary):
-        clear_journal(owner)
+        owner.clear()
     return publication.summary
 
 
@@ -205,7 +204,7 @@ def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -
     run_log().info("The batch is finished already: its output is %s.", summary.destination)
     publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
     if not _is_kept(more, summary):
-        clear_journal(owner)
+        owner.clear()
     return summary
 
 

@@ -27,16 +27,15 @@ from prefect_huggingface.tasks.batching.job import (
     check_ids,
     choose_columns,
     describe_models,
-    get_fields,
     list_models,
     plan_job,
     plan_output,
-    plan_vectors,
     resolve_model,
 )
-from prefect_huggingface.tasks.batching.output import Publication, RunFigures, publish_output, trial_of
+from prefect_huggingface.tasks.batching.output import Publication, RunFigures, get_fields, publish_output, trial_of
 from prefect_huggingface.tasks.batching.run import choose_rows, get_status
 from prefect_huggingface.tasks.batching.shard import Chosen, Shard, ShardResult, process_shard
+from prefect_huggingface.tasks.batching.vectors import plan_vectors
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import library_logs

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_ch
 from prefect_huggingface.tasks.storage.exports.evaluator import DEFAULT_PROMPTS
 from prefect_huggingface.tasks.storage.exports.plan import free_memory
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
-from prefect_huggingface.tasks.storage.exports.store import get_export
+from prefect_huggingface.tasks.storage.exports.store import CARD, get_export, model_card
 from prefect_huggingface.tasks.storage.files import open_staging, write_text
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights
+from prefect_huggingface.tasks.storage.hub.cache import known_licence
 from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.vector_quality import compare_vectors
@@ -150,13 +152,17 @@ def _compare(
             staging = held.enter_context(open_staging(model.store_path))
             found = run_child(program, {**job, "work": str(staging.path)}, staging.path, staging.descriptor)
         _keep_result(kept, found)
+    qualities = tuple(_format_quality(export, found["exports"][export.key]) for export in exports)
+    for export, one in zip(exports, qualities, strict=True):
+        with suppress(OSError):
+            write_text(export.path / CARD, model_card(export, known_licence(snapshot.path), asdict(one)))
     return ExportQuality(
         source=model.model_id,
         commit=snapshot.commit,
         prompts=len(texts),
         source_tokens_per_second=float(found["source"]["tokens_per_second"]),
         source_size_bytes=sum(file.size for file in snapshot.files),
-        formats=tuple(_format_quality(export, found["exports"][export.key]) for export in exports),
+        formats=qualities,
     )
 
 

@@ -162,7 +162,8 @@ def read_options(body: Mapping[str, Any], chat: bool) -> GenerationOptions:
         return GenerationOptions(**options)
     except (ValidationError, TypeError) as exc:
         first = exc.errors(include_url=False)[0] if isinstance(exc, ValidationError) else {"msg": str(exc), "loc": ()}
-        place = next((name for name, option in OPTION_NAMES.items() if option in first["loc"] and name in body), None)
+        names = {**OPTION_NAMES, "temperature": "temperature", "top_p": "top_p"}
+        place = next((name for name, option in names.items() if option in first["loc"] and name in body), None)
         message = f"{str(first['msg']).removeprefix('Value error, ').rstrip('.')}. Correct the body."
         raise BodyError("invalid_option", f"`{place}`: {message}" if place else message, place) from None
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.embedding import as_embeddings, as_score
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import QualityError
@@ -15,6 +15,8 @@ from prefect_huggingface.tasks.records import Completion, Export, Request, Snaps
 
 # Of so many texts each is a query for a reranker; more would take long and say no more.
 QUERIES = 4
+# Texts that are too long for a model are cut for both.
+LENIENT = GenerationOptions(context_overflow="truncate_right")
 
 
 def compare_vectors(
@@ -32,7 +34,13 @@ def compare_vectors(
     Raises:
         QualityError: If a text has no vector.
     """
-    plain = {"backend": "torch", "weight_format": None, "quantization": None, "ov_config": {}, "dtype": "float32"}
+    plain: dict[str, Any] = {
+        "backend": "torch",
+        "weight_format": None,
+        "quantization": None,
+        "ov_config": {},
+        "dtype": "float32",
+    }
     expected, source_speed = _compute(model.model_copy(update={**plain, "device": "cpu"}), texts)
     found = []
     for one, export in zip(models, exports, strict=True):
@@ -62,8 +70,8 @@ def spearman(one: Any, other: Any) -> float:
     """Return the rank correlation of two lists of numbers, 1 where they have the same order."""
     import numpy as np
 
-    ranks = [np.argsort(np.argsort(np.ravel(values), kind="stable")) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(np.ravel(values), kind="stable")) for values in (one, other))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _compute(model: LocalModel, texts: list[str]) -> tuple[Any, float]:
@@ -72,9 +80,9 @@ def _compute(model: LocalModel, texts: list[str]) -> tuple[Any, float]:
 
     engine = load_engine(model)
     if model.task == "text-ranking":
-        requests = [Request(query, pair=text) for query in texts[:QUERIES] for text in texts]
+        requests = [Request(query, pair=text, options=LENIENT) for query in texts[:QUERIES] for text in texts]
     else:
-        requests = [Request(text, input_type="document") for text in texts]
+        requests = [Request(text, options=LENIENT, input_type="document") for text in texts]
     started = time.perf_counter()
     completions: list[Completion] = [future.result() for future in [engine.submit(request) for request in requests]]
     seconds = time.perf_counter() - started

@@ -169,7 +169,8 @@ def check_length(characters: int, engine: Engine) -> None:
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "prefect-huggingface"}
+    card = {"id": model.name, "object": "model", "created": model.created, "owned_by": "prefect-huggingface"}
+    return {**card, "parent": model.base} if model.base is not None else card
 
 
 def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

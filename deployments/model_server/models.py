@@ -46,12 +46,13 @@ class ServedModel:
     Attributes:
         name: Name that requests use.
         block: What is loaded.
+        base: Name of the model whose adapter this is, or None.
         requests: Number of requests that wait for the model or use it.
         loading: Number of them that wait for it.
     """
 
-    def __init__(self, name: str, block: LocalModel) -> None:
-        self.name, self.block = name, block
+    def __init__(self, name: str, block: LocalModel, base: str | None = None) -> None:
+        self.name, self.block, self.base = name, block, base
         self.requests = self.loading = 0
         self.created = int(time.time())
         self._engine: Engine | None = None
@@ -60,7 +61,15 @@ class ServedModel:
     @property
     def names(self) -> set[str]:
         """All names that requests may use."""
+        if self.base is not None:
+            return {self.name}
         return {self.name, f"{LocalModel.get_block_type_slug()}/{self.name}", self.block.model_id}
+
+    def variants(self) -> Iterator[ServedModel]:
+        """Yield the model with each of its adapters alone, as `NAME:ADAPTER`."""
+        for adapter in self.block.adapters:
+            block = self.block.model_copy(update={"adapters": [adapter]})
+            yield ServedModel(f"{self.name}:{adapter.name}", block, self.name)
 
     @property
     def cache_usage(self) -> float:
@@ -130,7 +139,7 @@ class ServedModels:
     """
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
-        self._models = list(models)
+        self._models = [each for model in models for each in (model, *model.variants())]
         names = [model.name for model in self._models]
         if len(set(names)) < len(names):
             raise SystemExit(f"Two models have the same name, got {', '.join(names)}. Rename a folder or a block.")

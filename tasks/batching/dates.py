@@ -133,8 +133,9 @@ def find_unfinished(template: str, destination: str) -> list[str]:
     pattern = re.compile("".join(pieces) + re.escape(SUFFIX))
     root = Place(parts[0][0].rpartition("/")[0] or "/")
     depth = location.count("/") - root.url.rstrip("/").count("/")
-    outputs = [place.url.removesuffix(SUFFIX) for place in _descend(root, depth) if pattern.fullmatch(place.url)]
-    return [each for each in outputs if each != Place.of(destination).url and _is_left(each)]
+    found = {place.url for place in _descend(root, depth)}
+    begun = [url.removesuffix(SUFFIX) for url in sorted(found) if pattern.fullmatch(url)]
+    return [each for each in begun if each not in {*found, Place.of(destination).url} and _is_left(each)]
 
 
 def _descend(folder: Place, depth: int) -> Iterator[Place]:
@@ -153,4 +154,4 @@ def _is_left(destination: str) -> bool:
         began = journal.read_job() is not None
     except BatchError:
         began = True
-    return began and not Place.of(destination).exists() and not is_held(journal)
+    return began and not is_held(journal)

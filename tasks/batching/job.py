@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
-from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.batching.chains import ChainRows, ChainStep, check_chain
 from prefect_huggingface.tasks.batching.requests import OPENAI_COLUMNS, OpenAIRows, PromptRows, RequestMaker
 from prefect_huggingface.tasks.errors import BatchError
@@ -48,7 +47,6 @@ DECISIVE_FIELDS = (
 SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters")
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
 VECTOR_COLUMNS = ("embedding", "status", "prompt_tokens", "seconds", "error")
-VECTOR_FORMATS = ("parquet", "arrow", "jsonl")
 MAX_DUPLICATES = 10_000
 BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "r2", "oss")
 TEMPORARY_CHARACTERS = 32  # what a temporary file's name has besides that of the output
@@ -262,7 +260,7 @@ class BatchJob:
 
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
-        asked = {**self.fingerprint(), "model": list(map(dict, self.asked)), "versions": {}}
+        asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
         return _hash({**asked, "output": asdict(replace(output, reasoning=None, dimensions=None))})
 
     def as_dict(self) -> dict[str, Any]:
@@ -509,27 +507,6 @@ def _plan_openai_job(source: str, system: str | None, options: dict[str, Any], m
     return BatchJob(table, options=options, duplicate_rows=duplicates)
 
 
-def plan_vectors(job: BatchJob, output: Output, models: Sequence[Model], input_type: InputType | None) -> Output:
-    """Return the output of a batch of vectors; that of other batches stays as it is.
-
-    Raises:
-        BatchError: If a model is not for what is asked for, or the format of the output holds no vectors.
-    """
-    for model in models:
-        task = getattr(model, "task", None)
-        if input_type is None and task in VECTOR_TASKS and job.table.format != "openai":
-            raise BatchError(f"{model.model_id!r} is for {task!r} and generates no text. Use `batch_embedding`.")
-        if input_type is not None and task != "feature-extraction":
-            raise BatchError(f"The `task` of {model.model_id!r} must be 'feature-extraction', got {task!r}. Set it.")
-    if input_type is None:
-        return output
-    if output.format not in VECTOR_FORMATS or job.table.format == "openai":
-        raise BatchError(
-            f"`destination` must be a table that holds vectors, got {output.destination!r}. End it with .parquet."
-        )
-    return replace(output, vectors=True)
-
-
 def check_ids(table: Table, column: str) -> None:
     """Check that a column has no value twice.
 
@@ -579,24 +556,6 @@ def choose_columns(job: BatchJob, output: Output, columns: Sequence[str] | None,
                 "write JSONL."
             )
     return chosen
-
-
-def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
-    """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
-    fields: dict[str, str] = {}
-    for each in options:
-        schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
-        properties = schema.get("properties")
-        if isinstance(properties, dict):
-            fields = {name: _json_type(kind) for name, kind in properties.items()}
-    return fields
-
-
-def _json_type(schema: Any) -> str:
-    """Return the type that a property has when it is not null, "string" where it may have several."""
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
-    return names[0] if len(names) == 1 else "string"
 
 
 def check_free(destination: str, replaceable: bool = False) -> None:

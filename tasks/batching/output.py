@@ -6,7 +6,6 @@ finished, whatever it had still to do.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections import Counter
@@ -21,6 +20,7 @@ from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, Out
 from prefect_huggingface.tasks.batching.requests import read_line
 from prefect_huggingface.tasks.batching.run import STATUSES
 from prefect_huggingface.tasks.batching.shard import Chosen
+from prefect_huggingface.tasks.batching.vectors import dimensions_of, read_vector, vector_column, vector_type
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
@@ -156,7 +156,7 @@ def publish_output(
     check_unchanged(job.table)
     journal, publication, place = owner.journal, Publication(), Place.of(output.destination)
     if output.vectors:
-        output = replace(output, dimensions=_dimensions_of(job, journal))
+        output = replace(output, dimensions=dimensions_of(job, journal))
     elif job.table.format != "openai" and not job.steps and _has_reasoning(job, journal):
         kept = job.table.columns if output.columns is None else output.columns
         taken = {*kept, *output.added}
@@ -198,43 +198,6 @@ def _has_reasoning(job: BatchJob, journal: Journal) -> bool:
         if pc.any(found).as_py():
             return True
     return False
-
-
-def _dimensions_of(job: BatchJob, journal: Journal) -> int:
-    """Return the number of dimensions of the first vector, 0 where no row has one."""
-    for name in journal.names():
-        for details in journal.load(name, job.key)["details"].to_pylist():
-            if (vector := read_vector(details)) is not None:
-                return len(vector)
-    return 0
-
-
-def read_vector(details: str | None) -> Any | None:
-    """Return the vector in the details of a row, an array of float32, or None where it has none."""
-    import numpy as np
-
-    encoded = json.loads(details).get("vector") if details else None
-    return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
-
-
-def _vector_column(answers: Any, dimensions: int) -> Any:
-    """Return the vectors as lists of a fixed size; those of rows that failed are null."""
-    import numpy as np
-    import pyarrow as pa
-
-    found = [read_vector(details) for details in answers["details"].to_pylist()]
-    values = np.zeros((len(found), dimensions), dtype=np.float32)
-    for place, vector in enumerate(found):
-        if vector is not None:
-            values[place] = vector
-    missing = pa.array([vector is None for vector in found], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=_vector_type(dimensions), mask=missing)
-
-
-def _vector_type(dimensions: int) -> Any:
-    import pyarrow as pa
-
-    return pa.list_(pa.float32(), dimensions)
 
 
 def _answered(job: BatchJob, journal: Journal, chosen: Chosen | None) -> Iterator[tuple[Chunk, Any]]:
@@ -287,6 +250,24 @@ def _fold(table: Any, job: BatchJob) -> Any:
     return last
 
 
+def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
+    """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
+    fields: dict[str, str] = {}
+    for each in options:
+        schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
+        properties = schema.get("properties")
+        if isinstance(properties, dict):
+            fields = {name: _json_type(kind) for name, kind in properties.items()}
+    return fields
+
+
+def _json_type(schema: Any) -> str:
+    """Return the type that a property has when it is not null, "string" where it may have several."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
+    return names[0] if len(names) == 1 else "string"
+
+
 def _table_writer(stack: ExitStack, path: Path, job: BatchJob, output: Output) -> Callable[[Chunk, Any], None]:
     schema = get_schema(job.table) if output.format != "jsonl" else None
     parsers = {step["name"]: step.get("parser", "text") for step in job.steps}
@@ -300,7 +281,7 @@ def _added_schema(output: Output) -> Any:
     import pyarrow as pa
 
     kinds = {"prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64()}
-    kinds |= {"embedding": _vector_type(output.dimensions or 0)} if output.vectors else {}
+    kinds |= {"embedding": vector_type(output.dimensions or 0)} if output.vectors else {}
     json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
     own = [(output.prefix + name, kinds.get(name, pa.string())) for name in output.own]
     fields = [(output.prefix + name, json_kinds.get(kind, pa.string())) for name, kind in output.fields.items()]
@@ -320,7 +301,7 @@ def _added_columns(answers: Any, output: Output, parsers: Mapping[str, str]) -> 
     names = [name for name in output.own if name != output.reasoning and not (output.vectors and name == "embedding")]
     columns = {output.prefix + name: answers[name].combine_chunks() for name in names}
     if output.vectors:
-        columns[f"{output.prefix}embedding"] = _vector_column(answers, output.dimensions or 0)
+        columns[f"{output.prefix}embedding"] = vector_column(answers, output.dimensions or 0)
     for name in (name for name, parser in parsers.items() if parser != "text"):
         texts = answers[name].to_pylist()
         columns[output.prefix + name] = _parsed_column(texts, parsers[name], output.format == "jsonl")

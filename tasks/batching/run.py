@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -60,20 +60,14 @@ def own_journal(journal: Journal, if_running: IfRunning) -> Iterator[JournalOwne
     Raises:
         BatchError: If another run owns it and is not to be waited for, or if it cannot be written.
     """
-    owning = hold_journal(journal, if_running)
-    try:
-        owner = owning.__enter__()
-    except OSError as exc:
-        raise BatchError(
-            f"The journal {journal.place.url!r} cannot be written: {exc}. Correct `destination`, or its rights."
-        ) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            owner = stack.enter_context(hold_journal(journal, if_running))
+        except OSError as exc:
+            raise BatchError(
+                f"The journal {journal.place.url!r} cannot be written: {exc}. Correct `destination`, or its rights."
+            ) from None
         yield owner
-    except BaseException as exc:
-        if not owning.__exit__(type(exc), exc, exc.__traceback__):
-            raise
-    else:
-        owning.__exit__(None, None, None)
 
 
 def find_finished(journal: Journal, job: BatchJob, output: Output) -> BatchSummary | None:
@@ -98,15 +92,6 @@ def is_published(record: Mapping[str, Any], place: Place) -> bool:
     if not record or not place.exists() or place.is_folder() or place.info()["size"] != record["size"]:
         return False
     return not place.is_local or place.digest() == record["sha256"]
-
-
-def clear_journal(owner: JournalOwner) -> None:
-    """Delete the rows of a journal, and leave the record of what was published: a repeated call finds it there."""
-    owner.check()
-    kept = ("lock", "held", "published-", f"owner-{owner.epoch:06}", f"alive-{owner.epoch:06}")
-    for name in owner.journal.place.names():
-        if not name.startswith(kept):
-            owner.journal.place.child(name).remove()
 
 
 @dataclass(frozen=True, slots=True)

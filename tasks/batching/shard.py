@@ -10,7 +10,6 @@ import json
 import os
 import queue
 import time
-from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.chains import ChainRows, parse_output
 from prefect_huggingface.tasks.batching.job import BatchJob
 from prefect_huggingface.tasks.batching.requests import RequestMaker, RowProblem, RowRequest
+from prefect_huggingface.tasks.batching.vectors import write_vector
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
@@ -346,8 +346,7 @@ class RowFeed:
     def _requests(self, chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]]) -> Iterator[RowRequest]:
         """Yield the first request of all rows but those that are done or cannot be asked."""
         for chunk, done, known in chunks:
-            if self._index is not None:
-                self._learnt += [row for row in known if row.digest is not None and row.error is None]
+            self._learn(row for row in known if row.digest is not None and row.error is None)
             problems: list[ResultRow] = []
             begun = self._begun(known, done) if self._chain else {}
             for number, row in enumerate(chunk.rows if len(done) < len(chunk) else (), chunk.first):
@@ -364,6 +363,14 @@ class RowFeed:
                     yield made
             if problems:
                 self._commit(problems)
+
+    def _learn(self, results: Iterable[ResultRow]) -> None:
+        self._learnt += results
+        if self._index is None:
+            self._learnt = []
+        elif len(self._learnt) >= WINDOW_ROWS:
+            self._index.add(self._learnt)
+            self._learnt = []
 
     def _start(self, number: int, step: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
         if self._chain is None:
@@ -425,7 +432,7 @@ def _details(completion: Completion) -> str | None:
     names = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
     details = {name: value for name in names if (value := getattr(completion, name))}
     if completion.vector is not None:
-        details["vector"] = b64encode(completion.vector.astype("<f4").tobytes()).decode()
+        details["vector"] = write_vector(completion.vector)
     return json.dumps(details, ensure_ascii=False, default=str) if details else None
 
 

@@ -29,7 +29,10 @@ EXTRA_NAMES = {
     "stop_token_ids": "stop_token_ids",
     "template_options": "chat_template_kwargs",
 }
-NOWHERE = ("num_beams", "no_repeat_ngram_size", "max_reasoning_tokens", "choice_probabilities")
+NOWHERE = (
+    "num_beams", "no_repeat_ngram_size", "max_reasoning_tokens", "choice_probabilities", "src_lang", "tgt_lang",
+    "forced_bos_token_id",
+)  # fmt: skip
 NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n", "min_p", "stop_token_ids", "template_options")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import ValidationError
 
@@ -52,6 +52,19 @@ class Prompt:
         return "".join(self.segments)
 
 
+class Languages(Protocol):
+    """The languages that an encoder-decoder model marks with tokens."""
+
+    def adapt(self, options: GenerationOptions) -> GenerationOptions:
+        """Return the options with the first token of the answer."""
+
+    def mark_source(self, ids: list[int], options: GenerationOptions) -> list[int]:
+        """Return the tokens of a prompt with that of its language."""
+
+
+LANGUAGE_OPTIONS = ("src_lang", "tgt_lang", "forced_bos_token_id")
+
+
 class InputProcessor:
     """Makes the prompts of one model.
 
@@ -66,6 +79,7 @@ class InputProcessor:
         prefix: Words that the model wants before a prompt.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
+        languages: Marks the languages of prompt and answer, for an encoder-decoder model.
         defaults: Options of the model.
     """
 
@@ -75,6 +89,7 @@ class InputProcessor:
     prefix: str = ""
     is_continued: bool = True
     check: Callable[[GenerationOptions], None] | None = None
+    languages: Languages | None = None
 
     def __init__(
         self,
@@ -140,8 +155,12 @@ class InputProcessor:
         """
         options = resolve_options(self.defaults, state.request)
         self._check_options(options)
+        if self.languages is not None:
+            options = self.languages.adapt(options)
         prompt = self._write(state, options)
         ids = self._tokenize(state, prompt)
+        if self.languages is not None:
+            ids = self.languages.mark_source(ids, options)
         room = options.max_new_tokens if self.is_continued else 0
         fitting = fit_context(ids, options, self.context_length, room, can_cut=state.multimodal is None)
         if fitting is None:
@@ -195,6 +214,11 @@ class InputProcessor:
         return ids
 
     def _check_options(self, options: GenerationOptions) -> None:
+        for name in LANGUAGE_OPTIONS if self.is_continued else ():
+            if (value := getattr(options, name)) is not None:
+                raise RequestError(
+                    "invalid_option", f"`{name}` is for encoder-decoder models, got {value!r}. Leave it out."
+                )
         form = options.response_format
         if options.num_beams > 1 and (form is not None or options.max_reasoning_tokens is not None):
             name = "response_format" if form is not None else "max_reasoning_tokens"

@@ -280,6 +280,11 @@ class _Rows:
         import torch
 
         live = [row for row, sequence in enumerate(self._sequences) if sequence.is_running]
+        for row in live:
+            first = self._sequences[row].state.options.forced_bos_token_id
+            if first is not None and not self._sequences[row].tokens:
+                scores[row] = torch.full_like(scores[row], float("-inf"))
+                scores[row, first] = 0.0
         if live:
             advance([self._sequences[row] for row in live], scores[live])
         chosen = torch.full((len(self._sequences), 1), self._pad, device=scores.device)
@@ -324,6 +329,7 @@ def run_beams(model: Any, state: RequestState, inputs: dict[str, Any], tokenizer
             repetition_penalty=options.repetition_penalty,
             no_repeat_ngram_size=options.no_repeat_ngram_size,
             eos_token_id=None if options.ignore_eos else sorted(state.end_ids),
+            **({} if options.forced_bos_token_id is None else {"forced_bos_token_id": options.forced_bos_token_id}),
             stopping_criteria=StoppingCriteriaList([_Interrupt(state, tokenizer, start)]),
         )
         logprobs = [_beam_logprobs(model, inputs, row, start) if options.logprobs else [] for row in found]

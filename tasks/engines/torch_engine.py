@@ -6,6 +6,10 @@ Models whose state is more than keys and values run in whole batches, and beam s
 In float32 a greedy answer does not depend on the requests beside it, but for scores that are equal up to rounding
 (about 1e-6 of their size). In bfloat16 and float16 such near ties are common; `EngineOptions(max_num_seqs=1)` runs
 every request alone, which makes its text independent of the others at any precision.
+
+`generate_batch` of Transformers (5.5, paged attention) does not do this work: 16 prompts of 16 to 96 tokens through a
+model of 135M parameters in float32 on two cores gave 0.72 to 0.90 of the tokens per second and core of the batch here,
+and it has no options, grammars, beams or seeds of single requests. On a GPU the two were not compared.
 """
 
 from __future__ import annotations

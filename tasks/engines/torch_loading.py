@@ -44,9 +44,16 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
         if model.attn_implementation is not None:
             arguments["attn_implementation"] = model.attn_implementation
         device = arguments.pop("device", None)
-        loaded = getattr(transformers, auto_class).from_pretrained(
-            path, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
+        loaded, found = getattr(transformers, auto_class).from_pretrained(
+            path, output_loading_info=True, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
         )
+        if found["missing_keys"]:
+            # Transformers would make them up.
+            missing = sorted(found["missing_keys"])
+            raise EngineError(
+                f"{model.model_id!r} lacks {len(missing)} weights of the model, {', '.join(missing[:3])} for instance. "
+                "Download it again, or choose another model."
+            )
         for adapter in adapters:
             _merge(loaded, adapter)
         loaded = loaded if device is None else loaded.to(device)

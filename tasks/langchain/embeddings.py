@@ -23,6 +23,7 @@ from prefect_huggingface.blocks import (
     LocalModel,
     ModelStore,
 )
+from prefect_huggingface.blocks.model import Task
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
@@ -287,7 +288,7 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
 
 
 def read_model(
-    model_name: str, task: str, model_kwargs: Mapping[str, Any], cache_folder: str | None = None
+    model_name: str, task: Task, model_kwargs: Mapping[str, Any], cache_folder: str | None = None
 ) -> LocalModel:
     """Return the block that the arguments of Sentence Transformers mean.
 

@@ -101,7 +101,10 @@ class Place:
         return io.BufferedReader(opened, AHEAD_BYTES) if ahead else opened  # type: ignore[type-var]
 
     def read(self) -> bytes:
-        """Return the whole content."""
+        """Return the whole content. A remote file that is being replaced is read as it was or as it will be."""
+        if not self.is_local:
+            system, path = _file_system(self.url)
+            return bytes(system.cat_file(path))
         with self.open() as file:
             return file.read()
 

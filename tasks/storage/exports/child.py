@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +29,7 @@ from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.run_logs import RunLog, run_log
 from prefect_huggingface.tasks.storage.exports import exporter
 from prefect_huggingface.tasks.storage.exports.exporter import REPORT_MARK
-from prefect_huggingface.tasks.storage.exports.recipes import Recipe
+from prefect_huggingface.tasks.storage.exports.recipes import Recipe, installed_version
 from prefect_huggingface.tasks.storage.files import free_disk, link_file
 
 # What Python, the libraries and the system need to find their files and the processor. Whatever else the environment
@@ -139,16 +141,20 @@ def _not_started(program: ChildProgram, error: OSError) -> ExportError:
     return ExportError(f"The {program.purpose} cannot be started: {error.strerror or error}. Check {sys.executable!r}.")
 
 
+def passed_on(network: bool = False) -> dict[str, str]:
+    """Return what a child is given of the environment of this process."""
+    wanted = PASSED_ON | set(PROXIES) if network else PASSED_ON
+    kept = {name: value for name, value in os.environ.items() if name.upper() in wanted}
+    return kept | {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON_PREFIXES)}
+
+
 def child_environment(work: Path, network: bool = False) -> dict[str, str]:
     """Return the environment of a child: what it needs of that of this process, offline.
 
     Only a child that may use the network gets the proxies, whose addresses can hold a password.
     """
-    wanted = PASSED_ON | set(PROXIES) if network else PASSED_ON
-    kept = {name: value for name, value in os.environ.items() if name.upper() in wanted}
-    kept |= {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON_PREFIXES)}
     return {
-        **kept,
+        **passed_on(network),
         "TMPDIR": str(work / "tmp"),
         "HF_HUB_OFFLINE": "0" if network else "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
@@ -317,3 +323,66 @@ def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
         config_path.unlink()
         config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+# Measured with optimum-intel 2.1 and Transformers 5.5: a broken one of these ends the import of Optimum.
+IMPORTED_WHEN_PRESENT = (
+    "torchvision", "torchao", "kernels", "hqq", "librosa", "soundfile", "pandas", "datasets", "diffusers", "kokoro",
+)  # fmt: skip
+LONGEST_SECONDS = 60.0
+PROBE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    print(json.dumps([name, "it ends the process that imports it"]), flush=True)
+    try:
+        importlib.import_module(name)
+        reason = None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    print(json.dumps([name, reason]), flush=True)
+"""
+
+
+def find_conflict() -> str | None:
+    """Return a sentence about the first optional package that cannot be imported beside torch, or None."""
+    present = [name for name in IMPORTED_WHEN_PRESENT if _is_installed(name)]
+    versions = tuple((name, installed_version(name)) for name in present)
+    return next((_describe(name, reason) for name, reason in probe_packages(versions) if reason is not None), None)
+
+
+def _is_installed(name: str) -> bool:
+    spec = find_spec(name)
+    # A folder of that name without Python files is no package.
+    return spec is not None and spec.origin is not None
+
+
+@cache
+def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Import torch and then each package in a child process, and return why it cannot be imported, if so."""
+    if not versions:
+        return []
+    names = ["torch", *(name for name, _ in versions)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", PROBE, *names],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace",
+            timeout=LONGEST_SECONDS, env={**passed_on(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return []  # not known, which is no reason to refuse an export
+    found: dict[str, str | None] = {}
+    for line in done.stdout.splitlines():
+        if line.startswith('["'):
+            found.update([json.loads(line)])
+    return list(found.items())
+
+
+def _describe(name: str, reason: str) -> str:
+    version = installed_version(name)
+    named = f"{name!r} {version}" if version else repr(name)
+    if name == "torch":
+        return f"The package {named} cannot be imported: {reason}. Install it again."
+    return (
+        f"The package {named} does not fit torch {installed_version('torch')}, and is imported where it is installed: "
+        f"{reason}. Remove it with `pip uninstall {name}`, or install the build for this torch."
+    )

@@ -53,7 +53,8 @@ def main(job_path: str) -> None:
         candidate = (Seq2SeqExport if make is Seq2SeqSource else CausalExport)(folder, job)
         candidate.answer_all([entry["tokens"] for entry in expected])
         numbers = {**compare(candidate, expected, job["eos_token_ids"]), "tokens_per_second": candidate.speed}
-        found[name] = numbers if make is Seq2SeqSource else {**numbers, **candidate.ask_engine(expected)}
+        asked = candidate.ask_engine(expected) if isinstance(candidate, CausalExport) else {}
+        found[name] = {**numbers, **asked}
         del candidate
     report(step="done", source={"tokens_per_second": speed}, exports=found)
 

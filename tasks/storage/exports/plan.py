@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +21,14 @@ from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.hub_errors import HubError, attempt
 from prefect_huggingface.tasks.records import Snapshot
+from prefect_huggingface.tasks.storage.exports.child import find_conflict
 from prefect_huggingface.tasks.storage.exports.exporter import LIFTED_LIMITS, LIFTED_UP_TO
 from prefect_huggingface.tasks.storage.exports.recipes import (
     DATASETS,
     EXPORT_TASKS,
     Recipe,
     installed_version,
-    read_constants,
+    read_table,
     recipe_notes,
     support_table,
 )
@@ -340,8 +337,15 @@ def check_remote_code(case: ExportCase) -> str | None:
 def check_architecture(case: ExportCase) -> str | None:
     """The architecture is one that Optimum exports."""
     table = support_table()
-    if not table or case.model_type in table or (case.is_vector and case.model_type in MORE_ENCODERS):
+    if installed_version("optimum-intel") is None or case.model_type in table:
         return None
+    if case.is_vector and case.model_type in MORE_ENCODERS:
+        return None
+    if not table:
+        return (
+            f"The architectures of optimum-intel {installed_version('optimum-intel')} cannot be read. Install a "
+            "version that this package names in its requirements."
+        )
     near = difflib.get_close_matches(case.model_type, table, n=3, cutoff=0.5)
     nearest = f" The nearest supported ones are {', '.join(map(repr, near))}." if near else ""
     return (
@@ -519,8 +523,10 @@ def check_packages(case: ExportCase) -> str | None:
 def check_dataset(case: ExportCase) -> str | None:
     """The name of the data set is one that Optimum knows for the task."""
     dataset = dataset_of(case.recipe)
-    known = read_constants(DATASETS).get(DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
-    if not isinstance(dataset, str) or not known or dataset.partition(":")[0] in known:
+    if not isinstance(dataset, str) or installed_version("optimum-intel") is None:
+        return None
+    known = read_table(DATASETS, DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
+    if dataset.partition(":")[0] in known:
         return None
     return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
 
@@ -656,66 +662,3 @@ def _read_number(path: Path) -> int | None:
     with suppress(OSError, ValueError):
         return int(path.read_text(encoding="ascii"))
     return None
-
-
-# Measured with optimum-intel 2.1 and Transformers 5.5: a broken one of these ends the import of Optimum.
-IMPORTED_WHEN_PRESENT = (
-    "torchvision", "torchao", "kernels", "hqq", "librosa", "soundfile", "pandas", "datasets", "diffusers", "kokoro",
-)  # fmt: skip
-LONGEST_SECONDS = 60.0
-PROBE = """
-import importlib, json, sys
-for name in sys.argv[1:]:
-    print(json.dumps([name, "it ends the process that imports it"]), flush=True)
-    try:
-        importlib.import_module(name)
-        reason = None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    print(json.dumps([name, reason]), flush=True)
-"""
-
-
-def find_conflict() -> str | None:
-    """Return a sentence about the first optional package that cannot be imported beside torch, or None."""
-    present = [name for name in IMPORTED_WHEN_PRESENT if _is_installed(name)]
-    versions = tuple((name, installed_version(name)) for name in present)
-    return next((_describe(name, reason) for name, reason in probe_packages(versions) if reason is not None), None)
-
-
-def _is_installed(name: str) -> bool:
-    spec = find_spec(name)
-    # A folder of that name without Python files is no package.
-    return spec is not None and spec.origin is not None
-
-
-@cache
-def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
-    """Import torch and then each package in a child process, and return why it cannot be imported, if so."""
-    if not versions:
-        return []
-    names = ["torch", *(name for name, _ in versions)]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", PROBE, *names],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace",
-            timeout=LONGEST_SECONDS, env={**os.environ, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return []  # not known, which is no reason to refuse an export
-    found: dict[str, str | None] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith('["'):
-            found.update([json.loads(line)])
-    return list(found.items())
-
-
-def _describe(name: str, reason: str) -> str:
-    version = installed_version(name)
-    named = f"{name!r} {version}" if version else repr(name)
-    if name == "torch":
-        return f"The package {named} cannot be imported: {reason}. Install it again."
-    return (
-        f"The package {named} does not fit torch {installed_version('torch')}, and is imported where it is installed: "
-        f"{reason}. Remove it with `pip uninstall {name}`, or install the build for this torch."
-    )

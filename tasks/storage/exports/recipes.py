@@ -308,9 +308,10 @@ def recommended_options(table: str, repo_id: str | None) -> Mapping[str, Any] | 
     """
     if repo_id is None:
         return None
-    constants = read_constants(CONFIGURATION)
-    aliases = {alias: original for original, alias in constants.get(ALIASES, [])}
-    options = constants.get(table, {})
+    if installed_version("optimum-intel") is None:
+        return None  # the plan names the package
+    aliases = {alias: original for original, alias in read_table(CONFIGURATION, ALIASES)}
+    options = read_table(CONFIGURATION, table)
     found: Mapping[str, Any] | None = options.get(repo_id) or options.get(aliases.get(repo_id))
     return found
 
@@ -328,6 +329,21 @@ def parse_source(path: str) -> tuple[ast.stmt, ...]:
         return tuple(ast.parse(text).body)
     except (PackageNotFoundError, OSError, SyntaxError):
         return ()
+
+
+def read_table(path: str, name: str) -> Any:
+    """Return a table of optimum-intel.
+
+    Raises:
+        PlanError: If the installed version has it no more. Without it, recipes would silently become others.
+    """
+    constants = read_constants(path)
+    if name not in constants:
+        raise PlanError(
+            f"optimum-intel {installed_version('optimum-intel')} has no table {name!r}, from which recipes are made. "
+            "Install a version that this package names in its requirements."
+        )
+    return constants[name]
 
 
 @cache

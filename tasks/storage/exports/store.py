@@ -64,11 +64,14 @@ from prefect_huggingface.tasks.storage.files import (
 )
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights, read_json
 from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
+from prefect_huggingface.tasks.storage.hub.cache import known_licence
 from prefect_huggingface.tasks.storage.locks import hold_export, note_use
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
 
 KEY_DIGITS = 16
+CARD = "README.md"
+"""Model card of an export. It is for people, so that it may change: it is not in the manifest."""
 LEASE = ".lease"
 
 
@@ -142,9 +145,50 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST and not any(part.startswith(".") for part in name.split("/")):
+        if (
+            path.is_file()
+            and name not in (MANIFEST, CARD)
+            and not any(part.startswith(".") for part in name.split("/"))
+        ):
             found[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     return found
+
+
+def model_card(export: Export, licence: str | None = None, quality: Mapping[str, Any] | None = None) -> str:
+    """Return the model card of an export: what it was made of, how, under which licence, and how good it is."""
+    on_hub = export.source is not None and not Path(export.source).is_absolute()
+    head = ["library_name: openvino", "tags: [openvino, nncf]"]
+    head += [f"base_model: {export.source}"] if on_hub else []
+    head += [f"license: {licence}"] if licence else []
+    settings = {**export.recipe, **(export.recipe.get("quantization") or {})}
+    settings.pop("quantization", None)
+    rows = [f"| {name} | `{value}` |" for name, value in settings.items() if value is not None]
+    versions = ", ".join(f"{package} {version}" for package, version in export.versions.items())
+    measured = _measured(quality)
+    name = str(export.source).rstrip("/").rsplit("/", 1)[-1]
+    return "\n".join((
+        "---", *head, "---", "", f"# {name} for OpenVINO, {export.recipe.get('weight_format')}", "",
+        f"Made by prefect-huggingface from `{export.source}` at commit `{export.commit}`.",
+        f"Licence of the source: {licence or 'see its model card'}.", "",
+        "## Quality", "", measured, "", "## Recipe", "", "| Setting | Value |", "|---|---|", *rows, "",
+        f"Versions: {versions}.", "",
+    ))  # fmt: skip
+
+
+def _measured(quality: Mapping[str, Any] | None) -> str:
+    if quality is None:
+        return "Not measured yet: `compare_export` compares it with its source and writes the numbers here."
+    if quality.get("ranking") is not None:
+        cosine = (
+            "" if quality.get("cosine") is None else f"the least cosine of a vector is {quality['cosine']:.5f}, and "
+        )
+        return f"Compared with the source: {cosine}the rank correlation of similarities is {quality['ranking']:.4f}."
+    return (
+        f"Compared with the source on {quality['positions']} positions, through the engine that answers: the most "
+        f"likely next token is the same on {quality['agreement']:.1%}, the perplexity is "
+        f"{quality['perplexity_ratio']:.3f} times the source's, and {quality['exact_matches']:.0%} of the greedy "
+        "answers are the same."
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -413,6 +457,8 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
             notes=plan.notes,
         )
         write_manifest(output, manifest)
+        card = model_card(as_export(output, manifest, reused=False), known_licence(snapshot.path))
+        write_text(output / CARD, card)
         folder = exports_folder(store) / export_name(source, recipe.weight_format, plan.key)
         old = find_export_folder(store, plan.key)
         if old is not None:

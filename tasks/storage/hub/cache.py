@@ -310,7 +310,7 @@ def describe_weights(names: set[str], backend: str) -> str:
     found = sorted(names)
     other = [name for name in found if name.endswith(".safetensors")]
     if "adapter_config.json" in names or "adapter_model.safetensors" in names:
-        return "is an adapter and holds no model. Set `model_id` to its base model, and the adapter as its adapter."
+        return "is an adapter and holds no model. Set `model_id` to its base model and `adapters` to this."
     if backend == "torch" and any(_OPENVINO_MODEL.fullmatch(name) for name in names):
         return "holds an OpenVINO model. Set `backend='openvino'` to run it."
     if gguf := [name for name in found if name.lower().endswith(".gguf")]:
@@ -467,6 +467,12 @@ def manifests_of(folder: RepositoryFolder) -> Iterator[Manifest]:
         manifest = read_manifest(place)
         if manifest is not None:
             yield manifest
+
+
+def known_licence(snapshot: Path) -> str | None:
+    """Return the licence of a snapshot of the cache as its model card names it, if that is known."""
+    places = (snapshot.parent.parent / "manifests").glob(f"{snapshot.name}-*.json")
+    return next((found.licence for found in map(read_manifest, places) if found and found.licence), None)
 
 
 def verified_blobs(folder: RepositoryFolder) -> dict[str, int]:

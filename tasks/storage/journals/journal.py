@@ -25,12 +25,14 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from prefect.logging import get_logger
+from typing_extensions import override
 
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.places import Place
@@ -44,10 +46,8 @@ SEGMENT_NAME = re.compile(
 TORN_READS = 5  # of a record that a store without whole writes shows while it is written
 TORN_SECONDS = 0.2
 COMMIT_ROWS = 512  # rows that are worth a segment of their own
-SHORT_INTERVAL_SECONDS = 0.2  # between two segments when rows come fast
-FIRST_INTERVAL_SECONDS = 0.1  # between two segments when rows come slowly, in the beginning ...
-REMOTE_INTERVAL_SECONDS = 2.0  # the same where every segment is a request to a remote store
-LONG_INTERVAL_SECONDS = 4.0  # ... and in the long run, so that a night makes thousands of segments and not more
+SHORTEST_INTERVAL, SHORTEST_REMOTE_INTERVAL = 0.1, 2.0  # seconds between two segments; remote ones cost requests
+LONGEST_INTERVAL = 4.0
 BUFFER_ROWS = 32_768  # rows that wait for the disk at most
 
 
@@ -91,21 +91,11 @@ class ResultRow(NamedTuple):
     is_last: bool = True
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class SegmentName:
+class SegmentName(NamedTuple):
     """What the name of a segment tells.
 
-    Attributes:
-        epoch: Number of the owner that wrote it.
-        attempt: Random name of the attempt at a shard that it belongs to.
-        number: Number within the attempt.
-        first: Least number of its rows.
-        last: Greatest number of its rows.
-        steps: Number of finished steps in it.
-        rows: Number of rows that are finished with them.
-        failed: Number of those that failed.
-        tokens: Number of tokens that were generated for them.
-        checksum: Hash of the content.
+    `epoch` is the number of its owner, `attempt` the random name of an attempt at a shard, in which it has a `number`.
+    It holds so many `steps` of the rows from `first` to `last`; so many `rows` are finished with them.
     """
 
     epoch: int
@@ -117,22 +107,20 @@ class SegmentName:
     rows: int
     failed: int
     tokens: int
-    checksum: str = ""
+    checksum: str
 
     @classmethod
     def parse(cls, name: str) -> SegmentName | None:
         """Return what a file name tells, or None if it is not that of a segment."""
-        found = SEGMENT_NAME.match(name)
-        if found is None:
+        if (found := SEGMENT_NAME.match(name)) is None:
             return None
         epoch, attempt, *numbers, checksum = found.groups()
-        return cls(int(epoch), attempt, *map(int, numbers), checksum=checksum)
+        number, first, last, steps, rows, failed, tokens = map(int, numbers)
+        return cls(int(epoch), attempt, number, first, last, steps, rows, failed, tokens, checksum)
 
+    @override
     def __str__(self) -> str:
-        return (
-            f"e{self.epoch:06}-{self.attempt}-{self.number:06}-{self.first:012}-{self.last:012}"
-            f"-n{self.steps}-r{self.rows}-f{self.failed}-t{self.tokens}-{self.checksum}.arrow"
-        )
+        return "e{:06}-{}-{:06}-{:012}-{:012}-n{}-r{}-f{}-t{}-{}.arrow".format(*self)
 
 
 @lru_cache(maxsize=1)
@@ -201,8 +189,7 @@ def checksum(content: bytes) -> str:
     return blake2b(content, digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class JournalCounts:
+class JournalCounts(NamedTuple):
     """Counts of what is in a journal, over all its segments."""
 
     rows: int = 0
@@ -220,10 +207,11 @@ class Journal:
     """
 
     place: Place
-    segments: Place = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", self.place.child("segments"))
+    @property
+    def segments(self) -> Place:
+        """Folder of the finished rows."""
+        return self.place.child("segments")
 
     @classmethod
     def beside(cls, destination: str) -> Journal:
@@ -236,7 +224,7 @@ class Journal:
         return 0.5 if self.place.is_local else 5.0
 
     def read_job(self) -> dict[str, Any] | None:
-        """Return what the job consists of, or None if there is no journal, or it was removed.
+        """Return what the job consists of, or None if there is no journal, or it was cleared.
 
         Raises:
             BatchError: If the record cannot be read.
@@ -245,7 +233,7 @@ class Journal:
 
     def read_published(self) -> dict[str, Any]:
         """Return what is known of the output that was published last, empty if there is none."""
-        return self._read_latest("published") or {}
+        return self._read_latest("published", since=0) or {}
 
     def read_owner(self) -> dict[str, Any] | None:
         """Return the record of the run that owns the journal, or owned it last: its `epoch`, `id` and so on."""
@@ -267,13 +255,8 @@ class Journal:
 
     def count(self) -> JournalCounts:
         """Return the counts that the names of the segments tell, without reading them."""
-        names = self.names()
-        return JournalCounts(
-            sum(name.rows for name in names),
-            sum(name.failed for name in names),
-            sum(name.tokens for name in names),
-            len(names),
-        )
+        counts = [(name.rows, name.failed, name.tokens, 1) for name in self.names()]
+        return JournalCounts(*map(sum, zip(*counts, strict=True)))
 
     def append(self, epoch: int, attempt: str, number: int, job: str, rows: Sequence[ResultRow]) -> SegmentName:
         """Write a segment durably, and return its name.
@@ -303,13 +286,7 @@ class Journal:
         Raises:
             SegmentError: If the segment cannot be trusted.
         """
-        import pyarrow.compute as pc
-
-        table = decode_segment(job, name, self.segments.child(str(name)).read())
-        bounds = pc.min_max(table["row"]).as_py()
-        if (name.steps, name.first, name.last) != (table.num_rows, bounds["min"], bounds["max"]):
-            raise SegmentError("its rows are not those that its name tells")
-        return table
+        return decode_segment(job, name, self.segments.child(str(name)).read())
 
     def check(self, job: str) -> list[SegmentName]:
         """Read every segment, set those aside that cannot be trusted, and return the names of the others.
@@ -320,25 +297,19 @@ class Journal:
         for name in self.names():
             try:
                 self.load(name, job)
+                trusted.append(name)
             except SegmentError as exc:
                 logger.warning("Segment %s is set aside: %s. Its rows are generated again.", name, exc)
-                self._set_aside(self.segments.child(str(name)))
-                continue
-            trusted.append(name)
+                place = self.segments.child(str(name))
+                place.beside(".damaged").write(place.read())
+                place.remove()
         for text in self.segments.names():
             if text.endswith(".tmp"):  # what a killed process was about to rename
                 self.segments.child(text).remove()
         return trusted
 
-    def _set_aside(self, place: Place) -> None:
-        if place.is_local:
-            os.replace(place.url, f"{place.url}.damaged")
-            return
-        place.beside(".damaged").write(place.read())
-        place.remove()
-
     def _valid_since(self) -> int:
-        """Return the number of the owner who removed the journal last: what is not younger is about to be deleted."""
+        """Return the number under which the journal was cleared last: what is older is about to be deleted."""
         return 0 if self.place.is_local else int((self.read_owner() or {}).get("base", 0))
 
     def _read_latest(self, kind: str, since: int | None = None) -> dict[str, Any] | None:
@@ -347,7 +318,7 @@ class Journal:
             epochs = [int(found[1]) for found in map(pattern.fullmatch, self.place.names()) if found]
             since = (self._valid_since() if epochs else 0) if since is None else since
             latest = max((epoch for epoch in epochs if epoch > since), default=None)
-            # One that was removed meanwhile has a successor.
+            # One that was deleted meanwhile has a successor.
             record = None if latest is None else self.read_record(f"{kind}-{latest:06}.json")
             if latest is None or record is not None:
                 return record
@@ -450,7 +421,7 @@ def _latest(table: Any) -> Any:
     return table
 
 
-class JournalWriter:
+class JournalWriter(AbstractContextManager["JournalWriter"]):
     """Commits the finished rows of one shard, in a thread of its own so that no engine waits for a disk.
 
     `add` is for one thread.
@@ -463,14 +434,10 @@ class JournalWriter:
 
     def __init__(self, journal: Journal, job: str, epoch: int) -> None:
         self._journal, self._job, self._epoch = journal, job, epoch
-        self._attempt = os.urandom(4).hex()
-        self._first_interval = FIRST_INTERVAL_SECONDS if journal.place.is_local else REMOTE_INTERVAL_SECONDS
-        self._number = 0
+        self._pause = SHORTEST_INTERVAL if journal.place.is_local else SHORTEST_REMOTE_INTERVAL
         self._rows: list[ResultRow] = []
-        self._wake = threading.Condition()
-        self._closed = False
+        self._changed, self._closed = threading.Condition(), threading.Event()
         self._error: BaseException | None = None
-        self._began = self._committed = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
         self._thread.start()
 
@@ -480,13 +447,12 @@ class JournalWriter:
         Raises:
             OSError: What the disk said to an earlier row.
         """
-        with self._wake:
-            while len(self._rows) > BUFFER_ROWS and self._error is None:
-                self._wake.wait()
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._rows) <= BUFFER_ROWS or self._error)
             self._check()
             self._rows += rows
             if len(self._rows) >= COMMIT_ROWS:
-                self._wake.notify_all()
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Commit what is left and end the thread.
@@ -494,15 +460,13 @@ class JournalWriter:
         Raises:
             OSError: What the disk said.
         """
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
         self._thread.join()
         self._check()
 
-    def __enter__(self) -> Self:
-        return self
-
+    @override
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -511,34 +475,22 @@ class JournalWriter:
             raise self._error
 
     def _run(self) -> None:
+        attempt, number, began = os.urandom(4).hex(), 0, time.monotonic()
         try:
-            while (rows := self._next_rows()) is not None:
-                self._commit(rows)
+            while True:
+                self._closed.wait(self._pause)
+                # The older the batch, the larger its segments, so that a night makes thousands and not more.
+                interval = min((time.monotonic() - began) / 60, LONGEST_INTERVAL)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed.is_set() or len(self._rows) >= COMMIT_ROWS, interval)
+                    rows, self._rows = self._rows, []
+                    self._changed.notify_all()
+                if rows:
+                    self._journal.append(self._epoch, attempt, number, self._job, rows)
+                    number += 1
+                elif self._closed.is_set():
+                    return
         except BaseException as exc:
-            with self._wake:
+            with self._changed:
                 self._error = exc
-                self._wake.notify_all()
-
-    def _next_rows(self) -> list[ResultRow] | None:
-        """Wait until rows are due, and return them; None after the last."""
-        with self._wake:
-            while not self._closed:
-                waited = time.monotonic() - self._committed
-                due = self._interval()
-                if len(self._rows) >= COMMIT_ROWS:
-                    due = min(due, max(SHORT_INTERVAL_SECONDS, self._first_interval))
-                if self._rows and waited >= due:
-                    break
-                self._wake.wait(max(due - waited, 0.01) if self._rows else self._interval())
-            rows, self._rows = self._rows, []
-            self._wake.notify_all()
-        return rows or None
-
-    def _interval(self) -> float:
-        age = time.monotonic() - self._began
-        return min(max(age / 60, self._first_interval), LONG_INTERVAL_SECONDS)
-
-    def _commit(self, rows: list[ResultRow]) -> None:
-        self._journal.append(self._epoch, self._attempt, self._number, self._job, rows)
-        self._number += 1
-        self._committed = time.monotonic()
+                self._changed.notify_all()

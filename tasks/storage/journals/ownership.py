@@ -8,8 +8,6 @@ that it was succeeded, and can neither stop nor delete anything of its successor
 On a local file system a lock of the kernel tells whether the owner lives; it ends with its process however that ends.
 Elsewhere the owner rewrites a file of its own while it lives. Who wants to succeed it watches that file for the time of
 a lease by its own clock, so that the clocks of two machines are never compared. One that ended says so there.
-
-What was removed leaves the number of its last owner behind, a file of a few bytes, on remote stores only.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ class JournalOwner:
         journal: What it owns.
         epoch: Its number.
         id: Its random name.
-        base: Number of the owner who removed the journal last, 0 if nobody did.
+        base: Number under which the journal was cleared last, 0 if it never was. What is older is void.
     """
 
     journal: Journal
@@ -86,30 +84,28 @@ class JournalOwner:
         """Ask the shards of this run to stop. They commit what is finished."""
         self.journal.write_record("stop", self.epoch, {"reason": reason, "owner": self.id})
 
-    def remove(self) -> None:
-        """Delete the journal, unless another run has succeeded this one."""
+    def clear(self) -> None:
+        """Delete the job and the rows, unless another run has succeeded this one. What was published stays known."""
         place, segments = self.journal.place, self.journal.segments
-        if place.is_local:
-            if self.is_current():
-                place.remove()
+        # From here on nobody can succeed this run on a remote store but one that knows that its rows are void.
+        after = JournalOwner(self.journal, self.epoch + 1, base=self.epoch + 1)
+        if not (self.is_current() if place.is_local else after.claim(cleared=True)):
             return
-        # From here on nobody can succeed this run but somebody who knows that all of this is void.
-        if not JournalOwner(self.journal, self.epoch + 1, base=self.epoch + 1).claim(removed=True):
-            return
+        kept = re.compile(rf"published-|(owner|alive)-{self.epoch:06}" if place.is_local else "published-")
         for folder in (segments, place):
             for name in folder.names():
                 number = re.match(r"(?:e|\w+-)(\d{6,})", name)
-                if number and int(number[1]) <= self.epoch:
+                if number and int(number[1]) <= self.epoch and not kept.match(name):
                     folder.child(name).remove()
 
-    def claim(self, removed: bool = False) -> bool:
+    def claim(self, cleared: bool = False) -> bool:
         """Become the owner of this number, unless somebody else already is, and return whether it worked."""
         record = {
-            "epoch": self.epoch, "id": self.id, "base": self.base, "removed": removed, "host": socket.gethostname(),
+            "epoch": self.epoch, "id": self.id, "base": self.base, "cleared": cleared, "host": socket.gethostname(),
             "process": os.getpid(), "time": time.time(),
         }  # fmt: skip
         claimed = self.journal.place.child(f"owner-{self.epoch:06}.json").create(encode_record(record))
-        if claimed and not removed:
+        if claimed and not cleared:
             self.beat(0)
         return claimed
 
@@ -138,7 +134,9 @@ def hold_journal(journal: Journal, if_running: IfRunning = "refuse") -> Iterator
         with ExitStack() as stack:
             for name in ("lock", "held"):
                 stack.enter_context(_take_lock(journal, name, if_running if name == "lock" else "wait", notice))
-            yield _succeed(journal, journal.read_owner())
+            owner = _following(journal, journal.read_owner())
+            owner.claim()
+            yield owner
         return
     owner = _succeed_remotely(journal, if_running, notice)
     ended = threading.Event()
@@ -186,34 +184,23 @@ def _refusal(journal: Journal) -> BatchError:
 
 
 def _succeed_remotely(journal: Journal, if_running: IfRunning, notice: WaitNotice) -> JournalOwner:
-    """Become the next owner once the last one has ended, was removed, or has not moved for the time of a lease."""
+    """Become the next owner once the last one has ended, or has not moved for the time of a lease."""
     seen: Any = None
     since = time.monotonic()
     while True:
         record = journal.read_owner()
         alive = _read_alive(journal, record)
-        if (
-            record is None
-            or record["removed"]
-            or alive.get("ended")
-            or (seen == (record, alive) and time.monotonic() - since > LEASE_SECONDS)
-        ):
+        is_free = record is None or record["cleared"] or alive.get("ended")
+        if is_free or (seen == (record, alive) and time.monotonic() - since > LEASE_SECONDS):
             owner = _following(journal, record)
             if owner.claim():
                 return owner
-            continue
-        if seen != (record, alive):
+        elif seen != (record, alive):
             if seen is not None and if_running == "refuse":
                 raise _refusal(journal)
             seen, since = (record, alive), time.monotonic()
         notice.tell()
         time.sleep(POLL_SECONDS)
-
-
-def _succeed(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
-    owner = _following(journal, record)
-    owner.claim()
-    return owner
 
 
 def _following(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:

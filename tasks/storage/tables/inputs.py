@@ -380,7 +380,7 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
     if packed := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
         layout["compression"] = packed
     try:
-        with open_bytes(place, layout) as stream:
+        with open_bytes(place, layout, ahead=False) as stream:
             head = stream.read(SAMPLE_BYTES)
     except Exception as exc:  # each kind of compression has its own errors
         raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
@@ -468,9 +468,9 @@ def _fits(text: str, whole: bool, delimiter: str) -> bool:
 
 
 @contextmanager
-def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None) -> Iterator[IO[bytes]]:
+def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None, ahead: bool = True) -> Iterator[IO[bytes]]:
     """Open a text file: unpacked, and as UTF-8 whatever its encoding. All bytes that are read go into the digest."""
-    with place.open(ahead=True) as file:
+    with place.open(ahead) as file:
         raw: Any = file if digest is None else io.BufferedReader(_Hashed(file, digest), BLOCK_BYTES)
         kind = layout.get("compression")
         if kind == "zstd":

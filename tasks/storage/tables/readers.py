@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from itertools import chain
@@ -45,7 +45,8 @@ _decode_first = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"\s*")
 _DIGITS = bytes(48 if 48 <= code < 58 else 32 for code in range(256))
 
-Problems = dict[int, str]
+Problems = dict[int, str]  # by the place of a row in its chunk
+Record = tuple[int, int, Any, str | None]  # line, length, content, and what is wrong with it
 
 
 class Reader:
@@ -63,14 +64,6 @@ class Reader:
         self.place, self.layout = place, layout
         self.partition: Mapping[str, str | None] = layout.get("partition", {})
 
-    def inspect(self, types: ColumnTypes) -> TableFile:
-        """Read the whole file. Return its rows and hash, and take note of its columns."""
-        raise NotImplementedError
-
-    def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
-        """Yield the rows `start` to `stop` of the file, numbered from the file's first row."""
-        raise NotImplementedError
-
 
 class TextReader(Reader):
     """Rows that are text: a problem of a row is that row's alone, unless no row can be read."""
@@ -82,8 +75,8 @@ class TextReader(Reader):
         """Yield all rows of a stream that begins with a row and a line."""
         raise NotImplementedError
 
-    @override
     def inspect(self, types: ColumnTypes) -> TableFile:
+        """Read the whole file. Return its rows and hash, and take note of its columns."""
         digest, rows, bad, first = hashlib.sha256(), 0, 0, ""
         marks: list[tuple[int, int, int]] = []
         with open_bytes(self.place, self.layout, digest) as stream:
@@ -101,8 +94,8 @@ class TextReader(Reader):
             run_log().warning("%d of %d rows of %r cannot be read. %s", bad, rows, self.place.name, first)
         return TableFile(self.place.url, rows, digest.hexdigest(), dict(self.layout), tuple(marks), bad)
 
-    @override
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
+        """Yield the rows `start` to `stop` of the file, numbered from the file's first row."""
         self.is_clean = not file.bad_rows
         row, line, offset = max((mark for mark in file.marks if mark[0] <= start), default=(0, 1, 0))
         with open_bytes(self.place, self.layout) as stream:
@@ -118,6 +111,25 @@ class TextReader(Reader):
     def _named(self, problems: Problems, lines: Sequence[int]) -> Problems:
         name = self.place.name
         return {place: f"Line {lines[place]} of {name!r} {problem}" for place, problem in sorted(problems.items())}
+
+
+def _gather(records: Iterator[Record]) -> Iterator[tuple[list[Any], list[int], Problems]]:
+    """Yield the rows of records in parts of bounded size, with the line of each, and what is wrong with some."""
+    rows: list[Any] = []
+    lines: list[int] = []
+    problems: Problems = {}
+    size = 0
+    for line, length, row, problem in records:
+        if problem:
+            problems[len(rows)] = problem
+        rows.append(row)
+        lines.append(line)
+        size += length
+        if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield rows, lines, problems
+            rows, lines, problems, size = [], [], {}, 0
+    if rows:
+        yield rows, lines, problems
 
 
 class JsonReader(TextReader):
@@ -167,21 +179,12 @@ class JsonValuesReader(JsonReader):
     @override
     def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
         self._source, self._text, self._place, self._line = io.TextIOWrapper(stream, "utf-8-sig", newline=""), "", 0, 1
-        rows: list[Any] = []
-        lines: list[int] = []
-        size = 0
-        for number, length, value in self._values():
-            rows.append(value)
-            lines.append(number)
-            size += length
-            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                yield self._chunk(row, rows, _check_objects(rows), lines)
-                row, rows, lines, size = row + len(rows), [], [], 0
-        if rows:
+        for rows, lines, _ in _gather(self._values()):
             yield self._chunk(row, rows, _check_objects(rows), lines)
+            row += len(rows)
 
-    def _values(self) -> Iterator[tuple[int, int, Any]]:
-        """Yield the line, the length and the value of each element."""
+    def _values(self) -> Iterator[Record]:
+        """Yield all elements."""
         in_array = self._take("[")
         if in_array and self._take("]"):
             return
@@ -211,7 +214,7 @@ class JsonValuesReader(JsonReader):
         self._place += found
         return found
 
-    def _value(self) -> tuple[int, int, Any]:
+    def _value(self) -> Record:
         self._peek()
         line, size = self._line, BLOCK_BYTES
         while True:
@@ -230,7 +233,7 @@ class JsonValuesReader(JsonReader):
             size *= 2
         length = end - self._place
         self._advance(end)
-        return line, length, value
+        return line, length, value, None
 
     def _advance(self, place: int) -> None:
         self._line += self._text.count("\n", self._place, place)
@@ -327,24 +330,12 @@ class CsvReader(TextReader):
     @override
     def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-        rows: list[list[str]] = []
-        lines: list[int] = []
-        broken: Problems = {}
-        size = 0
-        for number, cells, problem in self._records(text):
-            if problem:
-                broken[len(rows)] = problem
-            rows.append(cells)
-            lines.append(number)
-            size += sum(map(len, cells))
-            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
-                yield self._chunk(row, rows, lines, broken)
-                row, rows, lines, broken, size = row + len(rows), [], [], {}, 0
-        if rows:
+        for rows, lines, broken in _gather(self._records(text)):
             yield self._chunk(row, rows, lines, broken)
+            row += len(rows)
 
-    def _records(self, text: IO[str]) -> Iterator[tuple[int, list[str], str | None]]:
-        """Yield the first line, the cells and the problem of each record behind the header."""
+    def _records(self, text: IO[str]) -> Iterator[Record]:
+        """Yield the cells of each record behind the header."""
         # The limit is one number per process; the module's default would refuse cells above 128 KB.
         csv.field_size_limit(MAX_CELL)
         delimiter, last = self.layout.get("delimiter", ","), ""
@@ -365,12 +356,13 @@ class CsvReader(TextReader):
                 # Nobody knows how many rows lie within the quotes.
                 if "end of data" in str(exc) or skipped + records.line_num > line:
                     raise self._unclosed(line, skipped + records.line_num) from None
-                yield line, next(csv.reader([last], delimiter=delimiter)), f"is no CSV: {exc}. Correct its quotes."
+                cells = next(csv.reader([last], delimiter=delimiter))
+                yield line, len(last), cells, f"is no CSV: {exc}. Correct its quotes."
                 continue
             if cells is None:
                 return
             if cells:
-                yield line, cells, None
+                yield line, sum(map(len, cells)), cells, None
 
     def _unclosed(self, first: int, last: int) -> TableError:
         return TableError(
@@ -434,8 +426,8 @@ class ColumnarReader(Reader):
         with self.place.open() as file:
             return self._plain_schema(self._open(file)[0])
 
-    @override
     def inspect(self, types: ColumnTypes) -> TableFile:
+        """Read the whole file. Return its rows and hash."""
         with self.place.open() as file:
             schema, batches = self._open(file)
             _check_names(self.place, schema.names)
@@ -445,8 +437,8 @@ class ColumnarReader(Reader):
         self.kinds = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
         return TableFile(self.place.url, rows, self.place.digest(), dict(self.layout))
 
-    @override
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:
+        """Yield the rows `start` to `stop` of the file, numbered from the file's first row."""
         with self.place.open() as opened:
             for offset, batch in self._open(opened)[1](start):
                 low, high = max(start - offset, 0), min(stop - offset, batch.num_rows)
@@ -458,10 +450,18 @@ class ColumnarReader(Reader):
 
     def _open(self, file: IO[bytes]) -> tuple[Any, Callable[[int], Iterator[tuple[int, Any]]]]:
         """Return the schema, and what yields the batches from a row on, with the number of their first row."""
-        if self.format == "arrow":
-            source = _open_arrow(file)
-            return source.schema, lambda start: _counted(_arrow_batches(source), 0)
+        import pyarrow as pa
         from pyarrow import parquet
+
+        if self.format == "arrow":
+            try:
+                table = pa.ipc.open_file(file)
+                parts = (table.get_batch(index) for index in range(table.num_record_batches))
+                return table.schema, lambda _: _counted(parts, 0)
+            except pa.ArrowInvalid:
+                file.seek(0)
+                stream = pa.ipc.open_stream(file)
+                return stream.schema, lambda _: _counted(stream, 0)
 
         # The nanoseconds of old files end in 2262; what Spark writes into them need not.
         opened = parquet.ParquetFile(file, coerce_int96_timestamp_unit="us")
@@ -490,33 +490,15 @@ class ColumnarReader(Reader):
         schema = self._plain_schema(batch.schema)
         if schema.equals(batch.schema):
             return batch
-        columns = [
-            column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
-        ]
-        columns += [pa.array([self.partition[name]] * len(batch), pa.string()) for name in schema.names[len(columns) :]]
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
+        for name in schema.names[batch.num_columns :]:
+            batch = batch.append_column(name, pa.array([self.partition[name]] * len(batch), pa.string()))
+        return batch.cast(schema)
 
 
-def _counted(batches: Iterator[Any], offset: int) -> Iterator[tuple[int, Any]]:
+def _counted(batches: Iterable[Any], offset: int) -> Iterator[tuple[int, Any]]:
     for batch in batches:
         yield offset, batch
         offset += batch.num_rows
-
-
-def _open_arrow(file: IO[bytes]) -> Any:
-    import pyarrow as pa
-
-    try:
-        return pa.ipc.open_file(file)
-    except pa.ArrowInvalid:
-        file.seek(0)
-        return pa.ipc.open_stream(file)
-
-
-def _arrow_batches(source: Any) -> Iterator[Any]:
-    if hasattr(source, "num_record_batches"):
-        return (source.get_batch(index) for index in range(source.num_record_batches))
-    return iter(source)
 
 
 def to_rows(batch: Any) -> list[dict[str, Any]]:

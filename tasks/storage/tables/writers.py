@@ -63,10 +63,11 @@ class JsonLinesWriter(TableWriter):
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
+        rows: Sequence[bytes] = chunk.texts
         if self.kept is not None:
             rows = [to_json({name: row[name] for name in self.kept if name in row}) for row in chunk.rows]
-        else:
-            rows = chunk.texts or [to_json(row) for row in chunk.rows]
+        elif not rows:
+            rows = [to_json(row) for row in chunk.rows]
         added = zip(*(further[name].to_pylist() for name in self.added), strict=True)
         tails = [to_json(dict(zip(self.added, values)))[1:] for values in added]  # noqa: B905
         # An object without a quote has no key.

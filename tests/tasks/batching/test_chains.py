@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,10 @@ def test_steps_name_other_models(tmp_path: Path) -> None:
     batch, first, second = Batch(tmp_path, ["Ann"], steps), engine(), engine()
     batch.run(first, second)
     assert (first.prompts, second.prompts) == (["Ann"], ["Ann!"])
+    # Once the models are resolved, it is another job if one of them is another, and still the same call.
+    jobs = [replace(batch.job, models=({"export": "a"}, {"export": name})) for name in ("b", "c")]
+    assert len({job.key for job in jobs}) == 2
+    assert {job.call_key(batch.output) for job in jobs} == {batch.job.call_key(batch.output)}
     assert batch.publish()[0]["b"] == "Ann!"
 
 

@@ -95,7 +95,9 @@ def test_batches_that_were_left_are_found_in_a_remote_store() -> None:
     import fsspec
 
     begin_at = "memory://dates/answers-2026-02-21.jsonl"
-    claim_journal(Journal.beside(begin_at)).write_job({"key": "k"})
+    owner = claim_journal(Journal.beside(begin_at))
+    owner.write_job({"key": "k"})
+    owner.beat(0, ended=True)
     try:
         assert find_unfinished("memory://dates/answers-{date}.jsonl", "memory://dates/answers-x.jsonl") == [begin_at]
     finally:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.job import BatchJob, Output, get_fields, plan_job
-from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.job import BatchJob, Output, plan_job
+from prefect_huggingface.tasks.batching.output import get_fields, publish_output
 from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.journals import claim_journal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,6 +96,19 @@ def test_a_folder_without_weights_or_without_a_model_is_refused(tiny_llama, tmp_
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(EngineError, match="could not be loaded"):
         TorchTextEngine(tmp_path, block(tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize("missing", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_llama, tmp_path, missing):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[missing]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EngineError, match=f"lacks 1 weights of the model, {missing}"):
+        TorchTextEngine(folder, block(folder, device="cpu"))
 
 
 def test_code_of_the_model_runs_only_with_permission(tiny_llama, expected, tmp_path):

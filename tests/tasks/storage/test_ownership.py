@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -44,11 +43,12 @@ def do(owner, line):
         owner.check()
         owner.write_job({"key": str(owner.epoch)})
         owner.journal.append(owner.epoch, "00000000", 0, "job", [ResultRow(owner.epoch)])
+        owner.write_published({"epoch": owner.epoch})
     elif line == "stop":
         owner.request_stop("test")
     else:
         Place.remove = wait_before_deleting if "slowly" in line else remove
-        owner.remove()
+        owner.clear()
     print("done", flush=True)
 
 print("ready", flush=True)
@@ -146,10 +146,10 @@ def test_a_run_that_stalled_touches_nothing_of_its_successor(remote: Journal, ru
 
     assert "Another run has taken over" in first.do("work")
     assert first.do("stop") == "done"
-    assert first.do("remove") == "done"
+    assert first.do("clear") == "done"
     assert first.do("end") == "ended"
     assert contents(remote, 2) == before
-    assert len(before) == 3
+    assert len(before) == 4
     assert not remote.is_stopped(2, owner["id"])
     assert is_held(remote)
     assert remote.read_job() == {"key": "2"}
@@ -158,13 +158,13 @@ def test_a_run_that_stalled_touches_nothing_of_its_successor(remote: Journal, ru
     assert not is_held(remote)
 
 
-def test_a_run_that_stalled_while_it_removed_touches_nothing_of_its_successor(
+def test_a_run_that_stalled_while_it_cleared_touches_nothing_of_its_successor(
     remote: Journal, runners: list[Runner]
 ) -> None:
     first, second, _ = runners
     assert first.claim_journal(remote) == "owns 1"
     assert first.do("work") == "done"
-    assert first.do("remove slowly") == "deletes"
+    assert first.do("clear slowly") == "deletes"
     first.process.send_signal(signal.SIGSTOP)
     assert remote.read_job() is None
     assert remote.names() == []
@@ -175,12 +175,13 @@ def test_a_run_that_stalled_while_it_removed_touches_nothing_of_its_successor(
     assert first.do("go on") == "done"
     assert first.do("end") == "ended"
     assert contents(remote, 3) == before
-    assert len(before) == 3
+    assert len(before) == 4
     assert [name.epoch for name in remote.names()] == [3]
-    assert second.do("remove") == "done"
+    assert second.do("clear") == "done"
     assert second.do("end") == "ended"
-    assert remote.place.names() == ["owner-000004.json"]  # so that no number is used again
+    assert remote.place.names() == ["owner-000004.json", "published-000001.json", "published-000003.json"]
     assert remote.read_job() is None
+    assert remote.read_published() == {"epoch": 3}
 
 
 def test_clocks_do_not_decide(remote: Journal, runners: list[Runner], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def test_of_many_that_begin_at_once_one_owns(remote: Journal, runners: list[Runn
     assert owner.do("end") == "ended"
 
 
-def test_who_waits_for_a_run_that_removes_its_journal_owns_the_next(tmp_path: Path, runners: list[Runner]) -> None:
+def test_who_waits_for_a_run_that_clears_its_journal_owns_the_next(tmp_path: Path, runners: list[Runner]) -> None:
     journal = Journal(Place.of(tmp_path / "j"))
     first, second, _ = runners
     assert first.claim_journal(journal) == "owns 1"
@@ -217,12 +218,12 @@ def test_who_waits_for_a_run_that_removes_its_journal_owns_the_next(tmp_path: Pa
     second.tell(f"own {journal.place.url} wait")
     assert first.do("work") == "done"
     assert is_held(journal)
-    assert first.do("remove") == "done"
+    assert first.do("clear") == "done"
     assert first.do("end") == "ended"
-    assert second.answer() == "owns 1"
-    assert second.do("remove") == "done"
+    assert second.answer() == "owns 2"
+    assert journal.read_job() is None
+    assert journal.read_published() == {"epoch": 1}
     assert second.do("end") == "ended"
-    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_was_killed_is_succeeded(remote: Journal, tmp_path: Path, runners: list[Runner]) -> None:
@@ -261,14 +262,14 @@ def test_asking_never_disturbs_a_run_that_begins(tmp_path: Path) -> None:
             thread.join()
 
 
-def test_shards_of_a_run_whose_journal_was_removed_stop(tmp_path: Path) -> None:
+def test_shards_of_a_run_whose_journal_was_deleted_stop(tmp_path: Path) -> None:
     journal = Journal(Place.of(tmp_path / "j"))
     one = claim_journal(journal)
-    one.remove()
+    journal.place.remove()  # as a person does who wants to start anew
     two = claim_journal(journal)
     assert one.epoch == two.epoch == 1
     assert journal.is_stopped(one.epoch, one.id)
     assert not journal.is_stopped(two.epoch, two.id)
     journal.append(1, "00000000", 0, "job", [ResultRow(0)])
-    one.remove()
+    one.clear()
     assert journal.count().rows == 1

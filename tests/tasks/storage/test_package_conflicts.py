@@ -12,7 +12,7 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.exports import plan_model
-from prefect_huggingface.tasks.storage.exports.plan import probe_packages
+from prefect_huggingface.tasks.storage.exports.child import probe_packages
 from prefect_huggingface.tasks.storage.exports.recipes import installed_version
 from support.tiny_vision_model import make_tiny_llava
 

@@ -74,6 +74,15 @@ def test_only_the_repository_id_chooses_a_recommendation() -> None:
     assert recipe_of(repo_id=PHI, group_size=128) == plain, "an option of the user's takes its place"
 
 
+def test_a_table_of_optimum_that_was_renamed_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect_huggingface.tasks.storage.exports import recipes
+
+    monkeypatch.setattr(recipes, "INT4_WEIGHTS", "_A_NAME_OF_TOMORROW")
+    with pytest.raises(PlanError, match="has no table '_A_NAME_OF_TOMORROW'"):
+        recipe_of(repo_id=PHI)
+    assert recipe_of().weight_format == "int4", "a folder needs no table"
+
+
 def test_the_recommendations_are_those_of_optimum() -> None:
     from optimum.intel.openvino.configuration import _DEFAULT_4BIT_WQ_CONFIGS
 
