@@ -51,7 +51,7 @@ test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"
 
 benchmark: $(READY)
-	$(RUN) tests/benchmarks/benchmark_engines.py
+	$(RUN) tests/benchmarks/benchmark_engines.py $(if $(QUICK),--quick --repeats 2)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -44,6 +44,7 @@ MAX_IMAGES = 16
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
+VECTOR_URLS = {"feature-extraction": EMBEDDINGS_URL, "text-ranking": RERANK_URL}
 Call = OpenAICall | VectorCall
 Route = Callable[[Request], Awaitable[Response]]
 READERS: dict[str, Callable[[dict[str, Any]], Call]] = {
@@ -97,6 +98,9 @@ class ModelServer:
             if isinstance(call, OpenAICall):
                 check_images(call, MAX_IMAGES, self.settings.allow_remote_images)
             model = self.models.find(call.model)
+            if (call.url if isinstance(call, VectorCall) else None) != VECTOR_URLS.get(model.block.task):
+                text = f"The model {model.name!r} is for {model.block.task}, not for this route. Use another one."
+                raise ApiError(400, "model_not_supported", text, "model")
             if self.models.requests >= self.settings.max_requests:
                 text = f"The server works on {self.models.requests} requests already. Try again in a moment."
                 raise ApiError(429, "rate_limited", text, retry_after=1)
@@ -173,7 +177,7 @@ def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = Non
     return Response(orjson.dumps(value), status, headers, media_type="application/json")
 
 
-def create_app(models: ServedModels, settings: ServerSettings, api_keys: Sequence[str]) -> FastAPI:
+def create_app(models: ServedModels, settings: ServerSettings, api_keys: Sequence[str] = ()) -> FastAPI:
     """Return the application of a server."""
     server = ModelServer(models, settings)
     app = FastAPI(title="prefect-huggingface", lifespan=server.run, docs_url=None, redoc_url=None, openapi_url=None)

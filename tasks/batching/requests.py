@@ -29,7 +29,7 @@ class RowProblem:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowRequest:
     """The request of a row, or of one step of it.
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import attrgetter
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions
@@ -124,18 +125,17 @@ def process_shard(engines: Sequence[Engine], journal: Journal, shard: Shard) -> 
     names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
     should_stop = _StopCheck(journal, shard)
     done = FinishedRows(JournalRows(journal, job.key, names), shard, should_stop)
-    finished = 0
+    finished, chain = 0, job.make_chain()
     with ExitStack() as stack:
         writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
         index = stack.enter_context(ResultIndex()) if shard.settings.deduplicate else None
 
         def commit(rows: list[ResultRow]) -> None:
             nonlocal finished
-            finished += sum(row.is_last for row in rows)
+            finished += sum(row.is_last for row in rows) if chain else len(rows)
             writer.add(rows)
 
         chunks = done.add_to(read_chunks(job.table, shard.start, shard.stop))
-        chain = job.make_chain()
         feed = RowFeed(chain or job.make_requests(), chunks, commit, index, shard.settings.group_by_prefix)
         limit = shard.settings.max_concurrency or sum(engine.in_flight for engine in engines)
         for completions in stack.enter_context(closing(run_requests(engines, feed, limit, should_stop))):
@@ -428,12 +428,18 @@ def _problem(row: int, problem: RowProblem, step: int = 0) -> ResultRow:
     return ResultRow(row, step, None, problem.status, "error", error=problem.message)
 
 
+_MORE = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
+_more_of = attrgetter(*_MORE)
+
+
 def _details(completion: Completion) -> str | None:
-    names = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
-    details = {name: value for name in names if (value := getattr(completion, name))}
+    values = _more_of(completion)
+    if completion.vector is None and not any(values):
+        return None
+    details = {name: value for name, value in zip(_MORE, values, strict=True) if value}
     if completion.vector is not None:
         details["vector"] = write_vector(completion.vector)
-    return json.dumps(details, ensure_ascii=False, default=str) if details else None
+    return json.dumps(details, ensure_ascii=False, default=str)
 
 
 def make_windows(

@@ -12,7 +12,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
-from prefect_huggingface.tasks.storage.exports.plan import find_conflict
+from prefect_huggingface.tasks.storage.exports.child import find_conflict
 
 logger = get_logger(__name__)
 

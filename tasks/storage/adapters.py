@@ -201,7 +201,7 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = deserialize(path.read_bytes())
+        tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except SafetensorError as exc:
         raise ModelSourceError(f"{str(path)!r} is not in safetensors format: {exc}. Fetch the adapter again.") from None
     for name, tensor in tensors:
@@ -219,7 +219,7 @@ def _checkpoint_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as weights:
+        with safe_open(file, framework="np") as weights:  # type: ignore[no-untyped-call]
             for key in weights.keys():
                 shape = tuple(weights.get_slice(key).get_shape())
                 if key.endswith(".weight") and len(shape) == 2:

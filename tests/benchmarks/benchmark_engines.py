@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 from benchmark_contenders import CONTENDERS
 from benchmark_models import make_checkpoint, make_exports
 from benchmark_workloads import Workload, make_workloads
+from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
 
 PEER = "langchain-huggingface==1.2.3"
 ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
@@ -105,7 +106,9 @@ def tune(export: Path) -> None:
     print(f"Tuned: {settings}.")
 
 
-def measure(folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int) -> Figures:
+def measure(
+    folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int, limits: Limits
+) -> Figures:
     """Run all workloads on all engines, one after the other, again and again.
 
     Args:
@@ -113,6 +116,7 @@ def measure(folders: dict[str, Path], peers: Path | None, workloads: list[Worklo
         peers: Folder with langchain-huggingface, or None without it.
         workloads: What to do.
         repeats: How often each engine does each workload, after one round to warm up.
+        limits: What the machine can do with this model.
 
     Returns:
         Figures of every repeat, by workload and engine.
@@ -129,24 +133,50 @@ def measure(folders: dict[str, Path], peers: Path | None, workloads: list[Worklo
                     figures[workload.name].setdefault(worker.name, []).append(rates)
         for worker in workers:
             worker.close()
-        print_table(workload.name, figures[workload.name])
+        print_table(workload.name, figures[workload.name], limits)
     return figures
 
 
-def print_table(title: str, figures: dict[str, list[tuple[float, float]]]) -> None:
-    """Print the medians of one workload, and how many times slower than this library each engine is."""
+def print_table(title: str, figures: dict[str, list[tuple[float, float]]], limits: Limits) -> None:
+    """Print the medians of one workload, how many times slower than this library each engine is, and shares of limits.
+
+    The limit of one stream is the read bandwidth over the bytes of the weights, that of a batch the rate of products in
+    bfloat16. What is read of keys and values is left out, so that the shares are a little too small.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
-    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is"):
+    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit"):
         table.add_column(heading)
     own, own_core = medians(figures["ours"])
     for name, rates in figures.items():
         (clock, core), by_clock = medians(rates), [rate for rate, _ in rates]
         cells = (clock, min(by_clock), max(by_clock), own / clock, core, own_core / core)
-        table.add_row(name, *(f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)))
+        shown = [f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)]
+        table.add_row(name, *shown, f"{limits.share(title, clock):.2f}")
     Console(width=120).print(table)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a machine can do with one model.
+
+    Attributes:
+        machine: Limits of the machine, measured in this run.
+        weight_bytes: Bytes of the weights, which every token reads.
+        parameters: Number of parameters.
+    """
+
+    machine: Machine
+    weight_bytes: int
+    parameters: int
+
+    def share(self, workload: str, tokens_per_second: float) -> float:
+        """Return the share of the limit of a workload."""
+        if workload == "alone":
+            return share_of_bandwidth(self.machine, tokens_per_second, self.weight_bytes)
+        return share_of_products(self.machine, tokens_per_second, self.parameters, "bf16")
 
 
 def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
@@ -154,13 +184,13 @@ def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
     return median(rate for rate, _ in rates), median(rate for _, rate in rates)
 
 
-def write_figures(folder: Path, figures: dict[str, Any], repeats: int) -> Path:
+def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> Path:
     """Write the raw figures with the machine and the versions, and a plot where matplotlib is there."""
     folder.mkdir(parents=True, exist_ok=True)
     packages = ("openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
     facts = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": platform.processor() or platform.machine(), **asdict(machine)},
         "versions": {name: version(name) for name in packages},
         "repeats": repeats,
         "tokens_per_second_and_core_second": figures,
@@ -212,14 +242,17 @@ def main() -> None:
     if arguments.workloads:
         workloads = [workload for workload in workloads if workload.name in arguments.workloads]
     names = [name for name in arguments.engines if peers is not None or not name.startswith("langchain")]
+    machine = measure_machine()
+    print(f"The machine: {json.dumps(asdict(machine))}")
     figures = {}
     for weight_format, export in exports.items():
         print(f"Weights in {weight_format}:")
         if "ours, tuned" in names:
             tune(export)
         folders = {name: checkpoint if name in ON_TORCH else export for name in names}
-        figures[weight_format] = measure(folders, peers, workloads, arguments.repeats)
-    print(write_figures(work, figures, arguments.repeats))
+        limits = Limits(machine, *weight_facts(export))
+        figures[weight_format] = measure(folders, peers, workloads, arguments.repeats, limits)
+    print(write_figures(work, figures, arguments.repeats, machine))
 
 
 if __name__ == "__main__":

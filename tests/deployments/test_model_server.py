@@ -148,8 +148,11 @@ def test_errors_have_the_form_and_the_status_of_openai(client: openai.OpenAI, na
     assert option.value.param == "logit_bias"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
-    with pytest.raises(openai.NotFoundError) as nowhere:
+    with pytest.raises(openai.BadRequestError, match="is for text-generation") as other:
         client.embeddings.create(model=name, input="x", encoding_format="float")
+    assert other.value.code == "model_not_supported"
+    with pytest.raises(openai.NotFoundError) as nowhere:
+        client.images.generate(model=name, prompt="x")
     assert nowhere.value.code == "unknown_url"
 
 

@@ -360,7 +360,8 @@ def check_task(case: ExportCase) -> str | None:
     task = "feature-extraction" if case.is_vector and is_causal(case.config) else case.recipe.task
     if support is None or task in support.tasks:
         return None
-    possible = sorted({name for name, task in EXPORT_TASKS.items() if task in support.tasks})
+    names = [name for name in EXPORT_TASKS if case.is_vector or name not in VECTOR_TASKS]
+    possible = sorted(name for name in names if EXPORT_TASKS[name] in support.tasks)
     if not possible:
         return (
             f"{case.name} is a {case.model_type!r} model, which does not generate text "
