@@ -131,7 +131,9 @@ class ShardModel:
     @classmethod
     def of(cls, model: Model) -> ShardModel:
         """Return a model without its secrets."""
-        fields = _plain(model.model_dump(mode="json", exclude={"credentials": {"token"}, "headers": True}))
+        # What is left to its default stays so: options that are given for a batch or a row are put over the others.
+        secret: Any = {"credentials": {"token"}, "headers": True}
+        fields = _plain(model.model_dump(mode="json", exclude=secret, exclude_unset=True))
         secrets = {}
         if model.credentials is not None and model.credentials.token is not None:
             secrets["credentials"] = _reference(model.credentials)

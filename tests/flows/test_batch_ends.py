@@ -171,7 +171,7 @@ def test_a_server_that_is_gone_for_good_does_not_keep_a_batch_from_ending(tmp_pa
 def test_no_token_is_in_what_is_sent_to_another_process() -> None:
     credentials = HuggingFaceCredentials(token=CANARY)
     models = [
-        LocalModel(model_id="a/b", backend="torch", credentials=credentials),
+        LocalModel(model_id="a/b", backend="torch", credentials=credentials, options={"max_new_tokens": 5}),
         InferenceEndpoint(url="http://127.0.0.1:1", credentials=credentials, headers={"x-key": CANARY}),
     ]
 
@@ -185,7 +185,9 @@ def test_no_token_is_in_what_is_sent_to_another_process() -> None:
     assert CANARY.encode() not in content
     assert borrowed == models  # in this process they are themselves
     (lent, _) = cloudpickle.loads(content)
-    assert lent[0].borrow().credentials.token is None
+    there = lent[0].borrow()
+    assert there.credentials.token is None
+    assert there.options.model_fields_set == models[0].options.model_fields_set  # defaults stay defaults
     with pytest.raises(BatchError, match=r"are not saved, and no token travels"):
         lent[1].borrow()
 
