@@ -287,7 +287,8 @@ class BatchJob:
     def make_requests(self) -> RequestMaker:
         """Return what makes the requests of rows that have one prompt each."""
         if self.table.format == "openai":
-            return OpenAIRows(self.options, self.served_names, self.duplicate_rows, self.greedy[0])
+            task = self.asked[0].get("task") if self.asked else None
+            return OpenAIRows(self.options, self.served_names, self.duplicate_rows, self.greedy[0], task)
         return PromptRows(
             self.prompt, self.system, self.messages_column, self.option_columns, self.options, self.greedy[0],
             self.input_type,

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
 from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, Output
-from prefect_huggingface.tasks.batching.requests import read_line
+from prefect_huggingface.tasks.batching.requests import NO_VECTORS, read_line
 from prefect_huggingface.tasks.batching.run import STATUSES
 from prefect_huggingface.tasks.batching.shard import Chosen
 from prefect_huggingface.tasks.batching.vectors import dimensions_of, read_vector, vector_column, vector_type
@@ -30,6 +30,7 @@ from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk, check_unchanged, get_schema, read_chunks
 from prefect_huggingface.tasks.storage.tables.writers import open_writer, to_json
+from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL
 
 SAMPLE_ROWS = 20
 LENGTH_BOUNDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -396,6 +397,8 @@ class OpenAIBatchWriter:
             return {**record, "response": None, "error": {"code": "malformed", "message": answer["error"]}}
         if answer["error"] is not None:
             code, body = error_status(answer["status"]), error_body(answer["status"], answer["error"])
+        elif line["url"] == EMBEDDINGS_URL and read_vector(answer["details"]) is None:  # of an endpoint
+            code, body = error_status("bad_answer"), error_body("bad_answer", NO_VECTORS)
         else:
             code, body = 200, self._body(line, answer, name)
         return {**record, "response": {"status_code": code, "request_id": f"req_{name}", "body": body}, "error": None}

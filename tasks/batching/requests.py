@@ -13,12 +13,14 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, OpenAICall, read_call
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL, VectorCall, read_embedding_call
 
 OPENAI_COLUMNS = ("custom_id", "url", "body")
+NO_VECTORS = "The model writes text and makes no vectors. Use a model for embeddings."
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +222,7 @@ class OpenAIRows:
         served_names: Names under which the lines may call the model; any where there are none.
         duplicate_rows: Rows whose id an earlier row has.
         greedy: Whether equal prompts have equal answers.
+        task: What the model is for, where that is known.
     """
 
     def __init__(
@@ -228,7 +231,9 @@ class OpenAIRows:
         served_names: tuple[str, ...] = (),
         duplicate_rows: tuple[int, ...] = (),
         greedy: bool = True,
+        task: str | None = None,
     ) -> None:
+        self._writes_text = task is not None and task not in VECTOR_TASKS
         self._names, self._greedy = served_names, greedy
         self._options = GenerationOptions(**options)
         self._duplicates = frozenset(duplicate_rows)
@@ -253,6 +258,8 @@ class OpenAIRows:
                 "unknown_model", f"The model {body.get('model')!r} is not here. Use {' or '.join(self._names)}."
             )
         call = read_line(str(row.get("url")), body)
+        if isinstance(call, VectorCall) and self._writes_text:
+            raise BodyError("invalid_option", NO_VECTORS, "model")
         if call.stream:
             raise BodyError("invalid_option", "`stream` is not supported in a batch, got True. Leave it out.", "stream")
         if len(call.requests) > 1:
