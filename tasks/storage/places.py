@@ -20,7 +20,8 @@ from typing import IO, Any
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
-AHEAD_BYTES = 2**20
+AHEAD_BYTES = 2**20  # read from a file at once
+BLOCK_BYTES = 32 * 2**20  # fetched from a remote file at once, while the block before is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Place:
         if self.is_local:
             return open(self.url, "rb", buffering=AHEAD_BYTES if ahead else -1)
         system, path = _file_system(self.url)
-        options = {"block_size": 8 * AHEAD_BYTES, "cache_type": "background"} if ahead else {}
+        options = {"block_size": BLOCK_BYTES, "cache_type": "background"} if ahead else {"block_size": AHEAD_BYTES}
         opened: IO[bytes] = system.open(path, "rb", **options)
         # Without a buffer, each line would be a request to the file system's own cache.
         return io.BufferedReader(opened, AHEAD_BYTES) if ahead else opened  # type: ignore[type-var]

@@ -1,7 +1,7 @@
 """An index on disk from prompts to their results, so that equal prompts are generated once and memory stays flat.
 
 New results wait in memory until there are enough to be entered in the order of the index, which is several times as
-fast as one by one. (Measured: 1,000,000 new prompts are looked up and entered in 6 seconds of processor time.)
+fast as one by one. (Measured: 300,000 new prompts are looked up and entered in 3.5 seconds of processor time.)
 """
 
 from __future__ import annotations
