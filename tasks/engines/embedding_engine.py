@@ -2,8 +2,8 @@
 
 Plain OpenVINO with batches of our own, and not OpenVINO GenAI's `TextEmbeddingPipeline`: with real MiniLM weights GenAI
 2026.4 took 26.4 ms of processor time for a text, its documents sorted by length too, and this way 17.5 ms, the same
-vectors; and GenAI tells neither the tokens nor the error of one text. Small batches are the faster ones: with 512 tokens
-what is computed stays in the cache of the processor (14.7 ms in another run), with 2,048 it does not (18.9 ms).
+vectors; and GenAI tells neither the tokens nor the error of one text. Batches are small, so that what is computed
+stays in the cache of the processor.
 """
 
 from __future__ import annotations
