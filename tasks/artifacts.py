@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from httpx import TransportError
+from httpx import ConnectError
 from prefect.logging import get_logger
 
 logger = get_logger(__name__)
 
 UPDATE_SECONDS = 1.0
-MAX_RETRIES = 2  # after 2 and 4 seconds
+MAX_RETRIES = 3  # after 2, 4 and 8 seconds
 UNREACHABLE_SECONDS = 120.0
 MAX_TABLE_ROWS = 100
 MAX_TABLE_COLUMNS = 100
@@ -147,7 +147,7 @@ def _call(write: Callable[..., Any], name: str, *arguments: Any, **content: Any)
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: MAX_RETRIES}):
             return write(*arguments, **content)
     except Exception as exc:
-        if isinstance(exc, TransportError):
+        if isinstance(exc, ConnectError):  # and not one that is only busy
             _unreachable_until = time.monotonic() + UNREACHABLE_SECONDS
         logger.warning("The artifact %r could not be written: %s.", name, type(exc).__name__)
         return None

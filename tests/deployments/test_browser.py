@@ -111,7 +111,9 @@ def test_a_batch_is_started_from_its_form_and_watched(browser, deployed, deploym
     run = submit_form(browser, deployed, deployment)
     assert run["parameters"]["source"] == str(rows)
     browser.open(f"/v2/runs/flow-run/{run['id']}", run["name"])
-    browser.wait(lambda: "Completed" in browser.text, "the end of the run", 240)
+    # The page also shows the states of the tasks.
+    browser.wait(lambda: deployed.read_run(run["id"])["state"]["type"] == "COMPLETED", "the end of the run", 240)
+    browser.open(f"/v2/runs/flow-run/{run['id']}", run["name"])
     browser.click("Artifacts")
     browser.wait(lambda: "batch-summary" in browser.text and "batch-samples" in browser.text, "the artifacts")
     browser.keep_screenshot("run")

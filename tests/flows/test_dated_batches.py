@@ -36,7 +36,7 @@ def test_a_run_that_is_started_again_keeps_its_date(tmp_path: Path, bundled_mode
         (tmp_path / f"in-{night:%Y-%m-%d}.jsonl").write_text("".join(lines))
     parameters = {
         "model": model, "source": f"{tmp_path}/in-{{date}}.jsonl", "destination": f"{tmp_path}/out-{{date}}.jsonl",
-        "prompt": "What is the capital of {country}?", "show_progress": False,
+        "prompt": "What is the capital of {country}?", "more": {"show_progress": False},
     }  # fmt: skip
     first, second = tmp_path / f"out-{last_night:%Y-%m-%d}.jsonl", tmp_path / f"out-{tonight:%Y-%m-%d}.jsonl"
 
@@ -44,7 +44,7 @@ def test_a_run_that_is_started_again_keeps_its_date(tmp_path: Path, bundled_mode
     broken = tmp_path / f"in-{last_night:%Y-%m-%d}.jsonl"
     whole = broken.read_text()
     run = schedule(batch_inference, last_night, source="")
-    failing = {**parameters, "max_failures": 0.1, "prompt": "{country}{nothing}"}
+    failing = {**parameters, "more": {"max_failures": 0.1}, "prompt": "{country}{nothing}"}
     broken.write_text('{"country": "France", "nothing": null}\n' + whole)
     with pytest.raises(Exception, match="max_failures"):
         run_flow(batch_inference, flow_run=run, parameters=failing)
@@ -60,7 +60,7 @@ def test_a_run_that_is_started_again_keeps_its_date(tmp_path: Path, bundled_mode
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run.id, Scheduled(), force=True)
         again = client.read_flow_run(run.id)
-    summary = run_flow(batch_inference, flow_run=again, parameters={**failing, "max_failures": None})
+    summary = run_flow(batch_inference, flow_run=again, parameters={**failing, "more": {"max_failures": None}})
     assert summary.destination == str(first)
     assert summary.resumed == 3
 
