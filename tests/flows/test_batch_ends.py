@@ -15,6 +15,7 @@ import cloudpickle
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import serialize_context
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -39,6 +40,8 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 PROMPT = "What is the number {number} in French?"
 CANARY = "hf_canarycanarycanarycanary"
+# The server gives 200 of all the runs of the session.
+NEWEST = FlowRunSort.EXPECTED_START_TIME_DESC
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def test_a_run_that_is_cancelled_outside_a_worker_stops_soon_and_keeps_its_rows(
     while len(read_answers(tmp_path, 1)) < 20 and process.poll() is None:
         time.sleep(0.05)
     with get_client(sync_client=True) as client:
-        (run,) = [run for run in client.read_flow_runs() if run.parameters.get("destination") == destination]
+        (run,) = [run for run in client.read_flow_runs(sort=NEWEST) if run.parameters.get("destination") == destination]
         client.set_flow_run_state(run.id, Cancelled(), force=True)
         began = time.monotonic()
         assert process.wait(60) != 0
