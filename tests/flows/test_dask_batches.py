@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel
@@ -36,7 +36,7 @@ def attempts(journal: Journal) -> set[tuple[int, str]]:
 
 def count_with_canary(canary: str, dask_scheduler: Any = None) -> tuple[int, int]:
     """Return how many tasks the scheduler holds, and in how many of them the canary is. It runs in the scheduler."""
-    specs = [pickle.dumps(task.run_spec) for task in dask_scheduler.tasks.values()]
+    specs = [cloudpickle.dumps(task.run_spec) for task in dask_scheduler.tasks.values()]
     return len(specs), sum(canary.encode() in spec for spec in specs)
 
 
