@@ -71,15 +71,14 @@ class OpenVINOTextEngine(EngineWorker):
             EngineError: If OpenVINO cannot load the model with these settings.
         """
         device, properties = choose_device(model), compile_properties(model)
-        check_fit(get_adapters(model), path)
+        adapters = get_adapters(model)
+        check_fit(adapters, path)
         self.sizes = choose_sizes(path, model.engine, kv_cache_precision(device, properties))
         self._options = model.engine
         with ThreadPoolExecutor(1) as beside:
             # OpenVINO compiles on one core and lets other threads run meanwhile.
             rust = beside.submit(RustTokenizer.of_folder, path)
-            self._load_pipeline = partial(
-                GenaiPipeline, path, device, properties, self.sizes, adapters=get_adapters(model)
-            )
+            self._load_pipeline = partial(GenaiPipeline, path, device, properties, self.sizes, adapters=adapters)
             self._pipeline = self._load_pipeline(model.engine)
         self._scorer: GenaiPipeline | None = None
         tokenizer: Tokenizer = rust.result() or GenaiTokenizer(self._pipeline.tokenizer)

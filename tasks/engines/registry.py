@@ -447,9 +447,10 @@ def _held(lock: threading.Lock, model: str) -> Iterator[None]:
 def model_folder(model: LocalModel) -> Path:
     """Return the folder that the engine of a model loads; make it first where needed."""
     adapters = get_adapters(model)
-    if os.path.isdir(model.model_id):
-        check_fit(adapters, Path(model.model_id))
     if model.backend == "openvino":
+        if os.path.isdir(model.model_id):
+            # Engines check what they load; this is before an export is made for nothing.
+            check_fit(adapters, Path(model.model_id))
         from prefect_huggingface.tasks.storage.exports.store import get_export
 
         return get_export(model).path

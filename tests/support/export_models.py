@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer, save_with_spread_weights
 
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 DECODER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -60,9 +60,4 @@ def make_model(folder: Path, architecture: str, seed: int = 0, **changes: Any) -
     torch.manual_seed(seed)
     name = CLASS_NAMES.get(architecture, f"{prefix}ForCausalLM")
     model = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_with_spread_weights(model, folder)

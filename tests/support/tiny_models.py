@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -40,6 +41,18 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> i
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return len(fast)
+
+
+def save_with_spread_weights(model: Any, folder: Path) -> Path:
+    """Save a model with random weights that are far enough apart for its answers to differ; return its folder."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    return folder
 
 
 def make_tiny_llama(

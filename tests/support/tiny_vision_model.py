@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_models import SPECIAL_TOKENS, make_tokenizer
+from support.tiny_models import SPECIAL_TOKENS, make_tokenizer, save_with_spread_weights
 
 IMAGE_SIZE = 28
 CHAT_TEMPLATE = (
@@ -54,12 +54,7 @@ def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_with_spread_weights(model, folder)
 
 
 def draw_image(path: Path, seed: int, width: int = 40, height: int = 56) -> Path:

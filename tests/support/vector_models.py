@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.tiny_models import SAMPLE_TEXTS
+from support.tiny_models import SAMPLE_TEXTS, save_with_spread_weights
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -86,12 +86,7 @@ def _make_checkpoint(
     config = getattr(transformers, f"{prefix}Config")(vocab_size=vocabulary, **{**tokens, **settings})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}{suffix}")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_with_spread_weights(model, folder)
 
 
 def _make_tokenizer(folder: Path, prefix: str, end: str | None) -> int:

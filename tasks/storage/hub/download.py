@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import httpx
 from prefect.logging import get_logger
@@ -63,9 +63,6 @@ from prefect_huggingface.tasks.storage.hub.client import (
     resolve,
 )
 from prefect_huggingface.tasks.storage.hub.progress import BAR_SECONDS, Progress
-
-if TYPE_CHECKING:
-    pass
 
 Access = Literal["open", "granted", "refused", "not asked"]
 

@@ -11,6 +11,7 @@ from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
 from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine, language_ids
 from prefect_huggingface.tasks.records import Request
 from support.export_models import ENCODER_DECODER
+from support.tiny_models import save_with_spread_weights
 
 CODES = ["eng_Latn", "deu_Latn", "fra_Latn"]
 WORDS = ["▁the", "▁house", "▁is", "▁green", "▁das", "▁Haus", "▁ist", "▁grün", "e", "n", "t"]
@@ -30,12 +31,7 @@ def nllb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     config = M2M100Config(vocab_size=len(tokenizer), **{**ENCODER_DECODER, **special})
     model = M2M100ForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_with_spread_weights(model, folder)
 
 
 @pytest.fixture(scope="module")

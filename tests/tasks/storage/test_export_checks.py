@@ -17,7 +17,7 @@ from prefect_huggingface.tasks.storage.exports.exporter import LARGEST_GAP, chec
 from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from support.export_models import SPECIAL
-from support.tiny_models import make_tokenizer
+from support.tiny_models import make_tokenizer, save_with_spread_weights
 
 SECRETS = {
     "DATABASE_URL": "postgresql://user:pass-word@host/base", "HTTPS_PROXY": "http://user:pass-word@proxy:3128",
@@ -84,12 +84,7 @@ def make_checkpoint(folder: Path, name: str, **settings: object) -> Path:
     config = getattr(transformers, f"{name}Config")(vocab_size=make_tokenizer(folder), **SPECIAL, **settings)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.2)
-    model.save_pretrained(folder)
-    return folder
+    return save_with_spread_weights(model, folder)
 
 
 @pytest.mark.slow
