@@ -39,7 +39,13 @@ from prefect_huggingface.tasks.engines.torch_batch import (
     run_whole_batch,
     score_continuations,
 )
-from prefect_huggingface.tasks.engines.torch_loading import end_tokens, load_tokenizer, load_torch_model, pad_token
+from prefect_huggingface.tasks.engines.torch_loading import (
+    avoid_attention_plans,
+    end_tokens,
+    load_tokenizer,
+    load_torch_model,
+    pad_token,
+)
 from prefect_huggingface.tasks.engines.torch_sampling import Sampler, advance
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.errors import SettingsError
@@ -72,6 +78,7 @@ class TorchEngine(EngineWorker):
     @classmethod
     def of_loaded(cls, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> Self:
         """Return an engine of a model and a tokenizer or processor that are loaded already. They are not changed."""
+        avoid_attention_plans(loaded)
         engine = cls.__new__(cls)
         engine._start(loaded, tokenizer, inputs, model)
         return engine

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from benchmark_contenders import CONTENDERS
-from benchmark_models import make_checkpoint, make_exports
+from benchmark_models import SHAPES, make_checkpoint, make_exports
 from benchmark_workloads import Workload, make_workloads
 from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
 
@@ -226,15 +226,17 @@ def main() -> None:
     """Read the arguments, measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few rows, to try the benchmark itself")
+    parser.add_argument("--shape", default="135m", choices=list(SHAPES), help="whose shape the model has")
     parser.add_argument("--repeats", type=int, default=5, help="how often each engine does each workload")
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"], help="weight formats")
     parser.add_argument("--engines", nargs="+", default=list(CONTENDERS), help="which engines")
     parser.add_argument("--workloads", nargs="+", default=None, help="which workloads")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     arguments = parser.parse_args()
-    work = arguments.output / ("quick" if arguments.quick else "smollm2-135m-shape")
+    shape = "quick" if arguments.quick else arguments.shape
+    work = arguments.output / f"{shape}-shape"
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = make_checkpoint(work / "checkpoint", quick=arguments.quick)
+    checkpoint = make_checkpoint(work / "checkpoint", shape=SHAPES[shape])
     exports = make_exports(checkpoint, work.absolute() / "store", arguments.formats)
     wants_peer = any(name.startswith("langchain") for name in arguments.engines)
     peers = install_peer(arguments.output.absolute() / "peers") if wants_peer else None

@@ -1,10 +1,11 @@
-"""The model of the benchmark: SmolLM2-135M's shape with random weights, and a tokenizer of its size."""
+"""The models of the benchmarks: shapes of real ones with random weights, and a tokenizer of their size."""
 
 from __future__ import annotations
 
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 49152
 LONGEST_TOKEN = 8
@@ -17,11 +18,23 @@ SHAPE = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+# Llama 3.2 1B, but for its vocabulary.
+SHAPE_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 QUICK_SHAPE = {**SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
+SHAPES = {"quick": QUICK_SHAPE, "135m": SHAPE, "1b": SHAPE_1B}
 
 
-def make_checkpoint(folder: Path, *, quick: bool = False) -> Path:
-    """Make the checkpoint where it is missing and return its folder."""
+def make_checkpoint(folder: Path, *, shape: dict[str, Any] = SHAPE) -> Path:
+    """Make the checkpoint of a shape where it is missing and return its folder."""
     if (folder / "config.json").is_file():
         return folder
     import torch
@@ -31,7 +44,6 @@ def make_checkpoint(folder: Path, *, quick: bool = False) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     make_tokenizer(unfinished)
     torch.manual_seed(0)
-    shape = QUICK_SHAPE if quick else SHAPE
     config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
     LlamaForCausalLM(config).save_pretrained(unfinished)
     unfinished.rename(folder)

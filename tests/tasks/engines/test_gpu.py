@@ -164,6 +164,20 @@ def test_encoder_decoder_models_say_the_same_on_the_gpu(tmp_path):
     assert answers[0] == answers[1]
 
 
+def test_lengths_that_never_came_before_cost_no_more_than_others(tmp_path):
+    """Attention kernels that plan every new length took ten times as long for them."""
+    folder = make_tiny_llama(tmp_path, hidden_size=576, layers=30, context_length=1024)
+    seconds = []
+    options = GenerationOptions(max_new_tokens=64, ignore_eos=True)
+    with TorchTextEngine(folder, block(folder, device="0", dtype="bfloat16", options=options)) as engine:
+        run(engine, PROMPTS[:1], max_new_tokens=4)
+        for _ in range(2):
+            started = time.perf_counter()
+            run(engine, [SAMPLE_TEXTS[0] * 2], 1)
+            seconds.append(time.perf_counter() - started)
+    assert seconds[0] < 3 * seconds[1]
+
+
 def test_batches_on_the_gpu_are_many_times_faster(tmp_path):
     """64 prompts together against one after another, on a random model of the shape of SmolLM2-135M."""
     import torch
