@@ -309,13 +309,14 @@ def test_a_load_that_fails_leaves_nothing_in_the_temporary_folder(local_family, 
     if not list(broken.glob("*.xml")):
         (broken / "model.safetensors").write_bytes(b"\x00" * 64)
     (tmp_path / "temporary").mkdir()
+    unload_engines()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     threads = engine_threads()
     family = local_family.with_settings(model_id=str(broken))
     with pytest.raises(Exception, match=r"."):
         load_engine(family.model)
     assert list((tmp_path / "temporary").iterdir()) == []
-    assert broken.name not in str(list_engines())
+    assert list_engines() == []
     wait_until(lambda: not (engine_threads() - threads))
 
 
