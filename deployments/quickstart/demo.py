@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,8 @@ def find_subject() -> Subject:
 def prepare_formats(subject: Subject) -> dict[str, Outcome]:
     """Prepare the model for torch, and then the exports, which are made from that, side by side."""
     outcomes = {}
+    # Meanwhile this process only waits for the Prefect server to start.
+    threading.Thread(target=import_module, args=("transformers.models.llama.modeling_llama",), daemon=True).start()
     with working("torch: preparing the model"):
         outcomes["torch"] = prepare_format(subject, "torch")
     with working(f"{' and '.join(FORMATS)}: preparing the model"), ThreadPoolExecutor(len(FORMATS)) as pool:
