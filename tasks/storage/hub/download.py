@@ -47,6 +47,7 @@ from prefect_huggingface.tasks.storage.hub.cache import (
     known_commit,
     read_manifest,
     verified_blobs,
+    verify_files,
     works_offline,
     write_manifest,
 )
@@ -344,19 +345,23 @@ class _Fetch:
 
     def run(self) -> Snapshot:
         with HubConnection(self.model.get_credentials(), self.model.model_id) as hub, self._disk_errors(hub):
-            self.folder.check_writable()
             state = resolve(hub, self.revision, RetryPolicy(hub.attempts, self.stop))
             chosen = choose_files(self.model, hub, state, RetryPolicy(hub.attempts, self.stop))
             if state.is_restricted:
                 self._check_access(hub, state, chosen)
             manifest = find_complete(self.folder, state.commit, self.selection.key)
+            if manifest is None and not self.folder.is_writable:
+                facts = {"gated": state.gated, "licence": state.licence}
+                manifest = verify_files(self.folder, state.commit, self.selection.key, chosen, **facts)
             if manifest is None:
+                self.folder.check_writable()
                 make_room(self.model, self.folder, state.commit, chosen)
                 with self.folder.lock(REPOSITORY_LOCK, self.lock_timeout):
                     # Another process may have fetched it meanwhile.
                     manifest = find_complete(self.folder, state.commit, self.selection.key)
                     manifest = manifest or self._download(hub, state, chosen)
-            if not COMMIT.fullmatch(self.revision) and not state.commit.startswith(self.revision):
+            is_name = not COMMIT.fullmatch(self.revision) and not state.commit.startswith(self.revision)
+            if is_name and self.folder.is_writable:
                 self.folder.write(self.folder.reference(self.revision), state.commit)
             return manifest.snapshot(self.folder)
 
