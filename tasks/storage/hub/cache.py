@@ -47,6 +47,27 @@ REPOSITORY_LOCK = "repository"
 """Held while a snapshot is downloaded or removed."""
 
 FORMAT = 1
+# Configuration, tokenizer and chat template: small files at the top of the repository.
+_SMALL = re.compile(
+    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
+    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"  # steps after the model, as of Sentence Transformers
+)
+_USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
+_TOKENIZERS = {
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "source.spm", "vocab.json", "vocab.txt", "openvino_tokenizer.xml",
+}  # fmt: skip
+_OPENVINO = re.compile(r"openvino_[^/]+\.(xml|bin)")
+_OPENVINO_MODEL = re.compile(r"openvino_(model|language_model|encoder_model|decoder_model)\.xml")
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
+_SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
+RULES = 3
+"""Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
+ADAPTER = "adapter"
+"""What stands in place of a backend where a repository holds no model but an adapter of PEFT."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def hub_folder(store: ModelStore, endpoint: str) -> Path:
@@ -197,31 +218,6 @@ class RepositoryFolder:
             return self.reference(revision).read_text(encoding="utf-8").strip()
         except OSError:
             return None
-
-
-# Configuration, tokenizer and chat template: small files at the top of the repository.
-_SMALL = re.compile(
-    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
-    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"  # steps after the model, as of Sentence Transformers
-)
-_USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
-_TOKENIZERS = {
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "source.spm", "vocab.json", "vocab.txt", "openvino_tokenizer.xml",
-}  # fmt: skip
-_OPENVINO = re.compile(r"openvino_[^/]+\.(xml|bin)")
-_OPENVINO_MODEL = re.compile(r"openvino_(model|language_model|encoder_model|decoder_model)\.xml")
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
-_SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
-RULES = 3
-"""Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
-
-
-ADAPTER = "adapter"
-"""What stands in place of a backend where a repository holds no model but an adapter of PEFT."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)

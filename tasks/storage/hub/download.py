@@ -66,6 +66,13 @@ from prefect_huggingface.tasks.storage.hub.client import (
 from prefect_huggingface.tasks.storage.hub.progress import BAR_SECONDS, Progress
 
 Access = Literal["open", "granted", "refused", "not asked"]
+SPARE_BYTES = 1 << 20
+logger = get_logger(__name__)
+PARALLEL_FILES = 4
+LARGEST_CORRUPT_COUNT = 2
+SMALLEST_PROGRESS_BYTES = 1 << 20
+"""An attempt that brings less than this, or than 1 % of the file, counts as a failure like one that brings nothing."""
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +216,6 @@ def _ask_access(
     return "granted", None
 
 
-SPARE_BYTES = 1 << 20
-logger = get_logger(__name__)
-
-
 def bytes_here(folder: RepositoryFolder, file: RepositoryFile) -> int:
     """Return how many bytes of a file are in the store, complete or not."""
     if file.blob_name is None:
@@ -268,9 +271,6 @@ def make_room(model: LocalModel, folder: RepositoryFolder, commit: str, files: S
     shortage = space_error(model, folder, files)
     if shortage is not None:
         raise shortage
-
-
-PARALLEL_FILES = 4
 
 
 def fetch_snapshot(model: LocalModel, progress: Progress | None = None) -> Snapshot:
@@ -441,13 +441,6 @@ class _Fetch:
         return Manifest(
             self.model.model_id, state.commit, self.selection.key, entries, gated=state.gated, licence=state.licence
         )
-
-
-LARGEST_CORRUPT_COUNT = 2
-SMALLEST_PROGRESS_BYTES = 1 << 20
-"""An attempt that brings less than this, or than 1 % of the file, counts as a failure like one that brings nothing."""
-
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 class Transfer:
