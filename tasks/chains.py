@@ -47,7 +47,7 @@ def answer_chain(
     rows = []
     for number, (step, result) in enumerate(zip(steps, results, strict=False)):
         asked = chain.make(0, number, {**inputs, **outputs})
-        prompt = asked.request.prompt if isinstance(asked, RowRequest) else None
+        prompt = asked.prompt if isinstance(asked, RowRequest) else None
         rows.append({"step": step.name, "prompt": prompt, "output": result.completion, "error": result.error})
         if result.error is None:
             outputs[step.name] = parse_output(step, result.completion or "")

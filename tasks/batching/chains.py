@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.batching.requests import RowProblem, RowRequest, Template
 from prefect_huggingface.tasks.errors import BatchError, ChainError
-from prefect_huggingface.tasks.records import Request
 
 Parser = Literal["text", "json", "list"]
 SHOWN_CHARACTERS = 200
@@ -185,14 +184,15 @@ class ChainRows:
             texts.append(text)
         prompt, system = texts
         options, number = self._options[step], row * len(self.steps) + step
-        if system is None:
-            request = Request(prompt=prompt, options=options, id=number)
-        else:
-            messages: list[Any] = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-            request = Request(messages=messages, options=options, id=number)
-        shareable = self._greedy[step] and not (options is not None and options.do_sample)
-        text = f"{prompt}\0{system}{self._marks[step]}"
-        return RowRequest(request, text, shareable, self._engines[step])
+        messages: list[Any] | None = None
+        if system is not None:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        return RowRequest(
+            prompt if messages is None else None, messages, options, number,
+            text=f"{prompt}\0{system}{self._marks[step]}",
+            shareable=self._greedy[step] and not (options is not None and options.do_sample),
+            engine=self._engines[step],
+        )  # fmt: skip
 
     def _explain(self, problem: RowProblem, step: int, available: Mapping[str, Any]) -> str:
         for name in self._templates[step].columns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from itertools import count
 from string import Formatter
 from typing import Any, Literal
@@ -31,19 +31,19 @@ class RowProblem:
     message: str
 
 
-@dataclass(slots=True)
-class RowRequest:
+@dataclass(frozen=True, slots=True)
+class RowRequest(Request):
     """The request of a row, or of one step of it.
 
+    Its id is the number of the row, times the number of steps, plus that of the step.
+
     Attributes:
-        request: What to generate. Its id is the number of the row, times the number of steps, plus that of the step.
         text: What tells whether two requests are the same.
         shareable: Whether requests with the same text have the same answer.
         engine: Number of the engine that answers it.
     """
 
-    request: Request
-    text: str
+    text: str = ""
     shareable: bool = True
     engine: int = 0
 
@@ -160,13 +160,14 @@ class PromptRows:
             prompt = self._prompt.render(row)
             if isinstance(prompt, RowProblem):
                 return prompt
-            request = Request(prompt=prompt, options=options, id=number, input_type=self._input_type)
-            return RowRequest(request, prompt + suffix, greedy)
+            return RowRequest(
+                prompt, options=options, id=number, input_type=self._input_type, text=prompt + suffix, shareable=greedy
+            )
         messages = self._conversation(row)
         if isinstance(messages, RowProblem):
             return messages
         text = json.dumps(messages, ensure_ascii=False, default=str) + suffix
-        return RowRequest(Request(messages=messages, options=options, id=number), text, greedy)
+        return RowRequest(messages=messages, options=options, id=number, text=text, shareable=greedy)
 
     def _conversation(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]] | RowProblem:
         messages: list[Mapping[str, Any]] = []
@@ -266,11 +267,12 @@ class OpenAIRows:
             raise BodyError("invalid_prompt", "`prompt` must be one text. Write a line for each prompt.", "prompt")
         [asked] = call.requests
         options = asked.options or GenerationOptions()
-        request = replace(asked, options=self._options.merged(options), id=number)
         vector = [] if asked.input_type is None else [asked.input_type, repr(asked.embedding)]
-        text = json.dumps([request.prompt, request.messages, request.tools, options.model_dump(), *vector], default=str)
+        text = json.dumps([asked.prompt, asked.messages, asked.tools, options.model_dump(), *vector], default=str)
         greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
-        return RowRequest(request, text, shareable=greedy)
+        given = {each.name: getattr(asked, each.name) for each in fields(asked)}
+        given |= {"options": self._options.merged(options), "id": number}
+        return RowRequest(**given, text=text, shareable=greedy)
 
 
 def read_line(url: str, body: Mapping[str, Any]) -> OpenAICall | VectorCall:

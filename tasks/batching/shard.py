@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from operator import attrgetter
@@ -170,27 +170,42 @@ def run_requests(
     Raises:
         EngineError: If an engine was closed, or can be used no more.
     """
-    finished: queue.SimpleQueue[Future[Completion]] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
     pending: set[Future[Completion]] = set()
+
+    def collect(future: Future[Completion]) -> None:
+        # Of the many objects of a future none is kept, so that Python has less to search for garbage.
+        try:
+            finished.put(future.result())
+        except BaseException as exc:
+            finished.put(exc)
+        pending.discard(future)
+
     try:
         while not should_stop():
             for asked in feed.take(limit - len(pending)):
-                future = engines[asked.engine].submit(asked.request)
+                future = engines[asked.engine].submit(asked)
                 pending.add(future)
-                future.add_done_callback(finished.put)
-            if not pending:
+                future.add_done_callback(collect)
+            if not pending and finished.empty():
                 return
-            try:
-                done = [finished.get(timeout=STOP_CHECK_SECONDS)]
-            except queue.Empty:
-                continue
-            while not finished.empty():
-                done.append(finished.get())
-            pending.difference_update(done)
-            yield from _finished(engines, [future.result() for future in done])
+            yield from _finished(engines, _wait_for(finished))
     finally:
-        for future in pending:
+        for future in pending.copy():
             future.cancel()
+
+
+def _wait_for(finished: queue.SimpleQueue[Completion | BaseException]) -> list[Completion]:
+    """Return what finishes next and all that has; nothing if it takes long."""
+    done: list[Completion] = []
+    with suppress(queue.Empty):
+        one = finished.get(timeout=STOP_CHECK_SECONDS)
+        while True:
+            if isinstance(one, BaseException):
+                raise one
+            done.append(one)
+            one = finished.get_nowait()
+    return done
 
 
 def _finished(engines: Sequence[Engine], completions: list[Completion]) -> Iterator[list[Completion]]:
@@ -276,7 +291,6 @@ class RowFeed:
         self._waiting: dict[int, list[int]] = {}  # requests that wait for the result of their first one
         self._digests: dict[int, bytes] = {}
         self._firsts: dict[bytes, int] = {}  # requests in flight by the hash of their prompt
-        self._learnt: list[ResultRow] = []
 
     def take(self, count: int) -> list[RowRequest]:
         """Return the next requests; none when there are none before a request in flight is finished."""
@@ -298,6 +312,7 @@ class RowFeed:
     def finish(self, completions: Iterable[Completion]) -> None:
         """Commit the results of requests, for all rows that wait for them."""
         results: list[ResultRow] = []
+        learnt: list[ResultRow] = []
         for completion in completions:
             if completion.finish_reason == "cancelled":  # somebody closed the engine; the next run takes the row
                 continue
@@ -308,10 +323,11 @@ class RowFeed:
             if digest is not None:
                 del self._firsts[digest]
                 if completion.error is None:  # what failed for want of time or memory may do better next time
-                    self._learnt.append(result)
+                    learnt.append(result)
             self._settle(result, results)
             for other in waiting:
                 self._share(result, other, results)
+        self._learn(learnt)
         self._commit(results)
 
     def _share(self, result: ResultRow, number: int, results: list[ResultRow]) -> None:
@@ -346,7 +362,7 @@ class RowFeed:
     def _requests(self, chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]]) -> Iterator[RowRequest]:
         """Yield the first request of all rows but those that are done or cannot be asked."""
         for chunk, done, known in chunks:
-            self._learn(row for row in known if row.digest is not None and row.error is None)
+            self._learn(row for row in known if row.error is None)
             problems: list[ResultRow] = []
             begun = self._begun(known, done) if self._chain else {}
             for number, row in enumerate(chunk.rows if len(done) < len(chunk) else (), chunk.first):
@@ -365,12 +381,8 @@ class RowFeed:
                 self._commit(problems)
 
     def _learn(self, results: Iterable[ResultRow]) -> None:
-        self._learnt += results
-        if self._index is None:
-            self._learnt = []
-        elif len(self._learnt) >= WINDOW_ROWS:
-            self._index.add(self._learnt)
-            self._learnt = []
+        if self._index is not None:
+            self._index.add(results)
 
     def _start(self, number: int, step: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
         if self._chain is None:
@@ -394,16 +406,13 @@ class RowFeed:
         """Return the requests that are new; the others get, or wait for, the result of their like."""
         if self._index is None:
             return asked
-        if self._learnt:
-            self._index.add(self._learnt)
-            self._learnt = []
         new = [each for each in asked if not each.shareable]
         shared = [each for each in asked if each.shareable]
         digests = [blake2b(each.text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for each in shared]
         known = self._index.find(digests)
         results: list[ResultRow] = []
         for each, digest in zip(shared, digests, strict=True):
-            number = int(each.request.id or 0)
+            number = int(each.id or 0)
             if (found := known.get(digest)) is not None:
                 self._share(found, number, results)
             elif (first := self._firsts.get(digest)) is not None:
@@ -469,14 +478,9 @@ def order_window(window: list[RowRequest]) -> list[RowRequest]:
     texts = [request.text for request in window]
     common = len(os.path.commonprefix([min(texts), max(texts)]))
     prefixes = [each[common : common + PREFIX_CHARACTERS] for each in texts]
-    count = Counter(prefixes)
-
-    def place(index: int) -> tuple[str, int]:
-        prefix = prefixes[index]
-        shared = count[prefix] > 1 and len(prefix) == PREFIX_CHARACTERS
-        return (prefix if shared else "", -len(texts[index]))
-
-    return [window[index] for index in sorted(range(len(window)), key=place)]
+    shared = {each for each, count in Counter(prefixes).items() if count > 1 and len(each) == PREFIX_CHARACTERS}
+    keys = [(each if each in shared else "", -len(text)) for each, text in zip(prefixes, texts, strict=True)]
+    return [window[index] for index in sorted(range(len(window)), key=keys.__getitem__)]
 
 
 def answer_row(engines: Sequence[Engine], chain: ChainRows, values: Mapping[str, Any]) -> list[ResultRow]:

@@ -32,6 +32,9 @@ from prefect_huggingface.tasks.records import Request
 TemplateUse = Literal["auto", "always", "never"]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+# More characters than this for each token are too many in any language.
+CHARACTERS_PER_TOKEN = 64
+LANGUAGE_OPTIONS = ("src_lang", "tgt_lang", "forced_bos_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,6 @@ class Languages(Protocol):
 
     def mark_source(self, ids: list[int], options: GenerationOptions) -> list[int]:
         """Return the tokens of a prompt with that of its language."""
-
-
-# More characters than this for each token are too many in any language.
-CHARACTERS_PER_TOKEN = 64
-LANGUAGE_OPTIONS = ("src_lang", "tgt_lang", "forced_bos_token_id")
 
 
 class InputProcessor:

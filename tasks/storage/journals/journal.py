@@ -29,6 +29,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import compress
+from operator import not_
 from typing import Any, NamedTuple
 
 from prefect.logging import get_logger
@@ -135,12 +137,12 @@ def segment_schema() -> Any:
     return pa.schema([(name, kinds.get(name, pa.string())) for name in ResultRow._fields])
 
 
-def encode_segment(job: str, rows: Sequence[ResultRow]) -> bytes:
+def encode_segment(job: str, rows: Sequence[tuple[Any, ...]]) -> bytes:
     """Return the content of a segment.
 
     Args:
         job: Key of the job.
-        rows: At least one.
+        rows: Finished steps, with the fields of `ResultRow`. At least one.
     """
     import pyarrow as pa
 
@@ -258,7 +260,7 @@ class Journal:
         counts = [(name.rows, name.failed, name.tokens, 1) for name in self.names()]
         return JournalCounts(*map(sum, zip(*counts, strict=True)))
 
-    def append(self, epoch: int, attempt: str, number: int, job: str, rows: Sequence[ResultRow]) -> SegmentName:
+    def append(self, epoch: int, attempt: str, number: int, job: str, rows: Sequence[tuple[Any, ...]]) -> SegmentName:
         """Write a segment durably, and return its name.
 
         Args:
@@ -266,15 +268,16 @@ class Journal:
             attempt: Random name of the attempt at a shard, 8 hexadecimal digits.
             number: Number within the attempt.
             job: Key of the job.
-            rows: Finished steps. At least one.
+            rows: Finished steps, with the fields of `ResultRow`. At least one.
         """
         content = encode_segment(job, rows)
-        numbers = [row.row for row in rows]
+        columns = dict(zip(ResultRow._fields, zip(*rows, strict=True), strict=True))
+        last, shared = columns["is_last"], columns["shared"]
         name = SegmentName(
-            epoch, attempt, number, min(numbers), max(numbers), len(rows),
-            rows=sum(row.is_last for row in rows),
-            failed=sum(row.is_last and row.error is not None for row in rows),
-            tokens=sum(row.generated_tokens for row in rows if not row.shared),
+            epoch, attempt, number, min(columns["row"]), max(columns["row"]), len(rows),
+            rows=sum(last),
+            failed=sum(error is not None for error in compress(columns["error"], last)),
+            tokens=sum(compress(columns["generated_tokens"], map(not_, shared))),
             checksum=checksum(content),
         )  # fmt: skip
         self.segments.child(str(name)).write(content)
@@ -435,7 +438,8 @@ class JournalWriter(AbstractContextManager["JournalWriter"]):
     def __init__(self, journal: Journal, job: str, epoch: int) -> None:
         self._journal, self._job, self._epoch = journal, job, epoch
         self._pause = SHORTEST_INTERVAL if journal.place.is_local else SHORTEST_REMOTE_INTERVAL
-        self._rows: list[ResultRow] = []
+        # Plain tuples of texts and numbers: Python's search for garbage looks at each once, and then leaves it alone.
+        self._rows: list[tuple[Any, ...]] = []
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
@@ -450,7 +454,7 @@ class JournalWriter(AbstractContextManager["JournalWriter"]):
         with self._changed:
             self._changed.wait_for(lambda: len(self._rows) <= BUFFER_ROWS or self._error)
             self._check()
-            self._rows += rows
+            self._rows += map(tuple, rows)
             if len(self._rows) >= COMMIT_ROWS:
                 self._changed.notify_all()
 

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from prefect_huggingface.tasks.batching.requests import RowRequest
 from prefect_huggingface.tasks.batching.shard import PREFIX_CHARACTERS, make_windows, order_window
-from prefect_huggingface.tasks.records import Request
 
 
 def asked(texts: list[str]) -> list[RowRequest]:
-    return [RowRequest(Request(prompt=text), text) for text in texts]
+    return [RowRequest(text, text=text) for text in texts]
 
 
 def ordered(texts: list[str]) -> list[str]:

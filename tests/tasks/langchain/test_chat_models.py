@@ -67,8 +67,8 @@ def load(folder: Path, backend: str) -> HuggingFacePipeline:
 
 
 @pytest.fixture(params=["default", "openvino"])
-def llm(request: pytest.FixtureRequest, tiny_llama: Path) -> HuggingFacePipeline:
-    return load(tiny_llama, request.param)
+def llm(request: pytest.FixtureRequest, tiny_llama_int8: Path) -> HuggingFacePipeline:
+    return load(tiny_llama_int8, request.param)
 
 
 @pytest.fixture

@@ -43,8 +43,8 @@ def engine_of(llm: HuggingFacePipeline) -> Any:
 
 
 @pytest.fixture(params=["default", "openvino"])
-def llm(request: pytest.FixtureRequest, tiny_llama: Path) -> HuggingFacePipeline:
-    return load(tiny_llama, request.param)
+def llm(request: pytest.FixtureRequest, tiny_llama_int8: Path) -> HuggingFacePipeline:
+    return load(tiny_llama_int8, request.param)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from support.export_models import make_model
 from support.gguf_models import byte_level_fields, write_gguf
 
 GREEDY = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+# One export for all tests of this file.
+EXACT: dict[str, Any] = {"weight_format": "fp32", "ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def test_a_file_answers_as_its_source_on_both_backends(
     prompts = ["The capital of France is", "One, two, three"]
     source = LocalModel(model_id=str(tiny_llama), backend="torch", options=GREEDY, store=gguf_store)
     expected = [completion.text for completion in generate_text.fn(source, prompts)]
-    for settings in ({"backend": "torch"}, {"weight_format": "fp32", "ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}):
+    for settings in ({"backend": "torch"}, EXACT):
         model = LocalModel(model_id=str(gguf_file), options=GREEDY, store=gguf_store, **settings)
         assert [completion.text for completion in generate_text.fn(model, prompts)] == expected
 
@@ -83,7 +85,7 @@ def test_a_file_answers_as_its_source_on_both_backends(
 def test_a_file_is_known_by_its_content(gguf_file: Path, gguf_store: ModelStore, tmp_path: Path) -> None:
     import hashlib
 
-    model = LocalModel(model_id=str(gguf_file), weight_format="int8", store=gguf_store)
+    model = LocalModel(model_id=str(gguf_file), store=gguf_store, **EXACT)
     planned = plan_model(model)
     assert planned.commit == f"gguf.{CONVERSION}-{hashlib.sha256(gguf_file.read_bytes()).hexdigest()}"
     assert planned.parameters > 0
@@ -103,7 +105,7 @@ def test_a_file_is_known_by_its_content(gguf_file: Path, gguf_store: ModelStore,
 
 
 def test_an_export_outlives_its_checkpoint(gguf_file: Path, gguf_store: ModelStore) -> None:
-    model = LocalModel(model_id=str(gguf_file), weight_format="int8", store=gguf_store)
+    model = LocalModel(model_id=str(gguf_file), store=gguf_store, **EXACT)
     made = export_model(model)
     checkpoint = fetch_model(model)
     assert checkpoint.path in {entry.path for entry in list_stored(gguf_store)}
@@ -125,10 +127,10 @@ def test_a_replaced_file_is_another_model(tiny_llama: Path, tmp_path: Path) -> N
 
 
 def test_formats_are_compared_with_the_file(gguf_file: Path, gguf_store: ModelStore) -> None:
-    model = LocalModel(model_id=str(gguf_file), weight_format="int8", store=gguf_store)
+    model = LocalModel(model_id=str(gguf_file), store=gguf_store, **EXACT)
     quality = compare_formats(model, prompts=["The capital of France is"], max_new_tokens=4)
     assert quality.source == str(gguf_file)
-    assert quality.agreement > 0.5
+    assert quality.agreement == 1.0
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
