@@ -114,11 +114,21 @@ def save_default_blocks(
 def _save(block: Block, overwrite: bool, name: str = NAME) -> bool:
     kind = type(block)._block_type_name
     try:
-        block.save(name, overwrite=overwrite)
+        # To look first is one request; a save registers the types and schemas of the block and of those within it.
+        is_new = overwrite or not _is_there(type(block), name)
+        if is_new:
+            block.save(name, overwrite=overwrite)
     except ValueError:
-        logger.info("The %s block %r is there already, it stays as it is.", kind, name)
+        is_new = False
+    logger.info("Saved the %s block %r." if is_new else "The %s block %r is there already, it stays.", kind, name)
+    return is_new
+
+
+def _is_there(kind: type[Block], name: str) -> bool:
+    try:
+        kind.load(name)
+    except ValueError:
         return False
-    logger.info("Saved the %s block %r.", kind, name)
     return True
 
 

@@ -55,15 +55,8 @@ from support.text_models import TextModel  # noqa: E402
 from support.tgi_server import TgiServer  # noqa: E402
 from support.tiny_models import make_tiny_llama  # noqa: E402
 
-# Files that begin first and stay in one process: they share a server that takes long to start, or are the longest.
-_GROUPS = {
-    "services": (
-        "deployments/test_browser.py", "deployments/test_forms.py", "deployments/test_schedules.py",
-        "deployments/test_assets.py",
-    ),
-    "failures": ("tasks/engines/test_engine_failures.py",),
-    "batches": ("flows/test_batches.py", "flows/test_batch_ends.py"),
-}  # fmt: skip
+# Servers of Prefect take long to start: one process has all files that need one of them, and begins with these.
+_SERVERS = {"prefect_server", "services"}
 
 # Examples of a property that names no number of its own.
 _EXAMPLES, _SLOW_EXAMPLES = 20, 100
@@ -82,15 +75,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which process runs what, where there are several, and put the longest groups first."""
+    """Say which tests stay in one process of several: those of a file, and all that need a server of Prefect."""
     if _WORKER is None:
         return
-    places = {file: name for name, files in _GROUPS.items() for file in files}
-    ranks = {name: rank for rank, name in enumerate(_GROUPS)}
+    served = {item.path for item in items if _SERVERS & set(getattr(item, "fixturenames", ()))}
     for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
-        item.add_marker(pytest.mark.xdist_group(places.get(file, file)))
-    items.sort(key=lambda item: ranks.get(item.get_closest_marker("xdist_group").args[0], len(ranks)))
+        item.add_marker(pytest.mark.xdist_group("servers" if item.path in served else str(item.path)))
+    items.sort(key=lambda item: item.path not in served)
 
 
 def pytest_collection_finish() -> None:
