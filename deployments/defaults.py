@@ -95,9 +95,11 @@ def save_default_blocks(
         store=_load(ModelStore),
     )
     saved["model"] = _save(block, overwrite)
-    vectors = block.model_copy(
-        update={"model_id": find_minilm() or VECTOR_MODEL, "task": "feature-extraction", "options": GenerationOptions()}
-    )
+    # No copy of the block above: Prefect would take it for that saved block, and overwrite it.
+    vectors = LocalModel(
+        model_id=find_minilm() or VECTOR_MODEL, task="feature-extraction",
+        credentials=block.credentials, store=block.store,
+    )  # fmt: skip
     saved["model vectors"] = _save(vectors, overwrite, "vectors")
     for name, settings in EXAMPLES.items() if example_model else ():
         example = LocalModel(model_id=str(example_model), options=block.options, store=block.store, **settings)
