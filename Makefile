@@ -43,9 +43,10 @@ stop:
 blocks: $(READY)
 	@$(RUN) -m prefect_huggingface.deployments.defaults $(if $(OVERWRITE),--overwrite)
 
-# Two processes, a file at a time: what one of them exports, the other takes from the store that they share.
+# Two processes, a file or a group of files at a time (tests/conftest.py): what one of them exports, the other takes from
+# the store that they share.
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"

@@ -26,6 +26,8 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 REPO_ID = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$")
 PLACEMENT_KEYS = ("device", "device_map")
+TASKS: tuple[str, ...] = get_args(Task)
+VECTOR_TASKS: tuple[str, ...] = ("feature-extraction", "text-ranking")
 
 
 class EngineOptions(BaseModel):
@@ -349,7 +351,3 @@ def _is_path(model_id: str) -> bool:
     if model_id.startswith(("/", "./", "../", "~")) or model_id.lower().endswith(".gguf"):
         return True
     return bool(model_id) and Path(model_id).is_dir()
-
-
-TASKS: tuple[str, ...] = get_args(Task)
-VECTOR_TASKS: tuple[str, ...] = ("feature-extraction", "text-ranking")

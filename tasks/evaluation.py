@@ -84,7 +84,7 @@ def compare_formats(
     if model.task in VECTOR_TASKS:
         quality = compare_vectors(model, models, exports, snapshot, texts)
     else:
-        quality = _compare(model, snapshot, exports, texts, max_new_tokens)
+        quality = compare_exports(model, snapshot, exports, texts, max_new_tokens)
     _publish(quality)
     if min_agreement is not None:
         check_agreement(quality, min_agreement)
@@ -123,9 +123,21 @@ def _check_input(model: LocalModel, prompts: Sequence[str] | None, formats: Sequ
         raise PlanError(f"`formats` must be a list of weight formats, got {formats!r}. Correct it.")
 
 
-def _compare(
+def compare_exports(
     model: LocalModel, snapshot: Snapshot, exports: Sequence[Export], texts: list[str], max_new_tokens: int
 ) -> ExportQuality:
+    """Compare exports that are there with their source, which answers once for all of them.
+
+    Args:
+        model: Model whose task, device and settings of OpenVINO hold for all exports.
+        snapshot: The source.
+        exports: Exports of it, in the order of the result.
+        texts: Prompts.
+        max_new_tokens: Upper limit of the tokens of each answer.
+
+    Raises:
+        ExportError: If the comparison fails.
+    """
     job = {
         "source": str(snapshot.path),
         "exports": {export.key: str(export.path) for export in exports},

@@ -10,7 +10,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.chat_templates import LostTextError
+from prefect_huggingface.tasks.engines.conversations import check_shapes
 from prefect_huggingface.tasks.engines.registry import load_engine
+from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Message, Request
 from prefect_huggingface.tasks.run_logs import library_logs, run_log
 
@@ -60,6 +64,7 @@ def complete_conversations(
 
     Raises:
         EngineError: If the model cannot be loaded.
+        GenerationError: If its template leaves out messages of a conversation, before the first one is asked.
     """
     if conversations and isinstance(conversations[0], dict):
         raise TypeError("`conversations` must be a list of lists of messages, got messages. Put them into a list.")
@@ -89,10 +94,24 @@ def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> 
         return []
     found: list[Completion | None] = [None] * len(requests)
     numbered = (replace(request, id=place) for place, request in enumerate(requests))
-    with library_logs(), closing(load_engine(model).generate(numbered)) as finished:
+    engine = load_engine(model)
+    _check_conversations(engine, requests)
+    with library_logs(), closing(engine.generate(numbered)) as finished:
         for completion in finished:
             found[int(completion.request_id or 0)] = replace(completion, request_id=None)
     return [completion for completion in found if completion is not None]
+
+
+def _check_conversations(engine: Engine, requests: Sequence[Request]) -> None:
+    if engine.inputs is None or engine.inputs.template is None:
+        return
+    template = engine.inputs.template
+    conversations = [request.messages for request in requests if request.messages is not None]
+    options = requests[0].options or GenerationOptions()
+    try:
+        check_shapes(template, conversations, options=engine.inputs.defaults.merged(options).template_options)
+    except LostTextError as exc:
+        raise GenerationError(str(exc), error_code="invalid_prompt") from None
 
 
 def _shown(pieces: Iterable[str]) -> Iterator[str]:

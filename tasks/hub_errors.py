@@ -41,6 +41,10 @@ from typing import Any, TypeVar
 from prefect_huggingface.tasks import hub_errors
 from prefect_huggingface.tasks.errors import DownloadError
 
+Result = TypeVar("Result")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LONGEST_ANNOUNCED_WAIT_SECONDS = 24 * 3600.0
+
 
 class HubError(DownloadError):
     """Base of the errors of the Hub.
@@ -169,11 +173,6 @@ class StoreBusyError(StoreError):
     """Another process has been downloading the same files for too long."""
 
     transient = True
-
-
-Result = TypeVar("Result")
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LONGEST_ANNOUNCED_WAIT_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.tasks.engines.base import Piece, RequestError
+from prefect_huggingface.tasks.engines.detokenizer import token_bytes
 from prefect_huggingface.tasks.engines.tool_calls import (
     InvalidCall,
     Item,
@@ -68,7 +72,7 @@ ERROR_NAMES = {"unknown_model": "model_not_found", "too_long": "context_length_e
 
 
 class BodyError(Exception):
-    """A body that cannot be asked.
+    """A body that cannot be asked, or whose answer is an error.
 
     Attributes:
         code: Kind of the error.
@@ -77,12 +81,31 @@ class BodyError(Exception):
         retry_after: Seconds after which the same request may work, or None for never.
     """
 
-    status: int = 400
-    retry_after: int | None = None
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, param: str | None = None, *, status: int = 400, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
-        self.code, self.param = code, param
+        self.code, self.param, self.status, self.retry_after = code, param, status, retry_after
+
+    @classmethod
+    def of(cls, exc: Exception) -> BodyError:
+        """Return the error that an exception means to a client, to whom only the known ones are told."""
+        if isinstance(exc, BodyError):
+            return exc
+        if isinstance(exc, RequestError):
+            return cls(exc.code, str(exc), status=error_status(exc.code))
+        return cls("engine_error", "The server failed. Look at its log.", status=500)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers of the answer."""
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return headers if self.retry_after is None else {**headers, "Retry-After": str(self.retry_after)}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Body of the answer."""
+        return error_body(self.code, str(self), self.param, self.status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +128,17 @@ class OpenAICall:
     stream: bool = False
     include_usage: bool = False
 
+    @property
+    def url(self) -> str:
+        """Route of the call."""
+        return CHAT_URL if self.chat else COMPLETIONS_URL
+
+    @property
+    def n(self) -> int:
+        """Number of answers to each prompt."""
+        options = self.requests[0].options
+        return options.n if options is not None else 1
+
     def writer(self, name: str, created: int, model: str | None) -> AnswerWriter:
         """Return what writes the answer to this call.
 
@@ -114,6 +148,21 @@ class OpenAICall:
             model: Name of the model that answers.
         """
         return AnswerWriter(self, name, created, model)
+
+
+def parse_body(content: bytes | bytearray) -> dict[str, Any]:
+    """Return the object that the bytes of a body are.
+
+    Raises:
+        BodyError: If they are none.
+    """
+    try:
+        body = orjson.loads(content)
+    except orjson.JSONDecodeError as exc:
+        raise BodyError("invalid_body", f"The body is no JSON: {exc}. Correct it.") from None
+    if not isinstance(body, dict):
+        raise BodyError("invalid_body", f"The body must be an object, got {type(body).__name__}. Correct it.")
+    return body
 
 
 def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
@@ -135,7 +184,9 @@ def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
     if not isinstance(stream, bool) or not isinstance(stream_options, Mapping):
         raise BodyError("invalid_option", "`stream` must be true or false. Correct it.", "stream")
     if chat:
-        requests = [Request(messages=_read_messages(body.get("messages")), options=options, tools=tools)]
+        messages = _read_messages(body.get("messages"))
+        # An answer that is cut off in the middle of its form or its call has the reason "length", as with OpenAI.
+        requests = [Request(messages=messages, options=options, tools=tools, check_form=False)]
     else:
         # This route is for text that is put before the model as it is.
         prompts = _read_prompts(body.get("prompt"))
@@ -306,13 +357,13 @@ def image_url(part: Mapping[str, Any]) -> str:
     return url
 
 
-def check_images(call: OpenAICall, most: int, allow_remote: bool) -> None:
+def check_images(requests: Sequence[Request], most: int, allow_remote: bool) -> None:
     """Refuse images that are too many, or that would have to be fetched.
 
     Raises:
         BodyError: With the remedy.
     """
-    contents = [message.get("content") for request in call.requests for message in request.messages or ()]
+    contents = [message.get("content") for request in requests for message in request.messages or ()]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     urls = [image_url(part) for part in parts if part["type"] == "image_url"]
     if len(urls) > most:
@@ -320,13 +371,6 @@ def check_images(call: OpenAICall, most: int, allow_remote: bool) -> None:
     if not allow_remote and not all(url[:5].lower() == "data:" for url in urls):
         text = "This server fetches no images. Send a data URL, or start it with --allow-remote-images."
         raise BodyError("invalid_prompt", text, "messages")
-
-
-def prompt_characters(request: Request) -> int:
-    """Return the number of characters that a request puts before the model."""
-    contents = [request.prompt, request.pair, *(message.get("content") for message in request.messages or ())]
-    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return sum(len(str(part.get("text", "") if isinstance(part, Mapping) else part or "")) for part in parts)
 
 
 def _read_prompts(prompt: Any) -> list[str]:
@@ -358,7 +402,12 @@ class AnswerWriter:
         self._chunk_head = {**self._head, "object": f"{kind}.chunk" if call.chat else kind}
 
     def write(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the body of the answer, the completions in the order of the requests."""
+        """Return the body of the answer, the completions in the order of the requests.
+
+        Raises:
+            BodyError: If one of them failed.
+        """
+        check_all(completions)
         answers = [(text, each, place) for each in completions for place, text in enumerate(_texts(each))]
         choices = [self._choice(index, *answer) for index, answer in enumerate(answers)]
         return {**self._head, "choices": choices, "usage": usage(completions)}
@@ -390,8 +439,9 @@ class AnswerWriter:
         """
         end = self._chunk(index, {"delta": {}} if self._call.chat else {"text": ""})
         end["choices"][0] |= {
-            "logprobs": self._logprobs(completion, place), "finish_reason": _finish_reason(completion, has_calls),
-        }  # fmt: skip
+            "logprobs": self._logprobs(completion, index, place),
+            "finish_reason": _finish_reason(completion, has_calls),
+        }
         return end
 
     def write_usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -412,7 +462,12 @@ class AnswerWriter:
                 message["reasoning_content"] = completion.reasoning
             content = {"message": {**message, "tool_calls": calls} if calls else message}
         reason = _finish_reason(completion, bool(calls))
-        return {"index": index, **content, "logprobs": self._logprobs(completion, place), "finish_reason": reason}
+        return {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(completion, index, place),
+            "finish_reason": reason,
+        }
 
     def _split(self, text: str, index: int) -> tuple[str, list[dict[str, Any]]]:
         """Return the text beside the tool calls, and the calls. A call that cannot be read is text."""
@@ -428,17 +483,27 @@ class AnswerWriter:
         function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
         return {"id": name, "type": "function", "function": function}
 
-    def _logprobs(self, completion: Completion, place: int) -> dict[str, Any] | None:
-        """Log probabilities are kept for the first answer of a completion only, and without the texts of the tokens."""
-        values = completion.logprobs if place == 0 else None
-        if values is None:
+    def _logprobs(self, completion: Completion, index: int, place: int) -> dict[str, Any] | None:
+        """Log probabilities are kept for the first answer of a completion only."""
+        if completion.logprobs is None or place:
             return None
-        if not self._call.chat:
-            return {"tokens": [""] * len(values), "token_logprobs": values, "top_logprobs": None, "text_offset": []}
-        return {
-            "content": [{"token": "", "logprob": value, "bytes": None, "top_logprobs": []} for value in values],
-            "refusal": None,
-        }
+        tokens = completion.tokens or [""] * len(completion.logprobs)
+        pieces = [token_bytes(token) for token in tokens]
+        if self._call.chat:
+            content = [
+                {"token": token, "logprob": value, "bytes": [*piece], "top_logprobs": []}
+                for token, value, piece in zip(tokens, completion.logprobs, pieces, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        request = self._call.requests[index // self._call.n]
+        echoed = (request.prompt or "").encode() if request.options is not None and request.options.echo else b""
+        offsets = [len(text.decode(errors="ignore")) for text in accumulate(pieces[:-1], initial=echoed)]
+        # In this older form, a part of a character says that it is one.
+        names = [
+            token if token.encode() == piece else f"bytes:{token}" for token, piece in zip(tokens, pieces, strict=True)
+        ]
+        offsets = offsets[: len(names)]
+        return {"tokens": names, "token_logprobs": completion.logprobs, "top_logprobs": None, "text_offset": offsets}
 
 
 class AnswerStream:
@@ -456,22 +521,25 @@ class AnswerStream:
         self._calls: Counter[int] = Counter()
         self.completions: dict[int, Completion] = {}
 
-    def go_on(self, number: int, text: str) -> list[dict[str, Any]]:
-        """Return the chunks of a piece of text of the first answer to a request."""
-        index = self._index(number)
-        return [*self._begin(index), *self._write(index, self._parsers[index].feed(text))]
+    def write(self, number: int, piece: Piece) -> list[dict[str, Any]]:
+        """Return the chunks of what comes of a request: text or reasoning of its first answer, or its end.
 
-    def think(self, number: int, text: str) -> list[dict[str, Any]]:
-        """Return the chunks of a piece of reasoning of the first answer to a request."""
-        index = self._index(number)
-        return [*self._begin(index), self._writer.write_reasoning(index, text)] if self._call.chat else []
+        Raises:
+            BodyError: If the request failed.
+        """
+        index = number * self._call.n
+        if isinstance(piece, Completion):
+            return self._end(number, piece)
+        if isinstance(piece, str):
+            return [*self._begin(index), *self._write(index, self._parsers[index].feed(piece))]
+        return [*self._begin(index), self._writer.write_reasoning(index, piece.text)] if self._call.chat else []
 
-    def end(self, number: int, completion: Completion) -> list[dict[str, Any]]:
-        """Return the chunks that end the answers to a request."""
+    def _end(self, number: int, completion: Completion) -> list[dict[str, Any]]:
+        check_all([completion])
         self.completions[number] = completion
         chunks: list[dict[str, Any]] = []
         for place, text in enumerate(_texts(completion)):
-            index = self._index(number) + place
+            index = number * self._call.n + place
             chunks += self._begin(index)
             parser = self._parsers[index]
             chunks += self._write(index, [*(parser.feed(text) if place else ()), *parser.finish()])
@@ -486,10 +554,6 @@ class AnswerStream:
             else:
                 yield self._writer.write_text(index, text_of(item))
 
-    def _index(self, number: int) -> int:
-        options = self._call.requests[number].options
-        return number * (options.n if options is not None else 1)
-
     def _begin(self, index: int) -> list[dict[str, Any]]:
         if index in self._parsers:
             return []
@@ -502,6 +566,20 @@ def usage(completions: Sequence[Completion]) -> dict[str, int]:
     prompt = sum(each.prompt_tokens for each in completions)
     generated = sum(each.generated_tokens for each in completions)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def check_all(completions: Iterable[Completion]) -> None:
+    """Refuse an answer of which a completion failed.
+
+    Raises:
+        BodyError: For the first one.
+    """
+    for completion in completions:
+        if completion.error is not None:
+            status = error_status(completion.error_code)
+            retry_after = 1 if status in (429, 503) else None
+            code = completion.error_code or "engine_error"
+            raise BodyError(code, completion.error, status=status, retry_after=retry_after)
 
 
 def error_status(code: ErrorCode | str | None) -> int:

@@ -86,6 +86,7 @@ class Request:
         pair: Text that a reranker scores against the prompt, which is the query.
         input_type: Whether a text for a vector is a query or a document, which models may prompt differently.
         embedding: Options of a vector or a score, put over those of the model.
+        check_form: Whether an answer without the form asked for, cut off at its limit for instance, is an error.
     """
 
     prompt: str | None = None
@@ -99,11 +100,12 @@ class Request:
     pair: str | None = None
     input_type: Literal["query", "document"] | None = None
     embedding: EmbeddingOptions | None = None
+    check_form: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one request came to.
+    r"""What one request came to.
 
     Attributes:
         text: Continuation only, without the stop string, unless echo was asked for. Empty with an error.
@@ -116,6 +118,7 @@ class Completion:
         request_id: Id of the request.
         alternatives: The further answers where several were asked for.
         logprobs: Log probability (nats) of each generated token of the text, where asked for.
+        tokens: Texts of the tokens of `logprobs`. The bytes of a part of a character stand as `\xf0\x9f`.
         parsed: Value of the text where a JSON schema was asked for.
         reasoning: What the model thought before its answer, or None where it shows nothing of it.
         choice_probabilities: Probability of each choice of the response format, together 1, where asked for: the
@@ -133,6 +136,7 @@ class Completion:
     request_id: int | str | None = None
     alternatives: tuple[str, ...] = ()
     logprobs: tuple[float, ...] | None = None
+    tokens: tuple[str, ...] | None = None
     parsed: Any = None
     reasoning: str | None = None
     choice_probabilities: Mapping[str, float] | None = None

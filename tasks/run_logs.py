@@ -22,6 +22,18 @@ RunLog = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 OWN_LOGGER = "prefect.prefect_huggingface"
 LOGGERS = (OWN_LOGGER, "transformers", "huggingface_hub", "optimum", "nncf", "openvino")
+_lock = threading.Lock()
+_users = 0
+CLIENT_LOGGERS = (
+    "httpx", "httpcore", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy", "httpcore.socks",
+    "huggingface_hub", "huggingface_hub.file_download", "huggingface_hub.utils._http",
+)  # fmt: skip
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+_BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"]+")
+_SIGNATURE = re.compile(r"(?i)((?:x-amz-)?(?:signature|credential|security-token|policy)=)[^\s&'\"]+")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}")
+# A hostile server can put anything into its headers, so the log of the transport goes without them.
+_HEADERS = re.compile(r"(return_value=\(b'HTTP[^\[]*)\[.*\]", re.DOTALL)
 
 
 class RunLogHandler(APILogHandler):
@@ -35,8 +47,6 @@ class RunLogHandler(APILogHandler):
 
 
 _handler = RunLogHandler(logging.INFO)
-_lock = threading.Lock()
-_users = 0
 
 
 def run_log() -> RunLog:
@@ -83,18 +93,6 @@ def _is_sent_already(name: str, own: logging.Handler) -> bool:
             return True
         logger = logger.parent if logger.propagate else None
     return False
-
-
-CLIENT_LOGGERS = (
-    "httpx", "httpcore", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy", "httpcore.socks",
-    "huggingface_hub", "huggingface_hub.file_download", "huggingface_hub.utils._http",
-)  # fmt: skip
-_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
-_BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"]+")
-_SIGNATURE = re.compile(r"(?i)((?:x-amz-)?(?:signature|credential|security-token|policy)=)[^\s&'\"]+")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{10,}")
-# A hostile server can put anything into its headers, so the log of the transport goes without them.
-_HEADERS = re.compile(r"(return_value=\(b'HTTP[^\[]*)\[.*\]", re.DOTALL)
 
 
 def redact(text: str) -> str:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from prefect_huggingface.blocks import EmbeddingOptions, GenerationOptions
-from prefect_huggingface.tasks.openai_protocol import BodyError
+from prefect_huggingface.tasks.openai_protocol import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    BodyError,
+    OpenAICall,
+    check_all,
+    read_call,
+)
 from prefect_huggingface.tasks.records import Completion, Request
 
 EMBEDDINGS_URL, RERANK_URL = "/v1/embeddings", "/v1/rerank"
+TEXT_URLS = (CHAT_URL, COMPLETIONS_URL)
+VECTOR_URLS = {"feature-extraction": (EMBEDDINGS_URL,), "text-ranking": (RERANK_URL,)}
 MAX_TEXTS = 2048
 INPUT_TYPES: dict[str, Literal["query", "document"]] = {
     "query": "query", "search_query": "query", "document": "document", "passage": "document",
@@ -63,7 +73,12 @@ class VectorWriter:
         self._call, self._name, self._model = call, name, model
 
     def write(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """Return the body for completions that have all succeeded."""
+        """Return the body of the answer, the completions in the order of the requests.
+
+        Raises:
+            BodyError: If one of them failed.
+        """
+        check_all(completions)
         tokens = sum(completion.prompt_tokens for completion in completions)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         if self._call.url == EMBEDDINGS_URL:
@@ -164,3 +179,11 @@ def _read_number(body: Mapping[str, Any], name: str) -> int | None:
 
 def _read_overflow(body: Mapping[str, Any]) -> GenerationOptions | None:
     return GenerationOptions(context_overflow="truncate_right") if body.get("truncate") in (True, "END") else None
+
+
+Call = OpenAICall | VectorCall
+# What reads the bodies of each route.
+READERS: dict[str, Callable[[Mapping[str, Any]], Call]] = {
+    CHAT_URL: partial(read_call, chat=True), COMPLETIONS_URL: partial(read_call, chat=False),
+    EMBEDDINGS_URL: read_embedding_call, RERANK_URL: read_rerank_call, "/rerank": read_rerank_call,
+}  # fmt: skip

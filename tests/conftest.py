@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -10,6 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+gc.disable()  # until the tests are collected; imports make objects that stay
 
 # Processes of pytest-xdist share this folder with the one that starts them, and in it one store: what one of them has
 # exported, the others find there. Everything else is each process's own.
@@ -52,6 +55,49 @@ from support.text_models import TextModel  # noqa: E402
 from support.tgi_server import TgiServer  # noqa: E402
 from support.tiny_models import make_tiny_llama  # noqa: E402
 
+# Files that begin first and stay in one process: they share a server that takes long to start, or are the longest.
+_GROUPS = {
+    "services": (
+        "deployments/test_browser.py", "deployments/test_forms.py", "deployments/test_schedules.py",
+        "deployments/test_assets.py",
+    ),
+    "failures": ("tasks/engines/test_engine_failures.py",),
+    "batches": ("flows/test_batches.py", "flows/test_batch_ends.py"),
+}  # fmt: skip
+
+# Examples of a property that names no number of its own.
+_EXAMPLES, _SLOW_EXAMPLES = 20, 100
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try properties on fewer examples where the slow tests are left out."""
+    if _WORKER is None and config.getoption("numprocesses", None):
+        return  # the process that only hands out the tests
+    from hypothesis import settings
+
+    examples = _EXAMPLES if "not slow" in config.option.markexpr else _SLOW_EXAMPLES
+    settings.register_profile("tests", max_examples=examples)
+    settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which process runs what, where there are several, and put the longest groups first."""
+    if _WORKER is None:
+        return
+    places = {file: name for name, files in _GROUPS.items() for file in files}
+    ranks = {name: rank for rank, name in enumerate(_GROUPS)}
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        item.add_marker(pytest.mark.xdist_group(places.get(file, file)))
+    items.sort(key=lambda item: ranks.get(item.get_closest_marker("xdist_group").args[0], len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now alone in collections of garbage, which many tests ask for."""
+    gc.freeze()
+    gc.enable()
+
 
 def pytest_unconfigure() -> None:
     """Remove the folder of the session."""
@@ -93,6 +139,34 @@ def tiny_openvino(tiny_llama: Path) -> Path:
     from prefect_huggingface.tasks.storage.exports.store import get_export
 
     return get_export(LocalModel(model_id=str(tiny_llama), weight_format="fp32")).path
+
+
+@pytest.fixture(scope="session")
+def crowd(tiny_llama: Path, made_once: Callable[..., Any]) -> tuple[Path, list[dict[str, Any]]]:
+    """A store, and the answers of four processes that asked it at once for the same export."""
+    from support.export_requests import finish_request, start_request
+
+    def ask_at_once(store: Path) -> tuple[Path, list[dict[str, Any]]]:
+        processes = [start_request(store, tiny_llama) for _ in range(4)]
+        return store, [finish_request(process) for process in processes]
+
+    return made_once("crowd", ask_at_once)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_int8(tiny_llama: Path, crowd: tuple[Path, list[dict[str, Any]]], made_once) -> Path:
+    """The tiny Llama. Its int8 export is in the store of the session, a copy of that in the store of the crowd."""
+
+    def copy_export(work: Path) -> None:
+        made = Path(crowd[1][0]["path"])
+        target = Path(os.environ["PREFECT_HUGGINGFACE_HOME"]) / "exports" / made.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(made, work)
+        if not target.exists():
+            work.rename(target)
+
+    made_once("tiny-llama-int8", copy_export)
+    return tiny_llama
 
 
 @pytest.fixture(scope="session")

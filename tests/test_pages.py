@@ -35,7 +35,19 @@ def blocks_of(language: str) -> list[Any]:
     return [pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}") for number, (page, code) in enumerate(found)]
 
 
-EXAMPLES = blocks_of("python")
+EXAMPLES = [
+    pytest.param(page, re.findall(r"```python\n(.*?)```", page.read_text(), re.S), id=str(page.relative_to(ROOT)))
+    for page in PAGES
+]
+# Runs the examples of a page one after the other, each in a folder of its own and with nothing of those before it.
+RUNNER = """
+import os, sys
+from pathlib import Path
+for script in map(Path, sys.argv[1:]):
+    os.chdir(script.parent)
+    exec(compile(script.read_text(), script.name, "exec"), {"__name__": "__main__"})
+    print("@@end@@", flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +82,32 @@ def model_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stop_process(process)
 
 
+def write_example(folder: Path, code: str) -> Path:
+    """Write an example into a folder that looks like a clone, and return its file."""
+    folder.mkdir()
+    (folder / "deployments").symlink_to(ROOT / "deployments")
+    questions = (ROOT / "deployments" / "quickstart" / "questions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "questions.jsonl").write_text("".join(questions[:20]))
+    script = folder / "example.py"
+    script.write_text(code)
+    return script
+
+
 @pytest.mark.usefixtures("prefect_server")
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_an_example_runs(code: str, hub_address: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("page", "codes"), [example for example in EXAMPLES if example.values[1]])
+def test_the_examples_of_a_page_run(
+    page: Path, codes: list[str], hub_address: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     from prefect.settings import PREFECT_API_URL
 
-    if SERVER.search(code):
-        code = SERVER.sub(request.getfixturevalue("model_server"), code)
-    (tmp_path / "deployments").symlink_to(ROOT / "deployments")
-    questions = (ROOT / "deployments" / "quickstart" / "questions.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "questions.jsonl").write_text("".join(questions[:20]))
+    if any(SERVER.search(code) for code in codes):
+        codes = [SERVER.sub(request.getfixturevalue("model_server"), code) for code in codes]
+    scripts = [write_example(tmp_path / str(number), code) for number, code in enumerate(codes)]
     environment = {
         "PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_LOGGING_LEVEL": "WARNING", "HF_ENDPOINT": hub_address,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", RUNNER, *map(str, scripts)],
         cwd=tmp_path,
         env={**os.environ, **environment},
         capture_output=True,
@@ -92,13 +115,16 @@ def test_an_example_runs(code: str, hub_address: str, tmp_path: Path, request: p
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    assert "capital of Peru" not in code or "Lima" in done.stdout
-    for expected in re.findall(r"print\(.*\)  # (.*)", code):
-        assert expected in done.stdout
+    for code, printed in zip(codes, done.stdout.split("@@end@@\n")[:-1], strict=True):
+        assert "capital of Peru" not in code or "Lima" in printed
+        for expected in re.findall(r"print\(.*\)  # (.*)", code):
+            assert expected in printed
 
 
 def test_the_examples_are_there() -> None:
-    assert sum("README.md-" in str(example.id) for example in EXAMPLES) >= 4
+    counts = {str(example.id): len(example.values[1]) for example in EXAMPLES}
+    assert counts["README.md"] >= 4
+    assert counts["deployments/README.md"] >= 2
 
 
 @pytest.mark.parametrize("code", blocks_of("bash"))

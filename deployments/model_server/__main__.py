@@ -14,13 +14,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels, name_of
-from prefect_huggingface.deployments.model_server.settings import SLUG, ServerSettings, parse_arguments, read_keys
-
-MAX_PIXELS = 50_000_000
+from prefect_huggingface.deployments.model_server.models import SLUG, ServedModel, ServedModels
+from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments, read_keys
 
 
 def load_blocks(names: Sequence[str]) -> Iterator[ServedModel]:
@@ -51,10 +50,10 @@ def load_models(settings: ServerSettings) -> Iterator[ServedModel]:
     """Yield the models that are no blocks."""
     names = ("weight_format", "backend", "task", "device")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
-    if settings.backend == "torch":
-        given.setdefault("weight_format", None)
     for model_id in settings.model:
-        yield ServedModel(name_of(model_id), LocalModel(model_id=model_id, **given))
+        path = Path(model_id).expanduser()
+        name = path.resolve().name if path.exists() else model_id
+        yield ServedModel(name, LocalModel(model_id=model_id, **given))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,25 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     keys = read_keys(settings.api_key_file, settings.host)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s")
-    for name in ("httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    blocks = load_blocks(settings.block) if settings.block else ()
-    serve(ServedModels([*blocks, *load_models(settings)]), settings, keys)
-
-
-def serve(models: ServedModels, settings: ServerSettings, keys: Sequence[str]) -> None:
-    """Run the server."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     import uvicorn
 
     from prefect_huggingface.deployments.model_server.app import create_app
     from prefect_huggingface.tasks.engines.registry import set_memory_budget
 
+    blocks = load_blocks(settings.block) if settings.block else ()
+    models = ServedModels([*blocks, *load_models(settings)])
     set_memory_budget(settings.memory_gb)
-    with suppress(ImportError):
-        from PIL import Image
-
-        # A small file may be a picture that fills the memory. Pillow refuses those of twice this.
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS calls its limit infinite
         import resource
 
@@ -94,8 +83,7 @@ def serve(models: ServedModels, settings: ServerSettings, keys: Sequence[str]) -
         server_header=False, proxy_headers=False, timeout_keep_alive=75,
         timeout_graceful_shutdown=settings.drain_seconds,
     )  # fmt: skip
-    names = ", ".join(model.name for model in models)
-    logging.info("Serving %s at http://%s:%d/v1.", names, settings.host, settings.port)
+    logging.info("Serving %s at http://%s:%d/v1.", models, settings.host, settings.port)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()
 

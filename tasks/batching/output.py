@@ -406,14 +406,14 @@ class OpenAIBatchWriter:
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
         call = read_line(line["url"], line["body"])
         details = json.loads(answer["details"]) if answer["details"] else {}
-        logprobs = details.get("logprobs")
         completion = Completion(
             answer["completion"],
             answer["finish_reason"],
             answer["prompt_tokens"],
             answer["generated_tokens"],
             alternatives=tuple(details.get("alternatives", ())),
-            logprobs=None if logprobs is None else tuple(logprobs),
+            logprobs=details.get("logprobs"),
+            tokens=details.get("tokens"),
             reasoning=details.get("reasoning"),
             vector=read_vector(answer["details"]),
         )

@@ -437,7 +437,7 @@ def _problem(row: int, problem: RowProblem, step: int = 0) -> ResultRow:
     return ResultRow(row, step, None, problem.status, "error", error=problem.message)
 
 
-_MORE = ("parsed", "alternatives", "logprobs", "reasoning", "choice_probabilities")
+_MORE = ("parsed", "alternatives", "logprobs", "tokens", "reasoning", "choice_probabilities")
 _more_of = attrgetter(*_MORE)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import queue
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import GenerationError
@@ -23,6 +26,16 @@ T = TypeVar("T")
 
 OnText = Callable[[str], None]
 """Called in the engine's thread with each new piece of text; it must return quickly."""
+
+
+class Reasoning(NamedTuple):
+    """A piece of the reasoning of a model."""
+
+    text: str
+
+
+Piece = str | Reasoning | Completion
+"""What comes of a request while it runs: text of the answer, reasoning, and at its end the completion."""
 
 # Prefect ends a flow that is late by an exception in its thread, which no blocking call notices.
 WAKE_SECONDS = 0.5
@@ -138,21 +151,92 @@ class Engine(ABC):
         Raises:
             GenerationError: If the request fails, as soon as it does.
         """
-        pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        future = self.submit(request, pieces.put)
+        with closing(self.stream_pieces(request)) as pieces:
+            for piece in pieces:
+                if isinstance(piece, str):
+                    yield piece
+        assert isinstance(piece, Completion)
+        return piece
+
+    def stream_pieces(self, request: Request) -> Generator[Piece, None, None]:
+        """Yield text and reasoning of one request as they are generated, and then its completion.
+
+        Closing the iterator cancels the request.
+
+        Raises:
+            GenerationError: If the request fails, as soon as it does.
+        """
+        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        future = self.submit(request, pieces.put, lambda text: pieces.put(Reasoning(text)))
         future.add_done_callback(lambda _: pieces.put(None))
         try:
             while (piece := _next_of(pieces)) is not None:
                 yield piece
         finally:
             future.cancel()
-        return checked(future.result())
+        yield checked(future.result())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Mailbox:
+    """Brings what comes of requests from the threads of their engines to one event loop.
+
+    A step of a batch brings something for every stream. The loop is woken once for all of it, not once for each.
+    """
+
+    def __init__(self) -> None:
+        """Belong to the event loop that runs."""
+        self._loop = asyncio.get_running_loop()
+        self._arrived: deque[tuple[Inbox, int, Piece]] = deque()
+        self._woken = False
+
+    def post(self, inbox: Inbox, number: int, piece: Piece) -> None:
+        """Bring a piece of a request to an inbox, from any thread."""
+        self._arrived.append((inbox, number, piece))
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):  # the loop is closed, so that nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False
+        while self._arrived:
+            inbox, number, piece = self._arrived.popleft()
+            inbox.pieces.append((number, piece))
+            inbox.filled.set()
+
+
+class Inbox:
+    """Where one reader in an event loop finds what comes of its requests."""
+
+    def __init__(self, mailbox: Mailbox | None = None) -> None:
+        """Take the mailbox of the event loop, where several readers share one."""
+        self._mailbox = mailbox or Mailbox()
+        self.pieces: list[tuple[int, Piece]] = []
+        self.filled = asyncio.Event()
+
+    def submit(self, engine: Engine, request: Request, number: int = 0) -> Future[Completion]:
+        """Submit a request whose pieces come here with its number; from any thread."""
+        post = partial(self._mailbox.post, self, number)
+        future = engine.submit(request, post, lambda text: post(Reasoning(text)))
+        future.add_done_callback(lambda done: None if done.cancelled() else post(done.result()))
+        return future
+
+    async def take(self, seconds: float | None = None) -> list[tuple[int, Piece]]:
+        """Return all that has come, each piece with the number of its request; nothing after so many seconds."""
+        if not self.pieces:
+            self.filled.clear()
+            with suppress(TimeoutError):
+                # `asyncio.wait_for` of Python 3.11 loses a cancellation that comes together with a result.
+                async with asyncio.timeout(seconds):
+                    await self.filled.wait()
+        pieces, self.pieces = self.pieces, []
+        return pieces
 
 
 def checked(completion: Completion) -> Completion:

@@ -36,6 +36,10 @@ class ChatTemplateError(ValueError):
     """A conversation does not go into the chat template of a model. The message says what to change."""
 
 
+class LostTextError(ChatTemplateError):
+    """The chat template of a model leaves out something of a conversation."""
+
+
 class ChatTemplate:
     """Template of a model together with its special tokens.
 

@@ -9,13 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from prefect_huggingface.tasks.engines.chat_templates import USER, ChatTemplate, ChatTemplateError, Message
+from prefect_huggingface.tasks.engines.chat_templates import (
+    USER,
+    ChatTemplate,
+    ChatTemplateError,
+    LostTextError,
+    Message,
+)
 from prefect_huggingface.tasks.engines.reasoning import FORMATS
 
 Tool = Mapping[str, Any]
@@ -92,6 +98,34 @@ def write_conversation(
             return ChatPrompt(cutter.cut(text))
     assert problem is not None
     raise problem
+
+
+def check_shapes(
+    template: ChatTemplate, conversations: Iterable[Any], *, options: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse conversations of which a template loses text, before any of them is asked.
+
+    What a template keeps depends on the roles of the messages, so that one conversation of each shape is written, with
+    texts of its own. A template that refuses a shape, and what is no conversation, are for the request to tell.
+
+    Raises:
+        LostTextError: With the number of the first such conversation.
+    """
+    shapes: dict[tuple[tuple[Any, bool], ...], int] = {}
+    for number, messages in enumerate(conversations):
+        with suppress(AttributeError, TypeError):
+            shapes.setdefault(tuple((one.get("role"), bool(one.get("tool_calls"))) for one in messages), number)
+    for shape, number in shapes.items():
+        probes = [
+            {"role": role, "content": f"{USER}-{place}.", **({"tool_calls": [CALL]} if calls else {})}
+            for place, (role, calls) in enumerate(shape)
+        ]
+        try:
+            write_conversation(template, probes, options=options)
+        except LostTextError as exc:
+            raise LostTextError(f"Conversation {number} cannot be asked. {exc}") from None
+        except (ChatTemplateError, LookupError):
+            continue
 
 
 def check_untrusted(template: ChatTemplate, messages: Sequence[Message]) -> None:
@@ -314,11 +348,11 @@ def check_complete(
     """Refuse a prompt that lacks a message, a call or a tool.
 
     Raises:
-        ChatTemplateError: If something is missing.
+        LostTextError: If something is missing.
     """
     for message in messages:
         if not _stands_in(_essential_text(message), prompt):
-            raise ChatTemplateError(
+            raise LostTextError(
                 f"The chat template of the model leaves out a message of the role {message['role']!r}. "
                 "Put its text into a message of the user."
             )
@@ -326,7 +360,7 @@ def check_complete(
         if calls and not (
             _writes_calls(template) and all(_stands_in(text, prompt) for call in calls for text in _texts_of(call))
         ):
-            raise ChatTemplateError(
+            raise LostTextError(
                 "The chat template of the model leaves out tool calls. Write them as text of the message."
             )
     in_message = any("tools" in message for message in messages)
@@ -334,7 +368,7 @@ def check_complete(
     hidden = (as_variable and not _writes_tools(template)) or (in_message and not _writes_tools(template, True))
     missing = list(names) if hidden else [name for name in names if name not in prompt]
     if missing:
-        raise ChatTemplateError(f"The chat template of the model leaves out the tools {missing!r}. Remove them.")
+        raise LostTextError(f"The chat template of the model leaves out the tools {missing!r}. Remove them.")
 
 
 @lru_cache(maxsize=64)

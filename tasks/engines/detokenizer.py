@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,10 @@ from typing import Any, Protocol
 REPLACEMENT = "\ufffd"
 # A character has four bytes at most, so that more tokens without one are no beginning of a character.
 MAX_HELD_TOKENS = 12
+# Vocabularies in bytes write those without a visible character of their own as the letters from U+0100 on.
+VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_OF_LETTER = {chr(byte): byte for byte in VISIBLE} | {chr(256 + place): byte for place, byte in enumerate(HIDDEN)}
 
 
 class Detokenizer(Protocol):
@@ -36,6 +41,10 @@ class Tokenizer(Protocol):
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
+        ...
+
+    def entry(self, token: int) -> str:
+        """Return what stands for a token in the vocabulary, empty where that is not known."""
         ...
 
 
@@ -80,6 +89,10 @@ class RustTokenizer:
         """Return the special token that has exactly this text, or None."""
         return self._special.get(text)
 
+    def entry(self, token: int) -> str:
+        """Return what stands for a token in the vocabulary, empty where that is not known."""
+        return str(self._tokenizer.id_to_token(token) or "")
+
 
 class GenaiTokenizer:
     """Tokenizer of OpenVINO GenAI, for folders without a `tokenizer.json`."""
@@ -104,6 +117,10 @@ class GenaiTokenizer:
         """Return the special token that has exactly this text, or None."""
         ids = self.encode(text, add_special_tokens=False)
         return ids[0] if len(ids) == 1 and self.decode(ids) == "" else None
+
+    def entry(self, token: int) -> str:
+        """Return what stands for a token in the vocabulary, empty where that is not known."""
+        return ""
 
 
 class TransformersTokenizer:
@@ -137,6 +154,10 @@ class TransformersTokenizer:
         if self._rust is not None:
             return self._rust.special_id(text)
         return self.tokenizer.convert_tokens_to_ids(text) if text in self.tokenizer.all_special_tokens else None
+
+    def entry(self, token: int) -> str:
+        """Return what stands for a token in the vocabulary, empty where that is not known."""
+        return str(self.tokenizer.convert_ids_to_tokens(token) or "")
 
 
 class RustDetokenizer:
@@ -185,6 +206,45 @@ class WindowDetokenizer:
         self._settled = len(self._window)
         self._known = self._tokenizer.decode(self._window)
         return new
+
+
+def split_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    r"""Return the text of each token; together they are the text of all.
+
+    The bytes of a part of a character are written as `\xf0\x9f`, where the vocabulary tells them. Elsewhere its last
+    token has all of the character.
+    """
+    stream, texts = tokenizer.open_stream(), [""] * len(tokens)
+    known, begin = "", 0
+    for place, token in enumerate(tokens):
+        if not (text := stream.step(token)):
+            continue
+        parts = [_bytes_of(tokenizer.entry(one)) for one in tokens[begin : place + 1]]
+        if begin < place and b"".join(parts) == text.encode():
+            texts[begin : place + 1] = [part.decode(errors="backslashreplace") for part in parts]
+        else:
+            texts[place] = text
+        known, begin = known + text, place + 1
+    if begin < len(tokens):
+        # The text ends within a character. Some decoders take back a valid one when invalid bytes follow.
+        whole = tokenizer.decode(tokens)
+        texts[-1] = whole[len(known) :] if whole.startswith(known) else tokenizer.decode(tokens[begin:])
+    return texts
+
+
+def token_bytes(text: str) -> bytes:
+    r"""Return the bytes of a token by its text, in which those of a part of a character stand as `\xf0`."""
+    return re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), text.encode())
+
+
+def _bytes_of(entry: str) -> bytes:
+    """Return the bytes of an entry of a vocabulary in bytes: written as letters, or as `<0xF0>`."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", entry):
+        return bytes([int(entry[3:5], 16)])
+    try:
+        return bytes(BYTE_OF_LETTER[letter] for letter in entry)
+    except KeyError:
+        return b""
 
 
 class StopStrings:

@@ -18,7 +18,13 @@ from prefect_huggingface.blocks import EmbeddingOptions
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import read_json, read_special_tokens
 from prefect_huggingface.tasks.engines.detokenizer import RustTokenizer
-from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_text, context_length_of, resolve_options
+from prefect_huggingface.tasks.engines.inputs import (
+    InputProcessor,
+    check_characters,
+    check_text,
+    context_length_of,
+    resolve_options,
+)
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
@@ -220,6 +226,8 @@ class EmbeddingInputs(InputProcessor):
         chosen = self.files.options.merged(request.embedding)
         self._check(request, bool(chosen.allow_empty))
         limit = min(chosen.max_length or 0, self.context_length or 0) or chosen.max_length or self.context_length
+        if options.context_overflow == "error":
+            check_characters(f"{request.prompt}{request.pair or ''}", limit)
         encoded = self._rank(request, chosen) if self.is_ranker else self._embed(request, chosen)
         length = len(encoded.ids)
         if not length:

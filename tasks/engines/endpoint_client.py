@@ -263,7 +263,7 @@ def _read_text(answer: Any, state: RequestState, trace: HttpTrace) -> None:
     """Read an answer of TGI's text route."""
     output = answer[0] if isinstance(answer, list) else answer
     sequence, details = state.sequences[0], output["details"]
-    sequence.logprobs += [token["logprob"] for token in details.get("tokens") or () if token.get("logprob") is not None]
+    _add_tokens(sequence, details.get("tokens"), "text")
     _add_text(sequence, output["generated_text"])
     given = trace.headers.get("x-prompt-tokens", "")
     _count(state, given if given.isdigit() else None, details["generated_tokens"])
@@ -275,8 +275,7 @@ async def _read_text_stream(events: AsyncIterator[dict[str, Any]], state: Reques
     sequence, known = state.sequences[0], ""
     async for event in events:
         token, whole, details = event["token"], event.get("generated_text"), event.get("details")
-        if token.get("logprob") is not None:
-            sequence.logprobs.append(token["logprob"])
+        _add_tokens(sequence, [token], "text")
         text = "" if token.get("special") else token["text"]
         goes_on = _add_text(sequence, text)
         known += text
@@ -297,7 +296,7 @@ def _read_chat(answer: Any, state: RequestState) -> None:
         raise refusal("n", state.options.n, f"returns {len(choices)} answer(s)", "Set it to 1")
     for sequence, choice in zip(state.sequences, choices, strict=False):
         message = choice["message"]
-        sequence.logprobs += _logprobs_of(choice)
+        _add_tokens(sequence, (choice.get("logprobs") or {}).get("content"))
         sequence.append_reasoning(_reasoning_of(message))
         calls = [call["function"] for call in message.get("tool_calls") or ()]
         written = [_tool_call_text(call["name"], call["arguments"]) for call in calls]
@@ -316,7 +315,7 @@ async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: Reques
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             _add_tool_calls(calls, delta.get("tool_calls"))
-            sequence.logprobs += _logprobs_of(choice)
+            _add_tokens(sequence, (choice.get("logprobs") or {}).get("content"))
             sequence.append_reasoning(_reasoning_of(delta))
             reason = choice.get("finish_reason") or reason
             if not _add_text(sequence, delta.get("content")):
@@ -326,9 +325,12 @@ async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: Reques
         sequence.finish(_reason_of(reason))
 
 
-def _logprobs_of(choice: Mapping[str, Any]) -> list[float]:
-    tokens = (choice.get("logprobs") or {}).get("content") or ()
-    return [token["logprob"] for token in tokens if token.get("logprob") is not None]
+def _add_tokens(sequence: Sequence, tokens: Any, name: str = "token") -> None:
+    """Take in the log probabilities and the texts of tokens; the first token of TGI has none."""
+    for token in tokens or ():
+        if token.get("logprob") is not None:
+            sequence.logprobs.append(token["logprob"])
+            sequence.given_texts.append(token.get(name) or "")
 
 
 def _reasoning_of(message: Mapping[str, Any]) -> str:

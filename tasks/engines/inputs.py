@@ -32,6 +32,9 @@ from prefect_huggingface.tasks.records import Request
 TemplateUse = Literal["auto", "always", "never"]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+# More characters than this for each token are too many in any language.
+CHARACTERS_PER_TOKEN = 64
+LANGUAGE_OPTIONS = ("src_lang", "tgt_lang", "forced_bos_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,6 @@ class Languages(Protocol):
 
     def mark_source(self, ids: list[int], options: GenerationOptions) -> list[int]:
         """Return the tokens of a prompt with that of its language."""
-
-
-LANGUAGE_OPTIONS = ("src_lang", "tgt_lang", "forced_bos_token_id")
 
 
 class InputProcessor:
@@ -158,6 +158,8 @@ class InputProcessor:
         if self.languages is not None:
             options = self.languages.adapt(options)
         prompt = self._write(state, options)
+        if options.context_overflow == "error":
+            check_characters(prompt.text, self.context_length)
         ids = self._tokenize(state, prompt)
         if self.languages is not None:
             ids = self.languages.mark_source(ids, options)
@@ -329,6 +331,21 @@ def check_text(text: Any) -> None:
         raise RequestError("empty_prompt", f"The prompt must have some text in it, got {text!r}. Fill it in.")
     if not _is_unicode(text):
         raise RequestError("invalid_prompt", "The prompt holds half of a surrogate pair. Decode the text correctly.")
+
+
+def check_characters(text: str, context_length: int | None) -> None:
+    """Refuse a text that no tokenizer needs to see to find it too long for the context.
+
+    Raises:
+        RequestError: If it is.
+    """
+    limit = CHARACTERS_PER_TOKEN * context_length if context_length is not None else len(text)
+    if len(text) > limit:
+        raise RequestError(
+            "too_long",
+            f"The prompt has {len(text):,} characters, and more than {limit:,} do not fit the context of "
+            f"{context_length} tokens in any language. Shorten it, or set `context_overflow`.",
+        )
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from prefect_huggingface.tasks.records import Request
 
 READERS = 4
 MAX_IMAGE_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000
 TIMEOUT_SECONDS = 30.0
 SHOWN_CHARACTERS = 120
 IMAGE = {"type": "image"}
@@ -149,6 +150,9 @@ def read_image(source: Any) -> Any:
         )
     try:
         with Image.open(io.BytesIO(_read_bytes(str(source)))) as image:
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                # A small file may be a picture that fills the memory.
+                raise ValueError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}")
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise _unreadable(source, "it is not an image of a known kind") from None

@@ -138,6 +138,14 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
             f"`min_new_tokens` does not work with beam search on OpenVINO, got {options.min_new_tokens}. "
             "Use `ignore_eos`, one beam, or the torch backend.",
         )
+    # OpenVINO GenAI 2026.4 adds these to scores below zero instead of taking them off.
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(options, name) < 0:
+            raise RequestError(
+                "invalid_option",
+                f"`{name}` below zero does not work on OpenVINO, got {getattr(options, name)}. "
+                "Use `repetition_penalty` below 1, or the torch backend.",
+            )
     if engine.draft_model is None:
         return
     # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.

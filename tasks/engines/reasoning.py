@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+HARMONY_FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
@@ -43,8 +45,6 @@ class ReasoningFormat:
         """Return the format for the answer to a prompt: the prompt itself may have opened the reasoning."""
         return replace(self, starts_open=prompt.rstrip().endswith(self.start))
 
-
-HARMONY_FINAL = "<|start|>assistant<|channel|>final<|message|>"
 
 # The first format whose closing tag stands in the template is the one of the model.
 FORMATS = (

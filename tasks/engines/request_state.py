@@ -23,7 +23,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
 from prefect_huggingface.tasks.engines.base import OnText, RequestError
-from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, StopStrings, Tokenizer
+from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, StopStrings, Tokenizer, split_text
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
 from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
 from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
@@ -244,6 +244,7 @@ class RequestState:
             request_id=self.request.id,
             alternatives=tuple(self.echo + sequence.text for sequence in self.sequences[1:]),
             logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
+            tokens=tuple(first.token_texts) if first and self.options.logprobs else None,
             parsed=self._parse(),
             reasoning=first.reasoning if first else None,
             choice_probabilities=self._choice_probabilities(),
@@ -262,7 +263,12 @@ class RequestState:
         form = self.options.response_format
         if form is None or not self.sequences or self.sequences[0].finish_reason in ("deadline", "cancelled"):
             return None
-        values = [validate_output(sequence.text, form) for sequence in self.sequences]
+        try:
+            values = [validate_output(sequence.text, form) for sequence in self.sequences]
+        except RequestError:
+            if self.request.check_form:
+                raise
+            return None
         return values[0] if form.json_schema is not None else None
 
 
@@ -272,6 +278,7 @@ class Sequence:
     Attributes:
         tokens: Tokens that were generated, without the end token, and those that were put between two phases.
         logprobs: Log probability (nats) of each generated one, where asked for.
+        given_texts: Texts of the tokens, where the backend gives no tokens but tells these.
         finish_reason: Why it ended, or None while it goes on.
         must_resubmit: Whether the backend must take it out and go on from `context_ids`.
         text: The answer, once it has ended.
@@ -293,11 +300,12 @@ class Sequence:
         options, reasoning = self.state.options, self.state.reasoning
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.given_texts: list[str] = []
         self.finish_reason = None if self.state.error is None else "error"
         self.must_resubmit = False
         self.text = ""
         self.reasoning: str | None = None
-        self._inserted = 0
+        self._inserted = self._inserted_at = 0
         has_phases = options.response_format is not None or options.max_reasoning_tokens is not None
         is_split = reasoning is not None and self.state.tokenizer is not None and options.num_beams == 1
         self.phase: Literal["reasoning", "answer"] = "reasoning" if has_phases and is_split else "answer"
@@ -326,6 +334,14 @@ class Sequence:
     def generated_tokens(self) -> int:
         """Number of tokens that the model generated."""
         return len(self.tokens) - self._inserted
+
+    @property
+    def token_texts(self) -> list[str]:
+        """Texts of the generated tokens, where their log probabilities are known."""
+        if self.state.tokenizer is None:
+            return self.given_texts
+        begin, end = self._inserted_at, self._inserted_at + self._inserted
+        return split_text(self.state.tokenizer, [*self.tokens[:begin], *self.tokens[end:]])
 
     @property
     def tokens_left(self) -> int:
@@ -452,10 +468,19 @@ class Sequence:
     def _emit(self, text: str) -> None:
         if not text:
             return
-        if self._guard is not None:
-            self._guard.feed(text)
         self._answer.append(text)
         self._text_out.push(text)
+        if self._guard is not None:
+            self._watch_form(self._guard, text)
+
+    def _watch_form(self, guard: WhiteSpaceGuard, text: str) -> None:
+        try:
+            guard.feed(text)
+        except RequestError:
+            if self.state.request.check_form:
+                raise
+            self._guard = None
+            self.finish("length")
 
     def _read_rest(self, reason: FinishReason) -> None:
         """Take in the end of the text, which was held back."""
@@ -508,7 +533,7 @@ class Sequence:
             closing = form.closing if is_open else form.start + form.closing
         inserted = tokenizer.encode(closing, add_special_tokens=False) if closing else []
         self.tokens, self.logprobs = [*kept, *inserted], self.logprobs[:count]
-        self._inserted = len(inserted)
+        self._inserted, self._inserted_at = len(inserted), count
         self.phase, self.must_resubmit = "answer", True
         self._begin_text()
         self._is_watched = True

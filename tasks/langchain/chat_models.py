@@ -5,40 +5,41 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, Self
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_huggingface.blocks import ResponseFormat
-from prefect_huggingface.tasks.engines.base import Engine, RequestError, checked
+from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.engines.tool_calls import Tool, call_schema, choose_tools
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import (
+    AsyncRun,
+    Configs,
     EngineLLM,
+    Run,
+    Stop,
     acomplete,
     astream,
     complete,
     concurrent_configs,
     llm_output,
-    stream,
 )
 from prefect_huggingface.tasks.langchain.huggingface_pipeline import HuggingFacePipeline
 from prefect_huggingface.tasks.langchain.messages import ChunkMaker, chat_result, read_messages
-from prefect_huggingface.tasks.records import Completion, Message, Request
+from prefect_huggingface.tasks.records import Message, Request
 
 Method = Literal["function_calling", "json_mode", "json_schema"]
 # Arguments of a call that are not for the engine.
@@ -59,14 +60,12 @@ class _Call(NamedTuple):
         request: The request.
         tools: Tools whose calls are looked for in the answer.
         most_calls: Greatest number of calls of one answer, None for any number.
-        keeps_invalid: Whether an answer that has not the form asked for is an answer and not an error.
     """
 
     engine: Engine
     request: Request
     tools: list[Tool]
     most_calls: int | None
-    keeps_invalid: bool
 
 
 class ChatHuggingFace(BaseChatModel):
@@ -221,7 +220,7 @@ class ChatHuggingFace(BaseChatModel):
     def batch(
         self,
         inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
+        config: Configs = None,
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
@@ -233,7 +232,7 @@ class ChatHuggingFace(BaseChatModel):
     async def abatch(
         self,
         inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
+        config: Configs = None,
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
@@ -253,54 +252,30 @@ class ChatHuggingFace(BaseChatModel):
         return (self.custom_get_token_ids or self.llm.get_token_ids)(text)
 
     def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> ChatResult:
         call = self._make_call(self.llm.get_engine(), messages, stop, kwargs)
-        if call.keeps_invalid:
-            completion = _complete_in_any_form(call)
-        else:
-            completion = complete(call.engine, [call.request])[0]
-        return chat_result(completion, call.tools, str(self.model_id), call.most_calls)
+        return chat_result(complete(call.engine, [call.request])[0], call.tools, str(self.model_id), call.most_calls)
 
     async def _agenerate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> ChatResult:
         call = self._make_call(await asyncio.to_thread(self.llm.get_engine), messages, stop, kwargs)
-        if call.keeps_invalid:
-            completion = await asyncio.to_thread(_complete_in_any_form, call)
-        else:
-            completion = await acomplete(call.engine, call.request)
-        return chat_result(completion, call.tools, str(self.model_id), call.most_calls)
+        return chat_result(await acomplete(call.engine, call.request), call.tools, str(self.model_id), call.most_calls)
 
     def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
         call = self._make_call(self.llm.get_engine(), messages, stop, kwargs)
         maker = self._chunk_maker(call, kwargs)
-        for piece in stream(call.engine, call.request):
+        for piece in call.engine.stream_pieces(call.request):
             for chunk in maker.chunks(piece):
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
     async def _astream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, messages: list[BaseMessage], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = self._make_call(await asyncio.to_thread(self.llm.get_engine), messages, stop, kwargs)
         maker = self._chunk_maker(call, kwargs)
@@ -324,7 +299,7 @@ class ChatHuggingFace(BaseChatModel):
         """
         settings = {name: value for name, value in {**self._settings, **kwargs}.items() if name not in STREAM_ARGUMENTS}
         settings.pop("ls_structured_output_format", None)
-        keeps_invalid = bool(settings.pop("keep_invalid", False))
+        keeps_invalid = settings.pop("keep_invalid", False)
         most_calls = 1 if settings.pop("parallel_tool_calls", None) is False else None
         tools, choice = list(settings.pop("tools", None) or ()), settings.pop("tool_choice", None)
         tools = [] if choice == "none" else tools
@@ -333,13 +308,15 @@ class ChatHuggingFace(BaseChatModel):
             # A call that must be made is the grammar of the answer.
             settings["response_format"] = ResponseFormat(json_schema=call_schema(forced))
         stops = [*([self.stop] if isinstance(self.stop, str) else self.stop or ()), *(stop or ())]
-        make = partial(self.llm.make_request, engine, call=settings, stop=stops, tools=tuple(tools))
+        # A call that is cut off at the limit is an invalid call, whole and streamed.
+        checks = not (keeps_invalid or forced)
+        make = partial(self.llm.make_request, engine, call=settings, stop=stops, tools=tuple(tools), check_form=checks)
         read = read_messages(messages)
         if _is_templated(engine, read):
             request = make(str(read[0]["content"]), chat_template="never")
         else:
             request = make(None, messages=read, **self._template_of(tools))
-        return _Call(engine, request, tools, most_calls, keeps_invalid)
+        return _Call(engine, request, tools, most_calls)
 
     def _template_of(self, tools: Sequence[Tool]) -> dict[str, Any]:
         """Return the template of the tokenizer that was given, as a field of requests."""
@@ -428,16 +405,3 @@ def _is_templated(engine: Engine, messages: Sequence[Message]) -> bool:
         return False
     content = messages[0]["content"]
     return isinstance(content, str) and template.is_templated(content)
-
-
-def _complete_in_any_form(call: _Call) -> Completion:
-    """Return the completion of a request; one that has not the form asked for has its text nevertheless.
-
-    Raises:
-        GenerationError: If the request fails for another reason.
-    """
-    pieces: list[str] = []
-    completion = call.engine.submit(call.request, pieces.append).result()
-    if completion.error_code == "schema_invalid":
-        return replace(completion, text="".join(pieces), finish_reason="length", error=None, error_code=None)
-    return checked(completion)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -21,30 +20,25 @@ from prefect_huggingface.blocks import (
     HuggingFaceCredentials,
     InferenceEndpoint,
     LocalModel,
-    ModelStore,
 )
 from prefect_huggingface.blocks.model import Task
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
+from prefect_huggingface.tasks.langchain.kwargs import read_fields
 from prefect_huggingface.tasks.records import Completion, Request
 
 DEFAULT_MODEL = "sentence-transformers/all-mpnet-base-v2"
 DEFAULT_RERANKER = "BAAI/bge-reranker-base"
 TOKEN_VARIABLES = ("HUGGINGFACEHUB_API_TOKEN", "HF_TOKEN")
-# Arguments of Sentence Transformers that are fields of the block, under this or another name.
-FIELDS = {
-    "device": "device", "revision": "revision", "trust_remote_code": "trust_remote_code", "backend": "backend",
-    "local_files_only": "offline", "weight_format": "weight_format", "quantization": "quantization",
-    "ov_config": "ov_config", "dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attn_implementation",
-    "device_map": "device_map", "store": "store", "credentials": "credentials",
-}  # fmt: skip
-TOKENS = ("token", "use_auth_token")
+# Arguments that are fields of the block; those of Transformers are understood beside them.
+FIELDS = ("backend", "weight_format", "quantization", "store", "credentials")
 OPTIONS = {"truncate_dim": "dimensions", "max_seq_length": "max_length", "max_length": "max_length"}
 # What changes neither the model nor its vectors here.
 WITHOUT_EFFECT = frozenset({
     "similarity_fn_name", "model_card_data", "batch_size", "show_progress_bar", "convert_to_numpy", "convert_to_tensor",
-    "chunk_size", "pool", "export", "file_name", "use_safetensors", "low_cpu_mem_usage", "provider",
+    "chunk_size", "pool", "export", "file_name", "use_safetensors", "low_cpu_mem_usage", "provider", "prompts",
+    "default_prompt_name",
 })  # fmt: skip
 NESTED = ("model_kwargs", "tokenizer_kwargs", "processor_kwargs", "config_kwargs")
 # As Sentence Transformers does: a text that is too long is cut, and an empty one is the special tokens alone.
@@ -296,23 +290,19 @@ def read_model(
         SettingsError: If an argument is unknown.
     """
     given = dict(_flat(model_kwargs))
-    cache_folder = cache_folder or given.pop("cache_folder", None)
-    token = next((given.pop(name) for name in TOKENS if name in given), None)
-    unknown = set(given) - {*FIELDS, *OPTIONS, *WITHOUT_EFFECT, "prompts", "default_prompt_name", "cache_folder"}
-    if unknown:
-        raise SettingsError(f"`model_kwargs` has {', '.join(sorted(unknown))}, which is not known. Remove it.")
-    fields: dict[str, Any] = {FIELDS[name]: value for name, value in given.items() if name in FIELDS}
-    if token is not None and not isinstance(token, bool):
-        fields["credentials"] = HuggingFaceCredentials(token=token)
-    if str(fields.get("dtype", "")).startswith("torch."):
-        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
-    if fields.setdefault("backend", "torch") == "openvino":
+    given["cache_dir"] = cache_folder or given.pop("cache_folder", None)
+    options = {OPTIONS[name]: given.pop(name) for name in list(given) if name in OPTIONS}
+    fields: dict[str, Any] = {name: given.pop(name) for name in list(given) if name in FIELDS}
+    fields.setdefault("backend", "torch")
+    if fields["backend"] == "openvino":
         fields.setdefault("weight_format", "fp32")
-    if cache_folder is not None:
-        fields.setdefault("store", ModelStore(path=Path(cache_folder)))
-    options = EmbeddingOptions(**{OPTIONS[name]: value for name, value in given.items() if name in OPTIONS})
-    known = {name: value for name, value in fields.items() if value is not None}
-    return LocalModel(model_id=model_name, task=task, embedding=options, **known)
+    loading = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT and value is not None}
+    known = {
+        name: value
+        for name, value in {**read_fields(loading, fields["backend"]), **fields}.items()
+        if value is not None
+    }
+    return LocalModel(model_id=model_name, task=task, embedding=EmbeddingOptions(**options), **known)
 
 
 def _flat(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

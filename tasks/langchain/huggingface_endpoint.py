@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.outputs import LLMResult
+from langchain_core.outputs import GenerationChunk, LLMResult
 from prefect.types import SecretDict
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError
 
@@ -15,9 +16,8 @@ from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials
 from prefect_huggingface.blocks.endpoint import ExtraOption
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
-from prefect_huggingface.tasks.langchain.base_llm import EngineLLM, astream, stream
-from prefect_huggingface.tasks.langchain.generation_kwargs import GENERATION_NAMES, Generation, read_generation
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.langchain.base_llm import AsyncRun, EngineLLM, Run, Stop, llm_output
+from prefect_huggingface.tasks.langchain.kwargs import GENERATION_NAMES, Generation, read_generation
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 512, "temperature": 0.8, "top_p": 0.95}
 # The class has these arguments; they are settings for generating text.
@@ -133,41 +133,24 @@ class HuggingFaceEndpoint(EngineLLM):
         """Task of the model, which is text generation whatever it is called."""
         return "text-generation"
 
-    def _generate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> LLMResult:
+    def _generate(self, prompts: list[str], stop: Stop = None, run_manager: Run = None, **kwargs: Any) -> LLMResult:
         if not self.streaming:
             return super()._generate(prompts, stop, run_manager, **kwargs)
-        engine, rows = self.get_engine(), []
-        for prompt in prompts:
-            for piece in stream(engine, self.make_request(engine, prompt, kwargs, stop)):
-                if isinstance(piece, Completion):
-                    rows.append(piece)
-                elif run_manager and isinstance(piece, str):
-                    run_manager.on_llm_new_token(piece)
-        return self._to_result(rows)
+        rows = [list(self._stream(prompt, stop, run_manager, **kwargs)) for prompt in prompts]
+        return self._joined(rows)
 
     async def _agenerate(
-        self,
-        prompts: list[str],
-        stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
+        self, prompts: list[str], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
     ) -> LLMResult:
         if not self.streaming:
             return await super()._agenerate(prompts, stop, run_manager, **kwargs)
-        engine, rows = self.get_engine(), []
-        for prompt in prompts:
-            async for piece in astream(engine, self.make_request(engine, prompt, kwargs, stop)):
-                if isinstance(piece, Completion):
-                    rows.append(piece)
-                elif run_manager and isinstance(piece, str):
-                    await run_manager.on_llm_new_token(piece)
-        return self._to_result(rows)
+        rows = [[chunk async for chunk in self._astream(prompt, stop, run_manager, **kwargs)] for prompt in prompts]
+        return self._joined(rows)
+
+    def _joined(self, rows: Sequence[Sequence[GenerationChunk]]) -> LLMResult:
+        chunks = [reduce(add, row) for row in rows]
+        usages = [(chunk.generation_info or {})["token_usage"] for chunk in chunks]
+        return LLMResult(generations=[[chunk] for chunk in chunks], llm_output=llm_output(usages, self._model_name))
 
     @property
     def lc_secrets(self) -> dict[str, str]:

@@ -9,16 +9,18 @@ from pydantic import Field, PrivateAttr
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.errors import SettingsError
+from prefect_huggingface.tasks.errors import EngineError, SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import EngineLLM
-from prefect_huggingface.tasks.langchain.generation_kwargs import (
+from prefect_huggingface.tasks.langchain.kwargs import (
     GENERATION_NAMES,
+    TOKEN_NAMES,
     Generation,
     merge_generation,
     pipeline_settings,
     read_generation,
+    read_settings,
+    template_use,
 )
-from prefect_huggingface.tasks.langchain.model_kwargs import TOKEN_NAMES, read_settings, template_use
 
 # Fields of the block that do not change what the model says, or are secret.
 NOT_IDENTIFYING = {"credentials", "store", "offline", "options"}
@@ -133,6 +135,7 @@ class HuggingFacePipeline(EngineLLM):
             EngineError: If the model cannot be loaded.
         """
         settings = read_settings(model_id, task, backend, device, device_map, model_kwargs, pipeline_kwargs)
+        _check_device(settings.model)
         llm = cls(
             model=settings.model.model_copy(update={"options": GenerationOptions()}),
             model_id=model_id,
@@ -318,6 +321,17 @@ def _read_model(
     if changed:
         model = model.model_copy(update=changed)
     return model, Generation(model.options), settings.images
+
+
+def _check_device(model: LocalModel) -> None:
+    """Refuse a device of torch that is not there as LangChain does, before anything is fetched."""
+    if model.backend == "torch" and model.device is not None:
+        from prefect_huggingface.tasks.engines.torch_loading import resolve_device
+
+        try:
+            resolve_device(str(model.device))
+        except EngineError as exc:
+            raise SettingsError(str(exc)) from None
 
 
 def _without_token(given: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -18,11 +18,10 @@ from langchain_core.messages import (
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
+from prefect_huggingface.tasks.engines.base import Piece, Reasoning
 from prefect_huggingface.tasks.engines.tool_calls import InvalidCall, Tool, ToolCall, ToolCallParser, find_calls
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import (
-    Piece,
-    Reasoning,
     generation_info,
     llm_output,
     usage_metadata,
@@ -30,7 +29,7 @@ from prefect_huggingface.tasks.langchain.base_llm import (
 )
 from prefect_huggingface.tasks.records import Completion, Message
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_OF: tuple[tuple[type[BaseMessage], str], ...] = (
     (SystemMessage, "system"),
     (HumanMessage, "user"),
@@ -38,7 +37,9 @@ ROLE_OF: tuple[tuple[type[BaseMessage], str], ...] = (
     (ToolMessage, "tool"),
 )
 # Parts of an answer that stand in fields of the message as well, or that the model does not read again.
-SKIPPED_BLOCKS = ("tool_call", "tool_use", "reasoning", "thinking")
+SKIPPED_BLOCKS = (
+    "tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking", "redacted_thinking",
+)  # fmt: skip
 
 
 def read_messages(messages: Sequence[BaseMessage]) -> list[Message]:
@@ -61,6 +62,10 @@ def _read_message(message: BaseMessage) -> Message:
             {"type": "function", "id": call["id"], "function": {"name": call["name"], "arguments": call["args"]}}
             for call in message.tool_calls
         ]
+    if isinstance(message, AIMessage) and message.invalid_tool_calls and isinstance(read["content"], str):
+        # What the model wrote in place of a call, which it must see to do better.
+        texts = [read["content"], *(call["args"] for call in message.invalid_tool_calls)]
+        read["content"] = "\n".join(filter(None, texts))
     if isinstance(message, AIMessage) and message.additional_kwargs.get("reasoning_content"):
         # Templates decide themselves which thoughts the model sees again.
         read["reasoning_content"] = message.additional_kwargs["reasoning_content"]
@@ -131,7 +136,7 @@ def chat_result(completion: Completion, tools: Sequence[Tool], model_name: str, 
             tool_calls=[
                 tool_call(name=call.name, args=call.arguments, id=call.id) for call in found.calls[:most_calls]
             ],
-            invalid_tool_calls=[invalid_tool_call(args=call.text, error=call.error) for call in found.invalid],
+            invalid_tool_calls=[invalid_tool_call(args=_args_of(call), error=call.error) for call in found.invalid],
             usage_metadata=usage_metadata(completion),
         )
         generations.append(ChatGeneration(message=message, generation_info=info))
@@ -176,9 +181,13 @@ def _chunk(content: str = "", **fields: Any) -> ChatGenerationChunk:
 
 def _call_chunk(call: ToolCall | InvalidCall, index: int) -> ToolCallChunk:
     if isinstance(call, InvalidCall):
-        # LangChain makes an invalid call of arguments that are not JSON.
-        return tool_call_chunk(args=call.text, index=index)
+        return tool_call_chunk(args=_args_of(call), index=index)
     return tool_call_chunk(name=call.name, args=json.dumps(call.arguments), id=call.id, index=index)
+
+
+def _args_of(call: InvalidCall) -> str:
+    """Return the text of a call for its arguments; of the beginning of an object, LangChain would make a call."""
+    return f"{call.error} {call.text}" if call.text.lstrip().startswith("{") else call.text
 
 
 def _thoughts(reasoning: str | None) -> dict[str, Any]:

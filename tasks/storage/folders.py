@@ -19,6 +19,9 @@ DOCUMENTS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".pdf")
 NEVER_READ = (*DOCUMENTS, "training_args.bin", ".tmp", ".lock", ".part", ".incomplete")
 # The second kind has the steps after the model in repositories of Sentence Transformers.
 FOLDERS_READ = re.compile(r"additional_chat_templates|\d+_[A-Za-z]+")
+OPENVINO_MODELS = ("openvino_model.xml", "openvino_decoder_model.xml", "openvino_language_model.xml")
+LARGEST_HEADER_BYTES = 100_000_000
+BYTES_PER_ELEMENT = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 def list_files(folder: Path) -> list[str]:
@@ -56,9 +59,6 @@ def is_openvino_folder(names: Iterable[str]) -> bool:
     return any(name in OPENVINO_MODELS for name in names)
 
 
-OPENVINO_MODELS = ("openvino_model.xml", "openvino_decoder_model.xml", "openvino_language_model.xml")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one if the file is missing.
 
@@ -83,10 +83,6 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield entry.name
             elif FOLDERS_READ.fullmatch(entry.name):
                 yield from (f"{entry.name}/{name}" for name in os.listdir(entry) if not name.startswith("."))
-
-
-LARGEST_HEADER_BYTES = 100_000_000
-BYTES_PER_ELEMENT = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 @dataclass(frozen=True, slots=True)

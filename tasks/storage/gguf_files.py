@@ -52,6 +52,7 @@ REQUIRED = (
     "attention.layer_norm_rms_epsilon",
 )  # fmt: skip
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+MERGE = "Merge the parts with `llama-gguf-split --merge`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +166,6 @@ def _inspect(path: Path, size: int, mtime_ns: int) -> GGUFSource:
         return _unusable(path, str(error), REMEDY)
     parameters = sum(int(tensor.n_elements) for tensor in tensors)
     return GGUFSource(checkpoint_config(fields), SourceWeights(parameters, 4 * parameters))
-
-
-MERGE = "Merge the parts with `llama-gguf-split --merge`"
 
 
 def _unusable(path: Path, reason: str, remedy: str) -> GGUFSource:

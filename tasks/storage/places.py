@@ -22,6 +22,7 @@ from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
 AHEAD_BYTES = 2**20  # read from a file at once
 BLOCK_BYTES = 32 * 2**20  # fetched from a remote file at once, while the block before is looked at
+_hub: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,9 +274,6 @@ def _like(pattern: Place, path: str) -> Place:
         return Place(path)
     system, _ = _file_system(pattern.url)
     return Place(str(system.unstrip_protocol(path)))
-
-
-_hub: dict[str, Any] = {}
 
 
 @contextmanager

@@ -19,6 +19,13 @@ from prefect_huggingface.tasks.storage.folders import find_pointer, is_openvino_
 from prefect_huggingface.tasks.storage.hub.cache import Selection, describe_weights
 from prefect_huggingface.tasks.storage.hub.client import RepositoryFile
 
+FileState = tuple[int, int, int, int]
+"""Size in bytes, times of the last change of content and of inode in nanoseconds, and number of the inode."""
+# A file that was written this short a time ago may be written again without a new time of change.
+SETTLED_SECONDS = 2.0
+_HASHES: dict[Path, dict[str, tuple[FileState, str]]] = {}
+_LOCK = threading.Lock()
+
 
 def get_snapshot(model: LocalModel) -> Snapshot:
     """Return the snapshot of a model; download it first where needed.
@@ -36,16 +43,6 @@ def get_snapshot(model: LocalModel) -> Snapshot:
     from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 
     return fetch_snapshot(model)
-
-
-FileState = tuple[int, int, int, int]
-"""Size in bytes, times of the last change of content and of inode in nanoseconds, and number of the inode."""
-
-# A file that was written this short a time ago may be written again without a new time of change.
-SETTLED_SECONDS = 2.0
-
-_HASHES: dict[Path, dict[str, tuple[FileState, str]]] = {}
-_LOCK = threading.Lock()
 
 
 def snapshot_folder(model: LocalModel) -> Snapshot:

@@ -17,7 +17,9 @@ from support.prefect_services import PrefectServices
 
 # A better word does not exist for these.
 PLAIN = {"model", "steps", "store"}
-USES = {"batch-inference", "prompt-chain", "prompt-chain-warm", "prepare-model", "prune-models"}
+USES = {
+    "batch-inference", "batch-embedding", "prompt-chain", "prompt-chain-warm", "prepare-model", "prune-models",
+}  # fmt: skip
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
@@ -65,7 +67,10 @@ def test_every_field_of_a_block_has_a_title_and_a_sentence(deployments):
 
 
 def test_blocks_are_chosen_from_a_list(deployments):
-    for name, parameter in [("batch-inference", "model"), ("prepare-model", "model"), ("prune-models", "store")]:
+    for name, parameter in [
+        ("batch-inference", "model"), ("batch-embedding", "model"), ("prepare-model", "model"),
+        ("prune-models", "store"),
+    ]:  # fmt: skip
         UUID(deployments[name]["parameters"][parameter]["$ref"]["block_document_id"])
     definitions = deployments["batch-inference"]["parameter_openapi_schema"]["definitions"]
     assert definitions["LocalModel"]["block_type_slug"] == "hugging-face-local-model"

@@ -110,6 +110,46 @@ def test_stop_strings_and_log_probabilities(client: openai.OpenAI, name: str) ->
     assert cut.choices[0].finish_reason == "stop"
 
 
+def test_log_probabilities_have_the_texts_of_their_tokens(client: openai.OpenAI, name: str) -> None:
+    asked: dict[str, Any] = {"model": name, "messages": USER, "max_tokens": 20, "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0]
+    assert whole.logprobs is not None
+    tokens = whole.logprobs.content or []
+    assert b"".join(bytes(token.bytes or ()) for token in tokens).decode() == whole.message.content
+    assert all(token.token.encode() == bytes(token.bytes or ()) for token in tokens if "\\x" not in token.token)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert [token for chunk in chunks if (said := chunk.choices[0].logprobs) for token in said.content or ()] == tokens
+
+    plain: dict[str, Any] = {"model": name, "prompt": "One", "max_tokens": 20, "logprobs": 0, "echo": True}
+    text = client.completions.create(**plain).choices[0]
+    assert text.logprobs is not None
+    named = list(zip(text.logprobs.tokens or (), text.logprobs.text_offset or (), strict=True))
+    assert len(named) == len(text.logprobs.token_logprobs or ()) == 20
+    assert named[0][1] == len("One")
+    assert all(text.text[place:].startswith(token) for token, place in named if not token.startswith("bytes:"))
+    streamed = [piece.choices[0].logprobs for piece in client.completions.create(**plain, stream=True)]
+    assert [said for said in streamed if said] == [text.logprobs]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}},
+        {"tools": [WEATHER], "tool_choice": "required"},
+    ],
+    ids=["form", "call"],
+)
+def test_a_form_that_is_cut_off_is_the_same_whole_and_streamed(
+    client: openai.OpenAI, name: str, form: dict[str, Any]
+) -> None:
+    asked = {"model": name, "messages": USER, "max_tokens": 4, **form}
+    whole = client.chat.completions.create(**asked).choices[0]
+    choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert whole.finish_reason == choices[-1].finish_reason == "length"
+    assert (whole.message.content or "").startswith("{")
+    assert whole.message.content == "".join(choice.delta.content or "" for choice in choices)
+
+
 def test_answers_of_a_form(client: openai.OpenAI, name: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
     answer = client.chat.completions.create(model=name, messages=USER, response_format=form, **SAMPLED)

@@ -58,6 +58,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow  # test_killed_batches.py kills one at this moment as well
 def test_a_batch_that_was_killed_after_its_publication_is_finished(tmp_path: Path, model: LocalModel) -> None:
     source, destination = write_numbers(tmp_path / "in.jsonl", 40), tmp_path / "out.jsonl"
     settings = {"source": source, "destination": str(destination), "prompt": PROMPT}

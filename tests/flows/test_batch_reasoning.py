@@ -79,3 +79,14 @@ def test_what_the_template_cannot_take_is_found_before_the_first_row(tmp_path: P
     with pytest.raises(BatchError, match="no variable 'enable_thinking'"):
         batch_inference(model, source, str(tmp_path / "no.jsonl"), "{q}", options=wrong)
     assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_a_template_that_loses_the_system_message_is_found_before_the_first_row(tmp_path: Path) -> None:
+    from prefect_huggingface.tasks.errors import BatchError
+
+    model = model_of(tmp_path / "model", "clean", "gemma-2")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content[:12] }}<start_of_turn>model\n")
+    source = write(tmp_path / "in.jsonl", {"q": "hi"})
+    with pytest.raises(BatchError, match="leaves out a message of the role"):
+        batch_inference(model, source, str(tmp_path / "no.jsonl"), "{q}", system="Be brief.")
+    assert not (tmp_path / "no.jsonl").exists()

@@ -319,7 +319,7 @@ def test_places_that_are_not_on_this_machine(remote: str, source: Path, model: L
         batch_inference(model, f"{remote}/in/*.jsonl", destination, "{country}?")
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_end_the_run_soon_and_lose_nothing_committed(tmp_path: Path, model: LocalModel, sign: int) -> None:
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"country": f"Land {index}"}) + "\n" for index in range(3000)))

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from support.quickstart import load_script
 from support.vector_models import make_embedder, make_ranker
-
-SCRIPT = Path(__file__).parent.parent.parent / "deployments" / "quickstart" / "retrieval.py"
 
 
 @pytest.mark.usefixtures("prefect_server")
 def test_each_question_has_facts_and_an_answer(session_folder: Path, tiny_llama: Path) -> None:
-    spec = importlib.util.spec_from_file_location("retrieval", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("retrieval")
     embedder = make_embedder(session_folder / "retrieval" / "embedder", "bert")
     ranker = make_ranker(session_folder / "retrieval" / "ranker", "bert-reranker")
     torch = {"backend": "torch", "dtype": "float32"}

@@ -85,6 +85,15 @@ def wait_for_child(folder: Path, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def flip_byte(path: Path) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as stream:
+        stream.seek(100)
+        byte = stream.read(1)[0]
+        stream.seek(100)
+        stream.write(bytes([byte ^ 1]))
+
+
 def staged(store: Path) -> list[str]:
     """Return what lies in the staging folder of a store."""
     folder = store / "exports" / ".staging"

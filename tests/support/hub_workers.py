@@ -57,7 +57,7 @@ class DownloadProcess:
 def _context() -> ForkServerContext:
     # The fork server imports once; each download is then a process of its own within milliseconds.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prefect_huggingface.tasks.storage.hub", "huggingface_hub", "httpx"])
+    context.set_forkserver_preload(["prefect_huggingface.tasks.storage.hub.download", "huggingface_hub"])
     return context
 
 

@@ -32,7 +32,7 @@ class TextModel:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.context_length: int = self._model.config.max_position_embeddings
-        self._end_ids = {self.tokenizer.eos_token_id}
+        self._end_ids = {self.tokenizer.eos_token_id, self._model.generation_config.eos_token_id}
         self._lock = threading.Lock()
 
     def encode(self, text: str, special: bool = True) -> list[int]:

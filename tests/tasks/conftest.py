@@ -1,4 +1,4 @@
-"""A store with an export that eight processes asked for at once, and one with what a flow exported; each made once."""
+"""Models whose exports are in stores that are made once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,8 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.flows.preparation import prepare_model
-from support.export_requests import LoggedExport, finish_request, start_request
+from support.export_requests import LoggedExport
 from support.flow_logs import messages_of
-
-
-@pytest.fixture(scope="session")
-def crowd(tiny_llama: Path, made_once: Callable[..., Any]) -> tuple[Path, list[dict[str, Any]]]:
-    """A store, and the answers of eight processes that asked it at once for the same export."""
-
-    def ask_at_once(store: Path) -> tuple[Path, list[dict[str, Any]]]:
-        processes = [start_request(store, tiny_llama) for _ in range(8)]
-        return store, [finish_request(process) for process in processes]
-
-    return made_once("crowd", ask_at_once)
 
 
 @pytest.fixture

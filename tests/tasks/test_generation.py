@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.registry import unload_engines
+from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
 from support.openvino_engines import openvino_model
+from support.scripted_models import make_scripted_model
 
 PROMPTS = ["The capital of France", "", "What is the number 42", "One, two, three"]
 CONVERSATION = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is the number 42?"}]
@@ -54,6 +55,27 @@ def test_a_conversation_gets_the_template_once(model):
     (again,) = generate_text.fn(model.model_copy(update={"chat_template": "auto"}), [templated])
     assert chat.text == text.text == again.text
     assert chat.prompt_tokens == text.prompt_tokens == again.prompt_tokens
+
+
+def test_a_template_that_loses_messages_is_found_before_the_first_conversation(tmp_path):
+    folder = make_scripted_model(tmp_path / "model", "Yes.", "gemma-2")
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}<start_of_turn>model\n")
+    model = LocalModel(model_id=str(folder), backend="torch", weight_format=None, device="cpu")
+    user = {"role": "user", "content": "Is it?"}
+    system = {"role": "system", "content": "Be short."}
+    options = GenerationOptions(max_new_tokens=1)
+    alone, merged = generate_chat.fn(model, [[user], [system, user]], options)
+    assert alone.text == merged.text
+    asked: list[int] = []
+    engine = load_engine(model)
+    engine.inputs.check = lambda options: asked.append(1)
+    lost = [user, {"role": "assistant", "content": "No."}, {**user, "content": "No?"}]
+    with pytest.raises(GenerationError, match="^Conversation 1 cannot be asked.*leaves out a message"):
+        generate_chat.fn(model, [[user], lost, ["no message"]], options)
+    assert not asked
+    # What is no conversation fails alone.
+    rows = generate_chat.fn(model, [[user], ["no message"], [], [{"content": "no role"}]], options)
+    assert [row.error_code for row in rows] == [None, "invalid_prompt", "empty_prompt", "invalid_prompt"]
 
 
 def test_a_stream_gives_the_text_and_shows_it_in_the_log(model, caplog):

@@ -57,6 +57,27 @@ KEPT_LOGS = 20
 # With the share before the bar, as of tqdm, and behind it, as of rich.
 BARS = (re.compile(r"(.*?)[:\s|]*(\d+)%[\s|]*[|█━╸]"), re.compile(r"([^█━╸]*?)[\s|]*[█━╸][^%]*?(\d+)%"))
 PROGRESS_SECONDS = 10.0
+STEPS = {
+    "export": "converting the model to OpenVINO",
+    "quantize": "quantizing the weights",
+    "verify": "loading the export and generating from it",
+}
+# Measured with optimum-intel 2.1 and Transformers 5.5: a broken one of these ends the import of Optimum.
+IMPORTED_WHEN_PRESENT = (
+    "torchvision", "torchao", "kernels", "hqq", "librosa", "soundfile", "pandas", "datasets", "diffusers", "kokoro",
+)  # fmt: skip
+PROBE_SECONDS = 60.0
+PROBE = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    print(json.dumps([name, "it ends the process that imports it"]), flush=True)
+    try:
+        importlib.import_module(name)
+        reason = None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    print(json.dumps([name, reason]), flush=True)
+"""
 
 
 @dataclass(slots=True)
@@ -266,13 +287,6 @@ def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path, 
     )
 
 
-STEPS = {
-    "export": "converting the model to OpenVINO",
-    "quantize": "quantizing the weights",
-    "verify": "loading the export and generating from it",
-}
-
-
 def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int) -> dict[str, Any]:
     """Make an export in a child process, without network and without a token.
 
@@ -325,24 +339,6 @@ def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
-# Measured with optimum-intel 2.1 and Transformers 5.5: a broken one of these ends the import of Optimum.
-IMPORTED_WHEN_PRESENT = (
-    "torchvision", "torchao", "kernels", "hqq", "librosa", "soundfile", "pandas", "datasets", "diffusers", "kokoro",
-)  # fmt: skip
-LONGEST_SECONDS = 60.0
-PROBE = """
-import importlib, json, sys
-for name in sys.argv[1:]:
-    print(json.dumps([name, "it ends the process that imports it"]), flush=True)
-    try:
-        importlib.import_module(name)
-        reason = None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    print(json.dumps([name, reason]), flush=True)
-"""
-
-
 def find_conflict() -> str | None:
     """Return a sentence about the first optional package that cannot be imported beside torch, or None."""
     present = [name for name in IMPORTED_WHEN_PRESENT if _is_installed(name)]
@@ -366,7 +362,7 @@ def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str
         done = subprocess.run(
             [sys.executable, "-P", "-c", PROBE, *names],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8", errors="replace",
-            timeout=LONGEST_SECONDS, env={**passed_on(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
+            timeout=PROBE_SECONDS, env={**passed_on(), "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []  # not known, which is no reason to refuse an export

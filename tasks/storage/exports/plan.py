@@ -49,6 +49,45 @@ from prefect_huggingface.tasks.storage.hub.cache import RepositoryFolder, known_
 from prefect_huggingface.tasks.storage.hub.client import HubConnection
 from prefect_huggingface.tasks.storage.hub.download import DownloadPlan, plan_snapshot
 
+FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
+LARGEST_CONFIG_BYTES = 10_000_000
+LARGEST_INDEX_BYTES = 64_000_000
+NATIVE_TYPES = "transformers/models/auto/configuration_auto.py"
+CALIBRATION_EXTRA = "Install it with `pip install 'prefect-huggingface[calibration]'`"
+DATASET_TABLES = {
+    "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
+    "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
+    "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
+    "feature-extraction": "PREDEFINED_LANGUAGE_DATASETS",
+    "text-classification": "PREDEFINED_LANGUAGE_DATASETS",
+}
+SCORED = r"(ForSequenceClassification|ForCausalLM)$"
+GENERATING = r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"
+# The paged attention of OpenVINO 2026.4 knows nothing of their masks: local windows, positions as biases.
+WRONG_ATTENTION = ("gpt_neo", "mpt", "xglm")
+STACK = re.compile(r"((?:.+\.)?(?:layers|layer|h|blocks|block))\.(\d+)\..+")
+HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.")
+# Architectures whose head is not the table of embeddings unless their configuration says so.
+OWN_HEADS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3", "phimoe", "olmo", "olmo2",
+    "stablelm", "gptj", "gpt_neox", "granite", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "internlm2",
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+SENTENCEPIECE_FILES = (".model", ".spm")
+# Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
+QUANTIZED_SOURCES = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitnet": None, "mxfp4": None}
+# Codes of a codebook are of an integer type; the codebook itself is not looked for.
+FOUR_BITS = ("u4", "i4", "nf4", "f4e2m1")
+EIGHT_BITS = ("u8", "i8", "f8e4m3", "f8e5m2")
+ELEMENT_TYPE = re.compile(rb'element_type="(\w+)"')
+WANTS_FOUR_BITS = ("int4", "nf4", "mxfp4", "cb4")
+# Python with torch, Transformers, Optimum and NNCF, before there is any model.
+BASE_MEMORY_BYTES = 650 << 20
+# Graph, tokenizer and temporary files.
+BASE_DISK_BYTES = 64 << 20
+BITS = {"checkpoint": 16.0, "fp32": 32.0, "fp16": 16.0, "int8": 8.1, "int4": 4.5, "nf4": 4.3, "mxfp4": 4.3, "cb4": 4.1}
+CGROUP = Path("/sys/fs/cgroup")
+
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
@@ -164,11 +203,6 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
-LARGEST_CONFIG_BYTES = 10_000_000
-LARGEST_INDEX_BYTES = 64_000_000
-
-
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
     """What is known of a source before it is downloaded.
@@ -246,32 +280,6 @@ def _parse(text: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-NATIVE_TYPES = "transformers/models/auto/configuration_auto.py"
-CALIBRATION_EXTRA = "Install it with `pip install 'prefect-huggingface[calibration]'`"
-DATASET_TABLES = {
-    "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
-    "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
-    "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
-    "feature-extraction": "PREDEFINED_LANGUAGE_DATASETS",
-    "text-classification": "PREDEFINED_LANGUAGE_DATASETS",
-}
-SCORED = r"(ForSequenceClassification|ForCausalLM)$"
-HEADS = {"text-generation": r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"}
-# Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
-# The paged attention of OpenVINO 2026.4 knows nothing of their masks: local windows, positions as biases.
-WRONG_ATTENTION = ("gpt_neo", "mpt", "xglm")
-STACK = re.compile(r"((?:.+\.)?(?:layers|layer|h|blocks|block))\.(\d+)\..+")
-HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.")
-# Architectures whose head is not the table of embeddings unless their configuration says so.
-OWN_HEADS = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3", "phimoe", "olmo", "olmo2",
-    "stablelm", "gptj", "gpt_neox", "granite", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "internlm2",
-)  # fmt: skip
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-SENTENCEPIECE_FILES = (".model", ".spm")
-QUANTIZED_SOURCES = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitnet": None, "mxfp4": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,7 +397,7 @@ def check_head(case: ExportCase) -> str | None:
             f"{case.name} is an encoder-decoder model and does not do {case.model.task!r}. "
             "Set `task` to 'text2text-generation', 'summarization' or 'translation'."
         )
-    if not heads or any(re.search(HEADS["text-generation"], name) or "Generation" in name for name in heads):
+    if not heads or any(re.search(GENERATING, name) or "Generation" in name for name in heads):
         return None
     if not any(re.search(r"For[A-Z]\w+$", name) for name in heads) or any("MT" in name for name in heads):
         return None
@@ -550,13 +558,6 @@ def _native_source() -> str:
         return ""
 
 
-FOUR_BITS = ("u4", "i4", "nf4", "f4e2m1")
-EIGHT_BITS = ("u8", "i8", "f8e4m3", "f8e5m2")
-ELEMENT_TYPE = re.compile(rb'element_type="(\w+)"')
-# Codes of a codebook are of an integer type; the codebook itself is not looked for.
-WANTS_FOUR_BITS = ("int4", "nf4", "mxfp4", "cb4")
-
-
 def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
     """Refuse an OpenVINO model that was not made here and cannot answer.
 
@@ -614,14 +615,6 @@ def weight_type(folder: Path, commit: str) -> str:
     if types & set(FOUR_BITS):
         return "4 bits"
     return "8 bits" if types & set(EIGHT_BITS) else "full precision"
-
-
-# Python with torch, Transformers, Optimum and NNCF, before there is any model.
-BASE_MEMORY_BYTES = 650 << 20
-# Graph, tokenizer and temporary files.
-BASE_DISK_BYTES = 64 << 20
-BITS = {"checkpoint": 16.0, "fp32": 32.0, "fp16": 16.0, "int8": 8.1, "int4": 4.5, "nf4": 4.3, "mxfp4": 4.3, "cb4": 4.1}
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def estimate_disk(weights: SourceWeights, weight_format: str) -> int:

@@ -33,6 +33,23 @@ SENSITIVITY_METRICS = (
 )  # fmt: skip
 DATA_AWARE = ("awq", "scale_estimation", "gptq", "lora_correction")
 ONLY_FOUR_BITS = ("group_size", "ratio", "backup_precision", "sensitivity_metric", "all_layers", *DATA_AWARE)
+# NNCF makes groups no smaller than this; it puts a layer that would need smaller ones into the backup precision.
+SMALLEST_GROUP = 32
+HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
+INTERMEDIATE = (
+    "intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
+)  # fmt: skip
+INT4_WEIGHTS = "_DEFAULT_4BIT_WQ_CONFIGS"
+INT8_WEIGHTS = "_DEFAULT_8BIT_WQ_CONFIGS"
+INT8_FULL = "_DEFAULT_INT8_FQ_CONFIGS"
+IGNORED_SCOPES = "_DEFAULT_IGNORED_SCOPE_CONFIGS"
+ALIASES = "model_id_aliases"
+CONFIGURATION = "optimum/intel/openvino/configuration.py"
+MODEL_CONFIGS = "optimum/exporters/openvino/model_configs.py"
+DATASETS = "optimum/intel/openvino/utils.py"
+REGISTER = "register_in_tasks_manager"
+LIMITS = ("MIN_TRANSFORMERS_VERSION", "MAX_TRANSFORMERS_VERSION")
+EXPORT_PACKAGES = ("optimum-intel", "optimum", "nncf", "openvino", "openvino-tokenizers", "transformers", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,14 +250,6 @@ def _check_data(quantization: Mapping[str, Any]) -> None:
         raise PlanError("`gptq` and `lora_correction` exclude each other. Leave one out.")
 
 
-# NNCF makes groups no smaller than this; it puts a layer that would need smaller ones into the backup precision.
-SMALLEST_GROUP = 32
-HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
-INTERMEDIATE = (
-    "intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
-)  # fmt: skip
-
-
 def input_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the numbers of inputs of the linear layers, by the name of the setting that they come from."""
     config = {**config, **(config.get("text_config") or {})}
@@ -292,13 +301,6 @@ def group_size_notes(config: Mapping[str, Any], group_size: int, fallback: str |
             raise PlanError(f"{problem}. {remedy}, or `group_size_fallback='adjust'`.")
 
 
-INT4_WEIGHTS = "_DEFAULT_4BIT_WQ_CONFIGS"
-INT8_WEIGHTS = "_DEFAULT_8BIT_WQ_CONFIGS"
-INT8_FULL = "_DEFAULT_INT8_FQ_CONFIGS"
-IGNORED_SCOPES = "_DEFAULT_IGNORED_SCOPE_CONFIGS"
-ALIASES = "model_id_aliases"
-
-
 def recommended_options(table: str, repo_id: str | None) -> Mapping[str, Any] | None:
     """Return the recommended options of a repository, or None.
 
@@ -314,11 +316,6 @@ def recommended_options(table: str, repo_id: str | None) -> Mapping[str, Any] | 
     options = read_table(CONFIGURATION, table)
     found: Mapping[str, Any] | None = options.get(repo_id) or options.get(aliases.get(repo_id))
     return found
-
-
-CONFIGURATION = "optimum/intel/openvino/configuration.py"
-MODEL_CONFIGS = "optimum/exporters/openvino/model_configs.py"
-DATASETS = "optimum/intel/openvino/utils.py"
 
 
 @cache
@@ -373,10 +370,6 @@ def literal_value(node: ast.expr) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         return [literal_value(element) for element in node.elts]
     return ast.literal_eval(node)
-
-
-REGISTER = "register_in_tasks_manager"
-LIMITS = ("MIN_TRANSFORMERS_VERSION", "MAX_TRANSFORMERS_VERSION")
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,9 +438,6 @@ def _strings(nodes: Iterable[ast.expr], constants: dict[str, Any]) -> Iterable[s
             yield from _strings([constants[node.id]], constants)
         elif isinstance(node, ast.Constant):
             yield str(node.value)
-
-
-EXPORT_PACKAGES = ("optimum-intel", "optimum", "nncf", "openvino", "openvino-tokenizers", "transformers", "torch")
 
 
 @cache

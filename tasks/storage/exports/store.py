@@ -73,6 +73,10 @@ KEY_DIGITS = 16
 CARD = "README.md"
 """Model card of an export. It is for people, so that it may change: it is not in the manifest."""
 LEASE = ".lease"
+# What this process has checked, for stores that it cannot write to.
+_CHECKED: dict[Path, dict[str, list[int]]] = {}
+Run = Callable[[Snapshot, Recipe, Path, int], Mapping[str, Any]]
+"""Makes an export of a snapshot by a recipe in a work folder; the last argument is the lock that a child inherits."""
 
 
 def lock_path(store: Path, key: str) -> Path:
@@ -245,10 +249,6 @@ def file_state(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
     return state
 
 
-# What this process has checked, for stores that it cannot write to.
-_CHECKED: dict[Path, dict[str, list[int]]] = {}
-
-
 def remember_state(folder: Path, state: dict[str, list[int]]) -> None:
     """Note that the hashes of an export are right on this machine with the files as they are."""
     _CHECKED[folder] = state
@@ -287,10 +287,6 @@ def as_export(folder: Path, manifest: Manifest, reused: bool) -> Export:
         seconds=float(manifest.seconds.get("total", 0.0)),
         reused=reused,
     )
-
-
-Run = Callable[[Snapshot, Recipe, Path, int], Mapping[str, Any]]
-"""Makes an export of a snapshot by a recipe in a work folder; the last argument is the lock that a child inherits."""
 
 
 def get_export(model: LocalModel, verify: bool = False) -> Export:

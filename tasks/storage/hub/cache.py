@@ -47,6 +47,27 @@ REPOSITORY_LOCK = "repository"
 """Held while a snapshot is downloaded or removed."""
 
 FORMAT = 1
+# Configuration, tokenizer and chat template: small files at the top of the repository.
+_SMALL = re.compile(
+    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
+    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"  # steps after the model, as of Sentence Transformers
+)
+_USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
+_TOKENIZERS = {
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "source.spm", "vocab.json", "vocab.txt", "openvino_tokenizer.xml",
+}  # fmt: skip
+_OPENVINO = re.compile(r"openvino_[^/]+\.(xml|bin)")
+_OPENVINO_MODEL = re.compile(r"openvino_(model|language_model|encoder_model|decoder_model)\.xml")
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
+_SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
+RULES = 3
+"""Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
+ADAPTER = "adapter"
+"""What stands in place of a backend where a repository holds no model but an adapter of PEFT."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def hub_folder(store: ModelStore, endpoint: str) -> Path:
@@ -109,8 +130,14 @@ class RepositoryFolder:
         """Return the place of the manifest of a selection of files at a commit."""
         return self.path / "manifests" / f"{commit}-{key}.json"
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write into the cache folder, or make it."""
+        place = next(place for place in (self.path, *self.path.parents) if place.exists())
+        return os.access(place, os.W_OK)
+
     def check_writable(self) -> None:
-        """Check that the store can be written, before anything is asked of the Hub.
+        """Check that the store can be written, before anything is downloaded.
 
         Raises:
             OSError: If it cannot.
@@ -191,31 +218,6 @@ class RepositoryFolder:
             return self.reference(revision).read_text(encoding="utf-8").strip()
         except OSError:
             return None
-
-
-# Configuration, tokenizer and chat template: small files at the top of the repository.
-_SMALL = re.compile(
-    r"[^/]+\.(json|model|txt|jinja|tiktoken|spm)|additional_chat_templates/[^/]+\.jinja"
-    r"|\d+_[A-Za-z]+/(config\.json|model\.safetensors)"  # steps after the model, as of Sentence Transformers
-)
-_USELESS = re.compile(r"trainer_state\.json|(all|train|eval|predict)_results\.json|.*\.index\.json|requirements.*\.txt")
-_TOKENIZERS = {
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "source.spm", "vocab.json", "vocab.txt", "openvino_tokenizer.xml",
-}  # fmt: skip
-_OPENVINO = re.compile(r"openvino_[^/]+\.(xml|bin)")
-_OPENVINO_MODEL = re.compile(r"openvino_(model|language_model|encoder_model|decoder_model)\.xml")
-_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-_PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
-_SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
-RULES = 3
-"""Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
-
-
-ADAPTER = "adapter"
-"""What stands in place of a backend where a repository holds no model but an adapter of PEFT."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,14 +430,24 @@ def adopt_snapshot(folder: RepositoryFolder, commit: str, selection: Selection) 
     code_is_here = not selection.trust_remote_code or any(path.endswith(".py") for path in paths)
     if "config.json" not in paths or not paths & _TOKENIZERS or not code_is_here:
         return None
+    return verify_files(folder, commit, selection.key, chosen)
+
+
+def verify_files(
+    folder: RepositoryFolder, commit: str, key: str, chosen: Sequence[RepositoryFile], **facts: str | None
+) -> Manifest | None:
+    """Return the manifest of files of a snapshot that are there and have their hashes; None if one has not.
+
+    It is kept where the cache can be written, so that the files are read once.
+    """
     entries = []
     for file in chosen:
-        found = place / file.path
-        if not has_content(found, int(file.size or 0), str(file.blob_name)):
+        found, size = folder.snapshot(commit) / file.path, file.size or 0
+        if not has_content(found, size, str(file.blob_name)):
             logger.warning("%s of %s does not have its hash. Download the model again.", file.path, folder.repo_id)
             return None
-        entries.append(ManifestFile(file.path, int(file.size or 0), str(file.blob_name), found.stat().st_mtime_ns))
-    manifest = Manifest(folder.repo_id, commit, selection.key, tuple(entries))
+        entries.append(ManifestFile(file.path, size, str(file.blob_name), found.stat().st_mtime_ns))
+    manifest = Manifest(folder.repo_id, commit, key, tuple(entries), **facts)
     logger.info("Verified %d files of %s at %s that were in the cache.", len(entries), folder.repo_id, commit)
     with suppress(OSError):
         write_manifest(folder, manifest)

@@ -45,6 +45,18 @@ ANSWER_TIMEOUTS = 10
 """How many timeouts an answer of the API may take altogether."""
 
 USER_AGENT = "prefect-huggingface"
+Result = TypeVar("Result")
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
+LONGEST_OBEYED_WAIT_SECONDS = 120.0
+"""A server that asks for a longer wait than this gets it from Prefect's retries, not from a sleeping download."""
+LEAST_BYTES_PER_SECOND = 1024.0
+"""A server that sends more slowly than this has stalled, although it sends something now and then."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+DEFAULT_REVISION = "main"
+LARGEST_PAGE_COUNT = 1000
+_FORBIDDEN_IN_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\~^:?*\[]|\.\.|//|@\{")
+_UNIMPORTANT = (".gitattributes", ".gitignore", "README.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,18 +254,6 @@ def _check_token(token: str | None, repo_id: str) -> str | None:
     return token
 
 
-Result = TypeVar("Result")
-
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
-LONGEST_OBEYED_WAIT_SECONDS = 120.0
-"""A server that asks for a longer wait than this gets it from Prefect's retries, not from a sleeping download."""
-
-
-LEAST_BYTES_PER_SECOND = 1024.0
-"""A server that sends more slowly than this has stalled, although it sends something now and then."""
-
-
 class DownloadStopped(BaseException):
     """Raised in the threads of a download that has failed elsewhere. It never leaves the download.
 
@@ -327,13 +327,6 @@ class RetryPolicy:
             if not isinstance(result, HubError):
                 return result
             self.backoff(result)
-
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
-DEFAULT_REVISION = "main"
-LARGEST_PAGE_COUNT = 1000
-_FORBIDDEN_IN_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\~^:?*\[]|\.\.|//|@\{")
-_UNIMPORTANT = (".gitattributes", ".gitignore", "README.md")
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from prefect_huggingface.tasks.storage.hub.cache import (
     known_commit,
     read_manifest,
     verified_blobs,
+    verify_files,
     works_offline,
     write_manifest,
 )
@@ -65,6 +66,13 @@ from prefect_huggingface.tasks.storage.hub.client import (
 from prefect_huggingface.tasks.storage.hub.progress import BAR_SECONDS, Progress
 
 Access = Literal["open", "granted", "refused", "not asked"]
+SPARE_BYTES = 1 << 20
+logger = get_logger(__name__)
+PARALLEL_FILES = 4
+LARGEST_CORRUPT_COUNT = 2
+SMALLEST_PROGRESS_BYTES = 1 << 20
+"""An attempt that brings less than this, or than 1 % of the file, counts as a failure like one that brings nothing."""
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +216,6 @@ def _ask_access(
     return "granted", None
 
 
-SPARE_BYTES = 1 << 20
-logger = get_logger(__name__)
-
-
 def bytes_here(folder: RepositoryFolder, file: RepositoryFile) -> int:
     """Return how many bytes of a file are in the store, complete or not."""
     if file.blob_name is None:
@@ -267,9 +271,6 @@ def make_room(model: LocalModel, folder: RepositoryFolder, commit: str, files: S
     shortage = space_error(model, folder, files)
     if shortage is not None:
         raise shortage
-
-
-PARALLEL_FILES = 4
 
 
 def fetch_snapshot(model: LocalModel, progress: Progress | None = None) -> Snapshot:
@@ -344,19 +345,23 @@ class _Fetch:
 
     def run(self) -> Snapshot:
         with HubConnection(self.model.get_credentials(), self.model.model_id) as hub, self._disk_errors(hub):
-            self.folder.check_writable()
             state = resolve(hub, self.revision, RetryPolicy(hub.attempts, self.stop))
             chosen = choose_files(self.model, hub, state, RetryPolicy(hub.attempts, self.stop))
             if state.is_restricted:
                 self._check_access(hub, state, chosen)
             manifest = find_complete(self.folder, state.commit, self.selection.key)
+            if manifest is None and not self.folder.is_writable:
+                facts = {"gated": state.gated, "licence": state.licence}
+                manifest = verify_files(self.folder, state.commit, self.selection.key, chosen, **facts)
             if manifest is None:
+                self.folder.check_writable()
                 make_room(self.model, self.folder, state.commit, chosen)
                 with self.folder.lock(REPOSITORY_LOCK, self.lock_timeout):
                     # Another process may have fetched it meanwhile.
                     manifest = find_complete(self.folder, state.commit, self.selection.key)
                     manifest = manifest or self._download(hub, state, chosen)
-            if not COMMIT.fullmatch(self.revision) and not state.commit.startswith(self.revision):
+            is_name = not COMMIT.fullmatch(self.revision) and not state.commit.startswith(self.revision)
+            if is_name and self.folder.is_writable:
                 self.folder.write(self.folder.reference(self.revision), state.commit)
             return manifest.snapshot(self.folder)
 
@@ -436,13 +441,6 @@ class _Fetch:
         return Manifest(
             self.model.model_id, state.commit, self.selection.key, entries, gated=state.gated, licence=state.licence
         )
-
-
-LARGEST_CORRUPT_COUNT = 2
-SMALLEST_PROGRESS_BYTES = 1 << 20
-"""An attempt that brings less than this, or than 1 % of the file, counts as a failure like one that brings nothing."""
-
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 class Transfer:

@@ -55,9 +55,16 @@ FOLDERS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def _kept_engines() -> Iterator[None]:
+    """Keep engines from test to test, and close them after the last one of a file."""
+    yield
+    unload_engines()
+
+
 @pytest.fixture
-def family_of(request: pytest.FixtureRequest) -> Iterator[object]:
-    """Return the family of a name. Its engine is closed after the test."""
+def family_of(request: pytest.FixtureRequest, _kept_engines: None) -> Iterator[object]:
+    """Return the family of a name. Its engine is closed after a test that changes something under it."""
 
     def find(name: str) -> Family:
         if name == "endpoint":
@@ -67,7 +74,8 @@ def family_of(request: pytest.FixtureRequest) -> Iterator[object]:
         return Family(name, family_model(name, request.getfixturevalue(FOLDERS[name])), images)
 
     yield find
-    unload_engines()
+    if {"monkeypatch", "tmp_path"} & set(request.fixturenames):
+        unload_engines()
 
 
 @pytest.fixture(params=FAMILY_NAMES)

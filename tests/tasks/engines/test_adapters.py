@@ -178,8 +178,8 @@ def test_families_on_openvino(architecture: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
-def test_quantized_weights_stay_as_they_are(weight_format: str, tiny_llama: Path, adapter: Path) -> None:
-    plain = LocalModel(model_id=str(tiny_llama), weight_format=weight_format, chat_template="never")
+def test_quantized_weights_stay_as_they_are(weight_format: str, tiny_llama_int8: Path, adapter: Path) -> None:
+    plain = LocalModel(model_id=str(tiny_llama_int8), weight_format=weight_format, chat_template="never")
     adapted = plain.model_copy(update={"adapters": [Adapter(repo_or_folder=str(adapter))]})
     assert texts_of(adapted) != texts_of(plain)
     assert load_engine(adapted).generate is not None

@@ -24,7 +24,7 @@ def answers(future) -> tuple[str, ...]:
     return (completion.text, *completion.alternatives)
 
 
-@pytest.mark.parametrize("greedy_rows", [1, 5])
+@pytest.mark.parametrize("greedy_rows", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_beams_behind_greedy_rows_stay_beams(local_family, greedy_rows):
     alone = {prompt: answers(local_family.submit(prompt, **BEAMS)) for prompt in PROMPTS[:3]}
     greedy = {prompt: local_family.text(prompt) for prompt in PROMPTS}

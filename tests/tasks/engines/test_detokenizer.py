@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, RustTokenizer, StopStrings, WindowDetokenizer
+from prefect_huggingface.tasks.engines.detokenizer import (
+    REPLACEMENT,
+    RustTokenizer,
+    StopStrings,
+    WindowDetokenizer,
+    split_text,
+    token_bytes,
+)
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.records import Request
 from support.decoders import EXTRA_TEXTS, byte_level, sentence_piece
@@ -128,6 +135,30 @@ def test_pieces_come_as_soon_as_they_are_certain():
     assert shown[-1] == "a\nb 👍"
     state.sequences[0].finish("length")
     assert state.sequences[0].text == "a\nb 👍\n"
+
+
+@tokenizers
+@pytest.mark.parametrize("kind", [RustTokenizer, WindowTokenizer])
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_the_texts_of_tokens_are_the_text(name, kind, data):
+    tokenizer = kind(TOKENIZERS[name]())
+    size = TOKENIZERS[name]().get_vocab_size()
+    given_text = st.builds(lambda text: tokenizer.encode(text, add_special_tokens=False), TEXTS)
+    token_ids = data.draw(st.one_of(given_text, st.lists(st.integers(0, size - 1), max_size=40)))
+    texts = split_text(tokenizer, token_ids)
+    assert len(texts) == len(token_ids)
+    assert b"".join(map(token_bytes, texts)).decode() == read(tokenizer, token_ids)[0].text
+
+
+@tokenizers
+def test_a_part_of_a_character_is_written_as_its_bytes(name):
+    tokenizer = RustTokenizer(TOKENIZERS[name]())
+    token_ids = tokenizer.encode("a\U0001f9ea", add_special_tokens=False)
+    texts = split_text(tokenizer, token_ids)
+    parts = {"byte-level": ["\\xf0\\x9f", "\\xa7", "\\xaa"], "sentence-piece": ["\\xf0", "\\x9f", "\\xa7", "\\xaa"]}
+    assert [text for text in texts if text] == ["a", *parts[name]]
+    assert b"".join(map(token_bytes, texts)) == "a\U0001f9ea".encode()
 
 
 def test_special_tokens_have_no_text():

@@ -174,7 +174,7 @@ def test_an_answer_of_another_form_is_an_error(content):
 
 def test_an_engine_that_is_closed_before_a_request_begins_leaves_no_future_open():
     with ScriptedServer(PLAIN) as server:
-        for _ in range(10):
+        for _ in range(4):
             engine = load_engine(InferenceEndpoint(url=server.url))
             futures = [engine.submit(Request("Hello")) for _ in range(20)]
             closing = threading.Thread(target=unload_engines)

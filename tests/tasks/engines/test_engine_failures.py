@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,7 +142,7 @@ def test_requests_whose_steps_always_fail_all_end_and_say_why(family_of, monkeyp
     unload_engines()
     faults = fail_steps(monkeypatch, name, lambda step: True)
     started = time.monotonic()
-    completions = completed([family.submit(prompt) for prompt in PROMPTS * 2], 60)
+    completions = completed([family.submit(prompt) for prompt in PROMPTS], 60)
     check_failures(completions)
     assert {completion.error_code for completion in completions} == {"engine_error"}
     assert all("device is lost" in completion.error for completion in completions)
@@ -216,10 +215,19 @@ def failing(_: str) -> None:
 
 
 MOMENTS = ["at once", "at the end", "at the deadline", "at the echo", "held back to the deadline"]
+# Text is handed out in one place; engines of causal models show every moment, and the others two of them.
+EVERY = ("openvino-text", "torch-text")
+SHOWN = ("at once", "held back to the deadline")
+RECEIVED = [
+    pytest.param(name, moment, marks=[] if name in EVERY or moment in SHOWN else pytest.mark.slow)
+    for name in (*EVERY, "openvino-seq2seq", "torch-seq2seq", "torch-images", "endpoint")
+    for moment in MOMENTS
+]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_receiver_that_fails_ends_its_own_request_alone(family, moment):
+@pytest.mark.parametrize(("name", "moment"), RECEIVED)
+def test_a_receiver_that_fails_ends_its_own_request_alone(family_of, name, moment):
+    family = family_of(name)
     expected = [family.text(prompt) for prompt in PROMPTS[:4]]
     whole = family.text(PROMPTS[0], **long_options(family))
     never = whole[:-1] + "\x00"
@@ -281,7 +289,7 @@ def test_images_of_cancelled_requests_are_let_go(family_of, name):
     family = family_of(name)
     expected = family.text(PROMPTS[0])
     before = live_images()
-    for round_ in range(12):
+    for round_ in range(0, 12, 2):
         futures = [family.submit(prompt) for prompt in PROMPTS]
         time.sleep(0.002 * round_)
         for future in futures:
@@ -301,17 +309,19 @@ def test_a_load_that_fails_leaves_nothing_in_the_temporary_folder(local_family, 
     if not list(broken.glob("*.xml")):
         (broken / "model.safetensors").write_bytes(b"\x00" * 64)
     (tmp_path / "temporary").mkdir()
+    unload_engines()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     threads = engine_threads()
     family = local_family.with_settings(model_id=str(broken))
     with pytest.raises(Exception, match=r"."):
         load_engine(family.model)
     assert list((tmp_path / "temporary").iterdir()) == []
-    assert broken.name not in str(list_engines())
+    assert list_engines() == []
     wait_until(lambda: not (engine_threads() - threads))
 
 
 def test_a_closed_engine_leaves_nothing_in_the_temporary_folder(local_family, tmp_path, monkeypatch):
+    unload_engines()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     threads = engine_threads()
     local_family.text(PROMPTS[0])
@@ -358,13 +368,14 @@ def test_engines_may_be_listed_loaded_and_unloaded_at_the_same_time(family_of):
     works = [*(lambda family=family: use(family) for family in families), list_engines, unload_engines]
     with ThreadPoolExecutor(len(works)) as pool:
         running = [pool.submit(repeat, work) for work in works]
-        time.sleep(4)
+        time.sleep(1.5)
         stop.set()
         for each in running:
             each.result(60)
 
 
 def test_every_kind_of_engine_is_listed_and_unloaded(family_of):
+    unload_engines()
     families = [family_of("openvino-text"), family_of("torch-text"), family_of("endpoint")]
     held = [load_engine(family.model) for family in families]
     assert len(list_engines()) == 3
@@ -374,12 +385,16 @@ def test_every_kind_of_engine_is_listed_and_unloaded(family_of):
 
 
 FORKED = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from prefect_huggingface.tasks import load_engine, unload_engines
 from prefect_huggingface.tasks.langchain import HuggingFacePipeline
 from transformers import pipeline
 
-llm = HuggingFacePipeline(pipeline=pipeline("text-generation", model=sys.argv[1], device="cpu"))
+def load(**settings):
+    loaded = pipeline("text-generation", model=sys.argv[1], device="cpu")
+    return HuggingFacePipeline(pipeline=loaded, pipeline_kwargs=settings)
+
+llm = load()
 whole = llm.invoke("The capital of")
 child = os.fork()
 if child == 0:
@@ -401,30 +416,18 @@ else:
 assert status == 0, status
 assert llm.invoke("The capital of") == whole
 assert unload_engines() >= 1, "the registry does not know of the engine of the pipeline"
-"""
 
-EXITING = """
-import sys
-from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.langchain import HuggingFacePipeline
-from prefect_huggingface.tasks.records import Request
-from transformers import pipeline
-import threading
-
-llm = HuggingFacePipeline(
-    pipeline=pipeline("text-generation", model=sys.argv[1], device="cpu"), pipeline_kwargs={"max_new_tokens": 400}
-)
-threading.Thread(target=lambda: llm.invoke("The capital of"), daemon=True).start()
-import time
+# The process ends while an engine of this kind is at work.
+long = load(max_new_tokens=400)
+threading.Thread(target=lambda: long.invoke("The capital of"), daemon=True).start()
 time.sleep(0.5)
+print("the end")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.parametrize("script", [FORKED, EXITING], ids=["fork", "exit"])
-def test_the_engine_of_a_pipeline_object_survives_forks_and_ends(tiny_llama, script):
+def test_the_engine_of_a_pipeline_object_survives_forks_and_ends(tiny_llama):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), str(tiny_llama)],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+        [sys.executable, "-W", "ignore", "-c", FORKED, str(tiny_llama)], capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr[-2000:]

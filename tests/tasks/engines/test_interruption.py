@@ -62,7 +62,7 @@ def assert_free(model: LocalModel) -> None:
     assert completion.error is None
 
 
-@pytest.mark.parametrize("way", ["generate", "stream"])
+@pytest.mark.parametrize("way", ["generate", pytest.param("stream", marks=pytest.mark.slow)])
 def test_ctrl_c_ends_a_process_that_generates(model: LocalModel, way: str) -> None:
     command = [sys.executable, "-c", PROGRAM, model.model_id, model.backend, way]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

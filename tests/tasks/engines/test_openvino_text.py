@@ -107,7 +107,7 @@ def test_counts_are_those_of_the_tokenizer(engine, reference):
     assert engine.count_tokens(PROMPTS[0]) == len(reference.tokenizer(PROMPTS[0], add_special_tokens=False).input_ids)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_stop_strings_cut_the_text_at_the_first_of_them(engine, expected, data):
     place = data.draw(st.integers(0, len(PROMPTS) - 1))

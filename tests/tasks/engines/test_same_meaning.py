@@ -53,7 +53,7 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(deadline=None)
 def test_stop_strings_cut_the_same_text_on_all_engines_and_in_streams(engines, whole_texts, data):
     rows = data.draw(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=3, unique=True))
     requests = []

@@ -43,7 +43,7 @@ def test_top_k_and_top_p_leave_the_tokens_that_they_leave_in_transformers():
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 def test_a_row_chooses_the_same_beside_any_other_rows(data):
     options = st.builds(
         GenerationOptions,

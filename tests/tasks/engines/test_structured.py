@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from prefect_huggingface.blocks import GenerationOptions, ResponseFormat
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
+from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.structured import LONGEST_WHITE_SPACE, WhiteSpaceGuard, check_format
 from prefect_huggingface.tasks.records import Request
 from support.openvino_engines import ask, complete, load_openvino
@@ -78,6 +79,28 @@ def test_an_answer_that_was_cut_off_is_invalid(engine):
     assert (completion.error_code, completion.text) == ("schema_invalid", "")
     assert completion.generated_tokens == 4
     assert "max_new_tokens" in completion.error
+
+
+def test_an_answer_that_was_cut_off_may_be_an_answer(engine):
+    options = GenerationOptions(max_new_tokens=4, response_format=Answer)
+    pieces: list[str] = []
+    completion = engine.submit(Request(PROMPTS[0], options=options, check_form=False), pieces.append).result(60)
+    assert (completion.error, completion.finish_reason, completion.parsed) == (None, "length", None)
+    assert completion.text == "".join(pieces)
+    assert completion.text.startswith("{")
+
+
+def test_an_answer_that_runs_away_into_white_space_may_be_cut_off_there():
+    state = RequestState(Request("x", check_form=False))
+    state.begin(GenerationOptions(max_new_tokens=9999, response_format=Answer), [1], None)
+    [sequence] = state.sequences
+    assert sequence.append_text('{"colour":')
+    while sequence.append_text(" " * 10):
+        continue
+    state.complete()
+    completion = state.future.result(0)
+    assert (completion.error, completion.finish_reason) == (None, "length")
+    assert len(completion.text) < 2 * LONGEST_WHITE_SPACE
 
 
 def test_rows_with_and_without_a_form_share_a_batch(engine):

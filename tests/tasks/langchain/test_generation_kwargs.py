@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
-from prefect_huggingface.tasks.langchain.generation_kwargs import (
+from prefect_huggingface.tasks.langchain.kwargs import (
     Generation,
     fit_options,
     merge_generation,

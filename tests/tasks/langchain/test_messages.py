@@ -50,6 +50,31 @@ def test_tool_calls_and_their_results() -> None:
     ]
 
 
+def test_messages_of_other_models_and_broken_calls() -> None:
+    blocks = [
+        {"type": "reasoning", "reasoning": "Hm."},
+        {"type": "text", "text": "Let me see."},
+        {"type": "tool_call", "id": "call_1", "name": "add", "args": {}},
+    ]
+    broken = {"type": "invalid_tool_call", "id": None, "name": None, "args": '{"name": "add", ', "error": "Cut off."}
+    messages = read_messages(
+        [
+            ChatMessage(role="developer", content="Be short."),
+            HumanMessage("1 + 2?", name="ann"),
+            AIMessage(blocks),  # type: ignore[arg-type]
+            AIMessage("Well.", invalid_tool_calls=[broken]),  # type: ignore[list-item]
+            HumanMessage([{"type": "text", "text": "Once more."}]),
+        ]
+    )
+    assert [(message["role"], message["content"]) for message in messages] == [
+        ("developer", "Be short."),
+        ("user", "1 + 2?"),
+        ("assistant", "Let me see."),
+        ("assistant", 'Well.\n{"name": "add", '),
+        ("user", "Once more."),
+    ]
+
+
 @pytest.mark.parametrize(
     ("block", "place"),
     [

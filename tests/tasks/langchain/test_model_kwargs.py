@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from prefect_huggingface.blocks import QuantizationOptions
 from prefect_huggingface.tasks.errors import SettingsError
-from prefect_huggingface.tasks.langchain.model_kwargs import read_settings
+from prefect_huggingface.tasks.langchain.kwargs import read_settings
 
 TOKEN = "hf_CanaryTokenOfTheSettings"
 

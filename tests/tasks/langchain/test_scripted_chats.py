@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ def test_calls_and_text_stream(tmp_path: Path) -> None:
     assert len(one.invoke("1 + 2?").tool_calls) == len(joined(one.stream("1 + 2?")).tool_calls) == 1
 
 
+def test_streams_side_by_side_keep_to_their_own(tmp_path: Path) -> None:
+    chat = chat_of(tmp_path, f"{THOUGHTS}I will.\n{CALL}\nand\n{CALL}", script={"after": {"rainbow": "It is three."}})
+    chat = chat.bind_tools([add])
+    plain, after = "1 + 2?", "A rainbow?"
+
+    async def read(question: str) -> AIMessageChunk:
+        return joined([chunk async for chunk in chat.astream(question)])
+
+    async def ask() -> list[AIMessageChunk]:
+        return await asyncio.gather(*(read(question) for question in [plain, after] * 6))
+
+    with ThreadPoolExecutor(6) as pool:
+        threads = list(pool.map(lambda question: joined(chat.stream(question)), [plain, after] * 6))
+    for answers in (threads, asyncio.run(ask())):
+        assert [len(answer.tool_calls) for answer in answers] == [2, 0] * 6
+        assert {answer.content for answer in answers[::2]} == {"I will.\nand"}
+        assert {answer.content for answer in answers[1::2]} == {"It is three."}
+        ids = [call["id"] for answer in answers for call in answer.tool_calls]
+        assert len(set(ids)) == len(ids)
+
+
 @pytest.mark.parametrize("family", ["llama-3", "mistral-v0.3", "gemma-2", "phi-4-mini", "hermes"])
 def test_results_of_tools_reach_the_model(family: str, tmp_path: Path) -> None:
     script = {"after": {"rainbow": "It is three."}}
@@ -114,6 +136,32 @@ def test_raw_answers_are_kept_when_they_cannot_be_parsed(tmp_path: Path) -> None
         assert found["raw"].content.startswith("{")
     with pytest.raises(GenerationError):
         chat.with_structured_output(Answer, max_tokens=4).invoke("Hi")
+
+
+CUT_CALLS = {
+    "forced": ("", {"tool_choice": "any"}),
+    "free": ('Well.\n<tool_call>\n{"name": "add", "arguments": {"a": 1,', {}),
+    "free and bare": ('{"name": "add", "arguments": {"a": 1,', {}),
+    "broken": ('<tool_call>\n{"name": "add", "arguments": {"a": 1]}}\n</tool_call>', {}),
+}
+
+
+@pytest.mark.parametrize("case", CUT_CALLS)
+def test_a_call_that_is_cut_off_is_the_same_whole_and_streamed(case: str, tmp_path: Path) -> None:
+    text, choice = CUT_CALLS[case]
+    chat = chat_of(tmp_path, text or "x", script={"letters": {": ": "1", " 1": "2", "12": "3"}, "ends": bool(text)})
+    chat = chat.bind_tools([add], max_tokens=200 if text else 40, **choice)
+
+    async def ask() -> list[Any]:
+        return [await chat.ainvoke("1 + 2?"), joined([chunk async for chunk in chat.astream("1 + 2?")])]
+
+    answers = [chat.invoke("1 + 2?"), joined(chat.stream("1 + 2?")), *asyncio.run(ask())]
+    for answer in answers:
+        assert answer.tool_calls == []
+        [invalid] = answer.invalid_tool_calls
+        assert '"name": "add"' in invalid["args"]
+        assert answer.response_metadata["finish_reason"] == ("stop" if text else "length")
+    assert len({(answer.content, answer.invalid_tool_calls[0]["args"]) for answer in answers}) == 1
 
 
 def test_strict_closes_objects(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
-from prefect_huggingface.tasks.langchain.generation_kwargs import pipeline_settings
+from prefect_huggingface.tasks.langchain.kwargs import pipeline_settings
 from prefect_huggingface.tasks.records import Request
 
 PROMPTS = ["The capital of France", "One, two, three", "A small model"]

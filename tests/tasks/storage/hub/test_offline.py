@@ -7,11 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from huggingface_hub import snapshot_download
 
-from prefect_huggingface.tasks.hub_errors import HubUnavailableError, OfflineError
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.hub_errors import HubUnavailableError, OfflineError, StoreError
 from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot, plan_snapshot
 from support.hub_models import check_snapshot, hub_model, model_files
 
@@ -109,18 +113,46 @@ def test_offline_with_the_files_of_another_choice_is_an_error(hub, repository, t
         fetch_snapshot(hub_model(hub, tmp_path, offline=True, trust_remote_code=True))
 
 
-def test_a_store_that_is_only_readable_is_good_enough(hub, repository, tmp_path):
-    if subprocess.run(["mount", "--bind", tmp_path, tmp_path], capture_output=True).returncode:
+@contextmanager
+def only_readable(folder: Path) -> Iterator[None]:
+    """Let nobody write into a folder, the superuser neither."""
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     try:
-        model = hub_model(hub, tmp_path, revision=repository.references["main"])
-        first = fetch_snapshot(model)
-        subprocess.run(["mount", "-o", "remount,ro,bind", tmp_path], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
         with pytest.raises(OSError, match="Read-only"):
-            (tmp_path / "probe").touch()
-        assert fetch_snapshot(model) == first
+            (folder / "probe").touch()
+        yield
     finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("revision", ["pinned", "main"])
+@pytest.mark.parametrize("tool", ["ours", "client"])
+def test_a_store_that_is_only_readable_is_good_enough(hub, repository, tmp_path, monkeypatch, revision, tool):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PREFECT_HUGGINGFACE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    model = LocalModel(
+        model_id="org/model", backend="torch",
+        revision=repository.references["main"] if revision == "pinned" else revision,
+    )  # fmt: skip
+    if tool == "ours":
+        fetch_snapshot(model)
+    else:
+        snapshot_download("org/model", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", token=False)
+    hub.journal.clear()
+    with only_readable(tmp_path / "cache"):
+        check_snapshot(fetch_snapshot(model).path, model_files(1000))
+        assert hub.journal.gets(place="cdn") == []
+        check_snapshot(fetch_snapshot(model.model_copy(update={"offline": True})).path, model_files(1000))
+
+
+def test_a_store_that_is_only_readable_and_lacks_a_file_says_so(hub, repository, tmp_path):
+    model = hub_model(hub, tmp_path / "store")
+    (fetch_snapshot(model).path / "config.json").unlink()
+    with only_readable(tmp_path / "store"), pytest.raises(StoreError, match="store"):
+        fetch_snapshot(model)
 
 
 def test_the_variable_of_the_client_is_said_in_the_error(hub, repository, tmp_path):

@@ -27,7 +27,7 @@ FAULTS = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(faults=st.lists(FAULTS, max_size=6))
 def test_any_sequence_of_faults_ends_with_the_right_files_or_a_typed_error(hub, faults):
     hub.clear()

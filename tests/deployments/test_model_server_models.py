@@ -1,0 +1,92 @@
+"""Which models a server offers: saved blocks, folders and Hub ids, under which names, and what it says of them."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.deployments.model_server.__main__ import load_blocks, load_models, main
+from prefect_huggingface.deployments.model_server.app import create_app
+from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels
+from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments
+from prefect_huggingface.tasks.engines.registry import list_engines, unload_engines
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+
+
+def client_of(block: LocalModel, **settings: object) -> TestClient:
+    models = ServedModels([ServedModel("model", block)])
+    return TestClient(create_app(models, ServerSettings(**settings)), base_url="http://localhost")  # type: ignore[arg-type]
+
+
+def test_the_console_script_is_the_program() -> None:
+    [script] = [one for one in entry_points(group="console_scripts") if one.name == "prefect-huggingface-server"]
+    assert script.load() is main
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_blocks_are_served_under_their_names(tiny_llama: Path, bundled_model: Path) -> None:
+    LocalModel(model_id=str(tiny_llama), backend="torch").save("served-one", overwrite=True)
+    LocalModel(model_id=str(bundled_model)).save("served-two", overwrite=True)
+
+    found = list(load_blocks(["served-two", "hugging-face-local-model/served-one", "served-two"]))
+    assert [(one.name, one.block.model_id) for one in found] == [
+        ("served-two", str(bundled_model)), ("served-one", str(tiny_llama)),
+    ]  # fmt: skip
+    assert {"served-one", "served-two"} <= {one.name for one in load_blocks(["all"])}
+    models = ServedModels(found)
+    for name in ("served-one", "hugging-face-local-model/served-one", str(tiny_llama)):
+        assert models.find(name) is found[1]
+    with pytest.raises(SystemExit, match="There is no block hugging-face-local-model/served-none"):
+        list(load_blocks(["served-none"]))
+
+
+def test_models_need_no_prefect_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--model", str(tiny_llama), "--model", "org/name", "--weight-format", "int4", "--device", "cpu"]
+    first, second = load_models(parse_arguments(arguments))
+    assert (first.name, second.name) == (tiny_llama.name, "org/name")
+    assert (second.block.model_id, second.block.weight_format, second.block.device) == ("org/name", "int4", "cpu")
+    [torch] = load_models(parse_arguments(["--model", str(tiny_llama), "--backend", "torch"]))
+    assert torch.block.backend == "torch"
+
+    same = [ServedModel("a", first.block), ServedModel("a", second.block)]
+    with pytest.raises(SystemExit, match="Two models have the same name, got 'a', 'a'"):
+        ServedModels(same)
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: ""}), pytest.raises(SystemExit, match="Blocks need a Prefect server"):
+        list(load_blocks(["all"]))
+
+
+def test_the_server_is_healthy_once_its_models_are_loaded(tiny_llama: Path) -> None:
+    unload_engines()
+    with client_of(LocalModel(model_id=str(tiny_llama), backend="torch"), preload=True) as client:
+        end, seen = time.monotonic() + 60, set()
+        while (answer := client.get("/health")).status_code != 200 and time.monotonic() < end:
+            seen.add(answer.json()["status"])
+        assert answer.json() == {"status": "ok"}
+        assert seen <= {"loading"}
+        assert len(list_engines()) == 1
+    unload_engines()
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tmp_path: Path) -> None:
+    with client_of(LocalModel(model_id=str(tmp_path / "nowhere"), backend="torch"), preload=True) as client:
+        end = time.monotonic() + 60
+        while client.get("/health").json()["status"] == "loading" and time.monotonic() < end:
+            time.sleep(0.05)
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert "nowhere" in health.json()["errors"][0]
+        for _ in range(2):
+            answer = client.post("/v1/chat/completions", json=CHAT)
+            assert answer.status_code in (500, 503)
+            assert answer.json()["error"]["code"] == "model_unavailable"
+            assert "'model' cannot be loaded" in answer.json()["error"]["message"]
