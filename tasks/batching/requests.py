@@ -75,11 +75,9 @@ class Template:
     """
 
     def __init__(self, text: str) -> None:
-        from langchain_core.prompts.string import get_template_variables
-
         try:
             plain, self._odd = _replace_odd_names(text)
-            names = get_template_variables(plain, "f-string")
+            names = _names_in(plain)
         except ValueError as exc:
             raise BatchError(f"`prompt` must be a template, got {text!r:.200}: {exc}. Correct it.") from None
         if "" in names:
@@ -102,6 +100,17 @@ class Template:
             )
         except (ValueError, TypeError) as exc:
             return RowProblem("missing_value", f"The prompt cannot be made of the row: {exc}. Correct its value.")
+
+
+def _names_in(text: str) -> list[str]:
+    """Return the names in a template. Importing `langchain_core` for this alone would take a second."""
+    fields = [(name, form or "") for _, name, form, _ in Formatter().parse(text) if name is not None]
+    for name, form in fields:
+        if set(name) & set(".[]") or name.isdigit():
+            raise ValueError(f"{name!r} cannot be a name")
+        if set(form) & set("{}"):
+            raise ValueError(f"the format {form!r} holds a field")
+    return sorted({name for name, _ in fields})
 
 
 def _replace_odd_names(text: str) -> tuple[str, dict[str, str]]:
