@@ -71,7 +71,7 @@ def measure_batch(
         options: Generation options, put over those of the model.
         system: Template of a system message.
         more: Options of the batch.
-        max_seconds: Longest time to measure.
+        max_seconds: After so many seconds no more rows begin; those that have begun are finished.
 
     Raises:
         BatchError: If the parts do not go together.
@@ -96,9 +96,12 @@ def measure_batch(
 
     began = time.monotonic()
     feed = RowFeed(job.make_chain() or job.make_requests(), _draw_rows(job, number), commit, group_by_prefix=False)
-    with closing(run_requests(engines, feed, limit, lambda: time.monotonic() - began > max_seconds)) as finished:
+    with closing(run_requests(engines, feed, limit, lambda: False)) as finished:
         for completions in finished:
             feed.finish(completions)
+            if time.monotonic() - began > max_seconds:
+                # What has begun is finished: those that end first are the shortest.
+                feed.end()
     estimate = _extrapolate(job, results, [each - began for each in ends], resident_bytes())
     publish_markdown("batch-estimate", describe_estimate(estimate), f"What a batch of {source} takes")
     return estimate

@@ -309,6 +309,11 @@ class RowFeed:
             taken += [self._ready.popleft() for _ in range(min(count - len(taken), len(self._ready)))]
         return taken
 
+    def end(self) -> None:
+        """Begin no more rows. Those that have begun are finished."""
+        self._ready = deque(each for each in self._ready if each.number % self._steps)
+        self._windows = iter(())
+
     def finish(self, completions: Iterable[Completion]) -> None:
         """Commit the results of requests, for all rows that wait for them."""
         results: list[ResultRow] = []

@@ -14,7 +14,9 @@ from prefect_huggingface.tasks.estimation import describe_estimate, measure_batc
 ROWS = 2000
 
 
-def test_tokens_of_rows_of_mixed_lengths(tmp_path: Path, bundled_model: Path) -> None:
+# Also where the time is up at once: those that end first are the shortest, and no measure of all.
+@pytest.mark.parametrize(("seconds", "measured"), [(60.0, 256), (0.0, 64)])
+def test_tokens_of_rows_of_mixed_lengths(tmp_path: Path, bundled_model: Path, seconds: float, measured: int) -> None:
     source = tmp_path / "in.jsonl"
     # Row by row longer, so that the first rows would tell little.
     lengths = [1 + 15 * row // ROWS for row in range(ROWS)]
@@ -22,11 +24,12 @@ def test_tokens_of_rows_of_mixed_lengths(tmp_path: Path, bundled_model: Path) ->
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = LocalModel(model_id=str(bundled_model), options={"ignore_eos": True})
     more = BatchOptions(option_columns=["max_new_tokens"], max_concurrency=64)
-    estimate = measure_batch(model, str(source), "What is the number {number} in French?", more=more)
+    prompt = "What is the number {number} in French?"
+    estimate = measure_batch(model, str(source), prompt, more=more, max_seconds=seconds)
 
-    assert (estimate.rows, estimate.measured_rows) == (ROWS, 256)
+    assert (estimate.rows, estimate.measured_rows) == (ROWS, measured)
     assert estimate.generated_tokens == pytest.approx(sum(lengths), rel=0.25)
     assert estimate.prompt_tokens > 5 * ROWS
     assert estimate.seconds > 0
     assert estimate.disk_bytes > source.stat().st_size
-    assert "2,000, of which 256 were measured" in describe_estimate(estimate)
+    assert f"2,000, of which {measured} were measured" in describe_estimate(estimate)
