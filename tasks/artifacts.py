@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from uuid import UUID
 
@@ -32,6 +33,7 @@ _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n
 _CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 _DIRECTIONS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 _unreachable_until = 0.0
+_settings: tuple[Any, Any] = (None, None)  # those of Prefect, and the same with fewer retries
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -139,18 +141,29 @@ def _attempt(create: Callable[..., Any], key: str, description: str | None, **co
 def _call(write: Callable[..., Any], name: str, *arguments: Any, **content: Any) -> Any:
     """Write to the server. One that cannot be reached is left alone for a while, and no run waits for it."""
     global _unreachable_until
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
     if time.monotonic() < _unreachable_until:
         return None
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: MAX_RETRIES}):
+        with _few_retries():
             return write(*arguments, **content)
     except Exception as exc:
         if isinstance(exc, ConnectError):  # and not one that is only busy
             _unreachable_until = time.monotonic() + UNREACHABLE_SECONDS
         logger.warning("The artifact %r could not be written: %s.", name, type(exc).__name__)
         return None
+
+
+def _few_retries() -> AbstractContextManager[Any]:
+    """Return Prefect's settings with fewer retries. They take 50 ms to make, so that they are made once."""
+    global _settings
+    from prefect.context import SettingsContext, get_settings_context
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES
+
+    current = get_settings_context()
+    if _settings[0] is not current.settings:
+        changed = current.settings.copy_with_update(updates={PREFECT_CLIENT_MAX_RETRIES: MAX_RETRIES})
+        _settings = (current.settings, changed)
+    return SettingsContext(profile=current.profile, settings=_settings[1])
 
 
 class ProgressReport:

@@ -184,12 +184,11 @@ class ChainRows:
             texts.append(text)
         prompt, system = texts
         options, number = self._options[step], row * len(self.steps) + step
-        messages: list[Any] | None = None
+        fields: dict[str, Any] = {"options": options}
         if system is not None:
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+            fields["messages"] = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         return RowRequest(
-            prompt if messages is None else None, messages, options, number,
-            text=f"{prompt}\0{system}{self._marks[step]}",
+            number, f"{prompt}\0{system}{self._marks[step]}", prompt if system is None else None, fields,
             shareable=self._greedy[step] and not (options is not None and options.do_sample),
             engine=self._engines[step],
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count
 from string import Formatter
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL, VectorCall, read_embedding_call
 
 OPENAI_COLUMNS = ("custom_id", "url", "body")
+OPENAI_FIELDS = ("messages", "tools", "chat_template", "input_type", "embedding")  # of requests, besides the prompt
 NO_VECTORS = "The model writes text and makes no vectors. Use a model for embeddings."
 
 
@@ -31,21 +32,32 @@ class RowProblem:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class RowRequest(Request):
+@dataclass(slots=True)
+class RowRequest:
     """The request of a row, or of one step of it.
 
-    Its id is the number of the row, times the number of steps, plus that of the step.
+    Many of them wait for their turn, so that the request itself is made when it is needed.
 
     Attributes:
+        number: Number of the row, times the number of steps, plus that of the step.
         text: What tells whether two requests are the same.
+        prompt: Prompt of the request, or None where it has messages.
+        values: Further fields of the request.
         shareable: Whether requests with the same text have the same answer.
         engine: Number of the engine that answers it.
     """
 
-    text: str = ""
+    number: int
+    text: str
+    prompt: str | None
+    values: Mapping[str, Any]
     shareable: bool = True
     engine: int = 0
+
+    @property
+    def request(self) -> Request:
+        """What to generate; its id is the number."""
+        return Request(self.prompt, id=self.number, **self.values)
 
 
 RequestMaker = Callable[[int, Mapping[str, Any]], RowRequest | RowProblem]
@@ -63,11 +75,9 @@ class Template:
     """
 
     def __init__(self, text: str) -> None:
-        from langchain_core.prompts.string import get_template_variables
-
         try:
             plain, self._odd = _replace_odd_names(text)
-            names = get_template_variables(plain, "f-string")
+            names = _names_in(plain)
         except ValueError as exc:
             raise BatchError(f"`prompt` must be a template, got {text!r:.200}: {exc}. Correct it.") from None
         if "" in names:
@@ -90,6 +100,17 @@ class Template:
             )
         except (ValueError, TypeError) as exc:
             return RowProblem("missing_value", f"The prompt cannot be made of the row: {exc}. Correct its value.")
+
+
+def _names_in(text: str) -> list[str]:
+    """Return the names in a template. Importing `langchain_core` for this alone would take a second."""
+    fields = [(name, form or "") for _, name, form, _ in Formatter().parse(text) if name is not None]
+    for name, form in fields:
+        if set(name) & set(".[]") or name.isdigit():
+            raise ValueError(f"{name!r} cannot be a name")
+        if set(form) & set("{}"):
+            raise ValueError(f"the format {form!r} holds a field")
+    return sorted({name for name, _ in fields})
 
 
 def _replace_odd_names(text: str) -> tuple[str, dict[str, str]]:
@@ -129,11 +150,11 @@ class PromptRows:
         greedy: bool = True,
         input_type: Literal["query", "document"] | None = None,
     ) -> None:
-        self._input_type = input_type
         self._prompt = Template(prompt) if prompt is not None else None
         self._system = Template(system) if system is not None else None
         self._messages = messages_column
         self._options = GenerationOptions(**options) if options else None
+        self._values = {"options": self._options, "input_type": input_type}
         self._greedy = greedy
         self._option_columns = option_columns
         self._known: dict[str, GenerationOptions | None | RowProblem] = {}
@@ -160,14 +181,13 @@ class PromptRows:
             prompt = self._prompt.render(row)
             if isinstance(prompt, RowProblem):
                 return prompt
-            return RowRequest(
-                prompt, options=options, id=number, input_type=self._input_type, text=prompt + suffix, shareable=greedy
-            )
+            values = self._values if options is self._options else {**self._values, "options": options}
+            return RowRequest(number, prompt + suffix, prompt, values, greedy)
         messages = self._conversation(row)
         if isinstance(messages, RowProblem):
             return messages
         text = json.dumps(messages, ensure_ascii=False, default=str) + suffix
-        return RowRequest(messages=messages, options=options, id=number, text=text, shareable=greedy)
+        return RowRequest(number, text, None, {"messages": messages, "options": options}, greedy)
 
     def _conversation(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]] | RowProblem:
         messages: list[Mapping[str, Any]] = []
@@ -270,9 +290,10 @@ class OpenAIRows:
         vector = [] if asked.input_type is None else [asked.input_type, repr(asked.embedding)]
         text = json.dumps([asked.prompt, asked.messages, asked.tools, options.model_dump(), *vector], default=str)
         greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
-        given = {each.name: getattr(asked, each.name) for each in fields(asked)}
-        given |= {"options": self._options.merged(options), "id": number}
-        return RowRequest(**given, text=text, shareable=greedy)
+        values = {
+            name: getattr(asked, name) for name in ("messages", "tools", "chat_template", "input_type", "embedding")
+        }
+        return RowRequest(number, text, asked.prompt, {**values, "options": self._options.merged(options)}, greedy)
 
 
 def read_line(url: str, body: Mapping[str, Any]) -> OpenAICall | VectorCall:

@@ -400,12 +400,14 @@ class CancelWatch:
     def _watch(self, run: UUID) -> None:
         from prefect.client.orchestration import get_client
 
-        while not self._ended.wait(CANCEL_CHECK_SECONDS):
+        while not self._ended.wait(CANCEL_CHECK_SECONDS) and not self._cancelled.is_set():
             with suppress(Exception), get_client(sync_client=True) as client:
-                state = client.read_flow_run(run).state
-                if state is not None and (state.is_cancelled() or state.is_cancelling()):
-                    self._cancelled.set()
-                    return
+                while not self._cancelled.is_set():  # one client for all looks: it takes 50 ms to make
+                    state = client.read_flow_run(run).state
+                    if state is not None and (state.is_cancelled() or state.is_cancelling()):
+                        self._cancelled.set()
+                    elif self._ended.wait(CANCEL_CHECK_SECONDS):
+                        break
 
 
 @dataclass(frozen=True, slots=True)

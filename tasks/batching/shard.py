@@ -184,7 +184,7 @@ def run_requests(
     try:
         while not should_stop():
             for asked in feed.take(limit - len(pending)):
-                future = engines[asked.engine].submit(asked)
+                future = engines[asked.engine].submit(asked.request)
                 pending.add(future)
                 future.add_done_callback(collect)
             if not pending and finished.empty():
@@ -412,7 +412,7 @@ class RowFeed:
         known = self._index.find(digests)
         results: list[ResultRow] = []
         for each, digest in zip(shared, digests, strict=True):
-            number = int(each.id or 0)
+            number = each.number
             if (found := known.get(digest)) is not None:
                 self._share(found, number, results)
             elif (first := self._firsts.get(digest)) is not None:

@@ -64,8 +64,8 @@ def ask(row: dict[str, Any], **fields: Any) -> RowRequest | RowProblem:
 def test_a_system_prompt_makes_a_conversation() -> None:
     made = ask({"country": "Peru", "tone": "short"}, prompt="Capital of {country}?", system="Be {tone}.")
     assert isinstance(made, RowRequest)
-    assert made.id == 5
-    assert made.messages == [
+    assert made.request.id == 5
+    assert made.request.messages == [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "Capital of Peru?"},
     ]
@@ -75,7 +75,7 @@ def test_a_system_prompt_makes_a_conversation() -> None:
 def test_messages_come_as_a_list_or_as_json(value: Any) -> None:
     made = ask({"chat": value}, messages_column="chat", system="Be kind.")
     assert isinstance(made, RowRequest)
-    assert [message["role"] for message in made.messages or ()] == ["system", "user"]
+    assert [message["role"] for message in made.request.messages or ()] == ["system", "user"]
 
 
 @pytest.mark.parametrize("value", [None, "Hi", [], [1], [{"content": "no role"}], "[]", {"role": "user"}])
@@ -93,8 +93,8 @@ def test_rows_have_options_of_their_own() -> None:
     }
     made = ask({"country": "Peru", "max_new_tokens": "9", "stop": None}, **fields)
     assert isinstance(made, RowRequest)
-    assert made.options is not None
-    assert (made.options.max_new_tokens, made.options.seed) == (9, 1)
+    assert made.request.options is not None
+    assert (made.request.options.max_new_tokens, made.request.options.seed) == (9, 1)
     same = ask({"country": "Peru", "max_new_tokens": "9"}, **fields)
     other = ask({"country": "Peru", "max_new_tokens": "8"}, **fields)
     assert isinstance(same, RowRequest)

@@ -13,7 +13,7 @@ from prefect_huggingface.tasks.batching.shard import PREFIX_CHARACTERS, make_win
 
 
 def asked(texts: list[str]) -> list[RowRequest]:
-    return [RowRequest(text, text=text) for text in texts]
+    return [RowRequest(number, text, text, {}) for number, text in enumerate(texts)]
 
 
 def ordered(texts: list[str]) -> list[str]:
