@@ -96,6 +96,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let processes of several begin with what needs a server of Prefect; it takes longest."""
+    for item in items:
+        # The first of these waits until the server has started and everything is deployed.
+        if "services" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
     if _WORKER is not None:
         items.sort(key=lambda item: not _needs_server(item.nodeid.split("::")[0]))
 
