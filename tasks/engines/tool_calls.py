@@ -159,11 +159,11 @@ class ToolCallParser:
             yield from [text] if text else []
             return
         self._holds = False
-        begin = 0
+        begin = rejected = 0
         while self._closers is None or self._skip_closers():
             found = self._opener.search(self._buffer, begin)
             if found is None:
-                yield from self._pass(len(self._buffer) - self._begun_mark(begin))
+                yield from self._pass(len(self._buffer) - self._begun_mark(rejected))
                 return
             if found["bare"] and not self._stands_at_line(found.start()):
                 begin = found.end()
@@ -176,9 +176,11 @@ class ToolCallParser:
                 return
             except _NoCall:
                 begin = found.end()
+                # Another mark begins behind this one; a bracket that opens no JSON may open a mark.
+                rejected = begin if found["mark"] else rejected
                 continue
             yield from self._pass(found.start())
-            self._buffer, begin = self._buffer[read.end - found.start() :], 0
+            self._buffer, begin, rejected = self._buffer[read.end - found.start() :], 0, 0
             if read.items:
                 self._closers, self._has_calls = list(read.closers), True
                 yield from read.items
@@ -206,7 +208,7 @@ class ToolCallParser:
             closers.remove(closer)
             self._buffer = rest[len(closer) :]
             rest = self._buffer.lstrip()
-        if not self._final and any(mark.startswith(rest) for mark in closers):
+        if not self._final and (not rest or any(mark.startswith(rest) for mark in closers)):
             return False
         self._gap = (self._gap or "\n") if self._has_text else ""
         self._buffer, self._closers, self._line_begins = rest, None, True

@@ -118,7 +118,9 @@ def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, caps
         main(["start", "--home", home])
         assert "Everything runs already." in capsys.readouterr().out
 
-        psutil.Process(first["server"].pid).kill()
+        server = psutil.Process(first["server"].pid)
+        server.kill()
+        server.wait(60)
         main(["start", "--home", home])
         second = LocalServices(Path(home)).services
         assert second["server"].pid != first["server"].pid

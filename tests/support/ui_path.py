@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -60,8 +61,13 @@ def quick_run(browser: Browser, address: str, deployment: str) -> dict[str, str]
     browser.click("Run")
     time.sleep(1)
     browser.click("Quick run")
-    browser.click("Run", below="Model or endpoint")
-    return dict(browser.wait(lambda: find_run(address, deployment), "the run", 30))
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        # A form that is still being built may lose the press; it closes once a run is made.
+        browser.click("Run", below="Model or endpoint")
+        with suppress(TimeoutError):
+            return dict(browser.wait(lambda: find_run(address, deployment), "the run", 30))
+    raise TimeoutError(f"No run was made. The page:\n{browser.text[:6000]}")
 
 
 def find_run(address: str, deployment: str) -> dict[str, str] | None:

@@ -185,3 +185,19 @@ def test_an_engine_that_is_closed_before_a_request_begins_leaves_no_future_open(
                 assert (found.error_code, found.text) in ((None, "Hi"), ("cancelled", ""))
                 assert (found.error is None) == (found.text == "Hi")
             closing.join()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_log_probabilities_come_with_the_texts_of_their_tokens(streamed):
+    said = [
+        {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
+        {"token": "\\xf0\\x9f", "logprob": -1.5, "bytes": [240, 159]},
+    ]
+    if streamed:
+        answer = [delta(content="Hi"), delta("length")]
+        answer[0]["choices"][0]["logprobs"] = {"content": said[:1]}
+        answer[1]["choices"][0]["logprobs"] = {"content": said[1:]}
+    else:
+        answer = {"choices": [{**PLAIN["choices"][0], "logprobs": {"content": said}, "finish_reason": "length"}]}
+    found = read(answer, on_text=(lambda text: None) if streamed else None, logprobs=True)
+    assert (found.tokens, found.logprobs) == (("Hi", "\\xf0\\x9f"), (-0.5, -1.5))

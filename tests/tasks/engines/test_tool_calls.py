@@ -163,6 +163,23 @@ def test_pieces_give_what_the_whole_gives(data: st.DataObject) -> None:
     assert [item for item in items if isinstance(item, InvalidCall)] == whole.invalid
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["```\ntext\n```", "`", '``json\n{"name": "now", "arguments": {}}\n```'],
+        ["{[TOOL_", "C", 'ALLS]now[ARGS]{"a": 1}'],
+        ['Text\n```json\n{"name": "now", "arguments": {}}\n``` ', " and more"],
+    ],
+)
+def test_a_mark_that_is_taken_apart_behind_another_one_is_found(pieces: list[str]) -> None:
+    parser = ToolCallParser(TOOLS)
+    items = [*(item for piece in pieces for item in parser.feed(piece)), *parser.finish()]
+    assert len(calls_of(items)) == 1
+    whole = find_calls("".join(pieces), TOOLS)
+    assert calls_of(items) == calls_of(list(whole.calls))
+    assert "".join(item for item in items if isinstance(item, str)) == whole.text
+
+
 def test_free_text_streams_until_it_may_become_a_call() -> None:
     parser = ToolCallParser(TOOLS)
     pieces = [
