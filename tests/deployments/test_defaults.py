@@ -36,6 +36,7 @@ def test_default_blocks_are_saved_once_and_changes_stay(bundled_model, tiny_llam
     assert saved.pop("credentials") is False
     assert all(saved.values())
     assert LocalModel.load("default").model_id == str(bundled_model)
+    assert LocalModel.load("vectors").task == "feature-extraction"
     assert HuggingFaceCredentials.load("default").token.get_secret_value() == "hf_firstToken"
 
 

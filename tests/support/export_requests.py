@@ -44,7 +44,7 @@ def start_request(store: Path, model_id: Path, **settings: Any) -> subprocess.Po
         [sys.executable, "-c", PROGRAM, argument],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PREFECT_LOGGING_LEVEL": "ERROR"},
         start_new_session=True,
     )
 

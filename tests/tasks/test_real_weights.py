@@ -15,11 +15,13 @@ from prefect_huggingface.deployments.defaults import QUICKSTART, find_smollm2
 from prefect_huggingface.flows import batch_inference
 from prefect_huggingface.tasks.batching.job import BatchOptions
 from prefect_huggingface.tasks.downloads import fetch_model
+from prefect_huggingface.tasks.engines.registry import unload_engines
 from prefect_huggingface.tasks.estimation import measure_batch
 from prefect_huggingface.tasks.evaluation import compare_formats
 from prefect_huggingface.tasks.exports import export_model
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
 from prefect_huggingface.tasks.storage.gguf_tokenizers import ROUND_TRIPS
+from support.library_faults import FailingGenai
 from support.quickstart import load_script
 
 pytestmark = [
@@ -67,9 +69,13 @@ def test_both_backends_write_the_same_text_in_single_precision(store: ModelStore
 def test_exports_agree_with_the_original(store: ModelStore) -> None:
     quality = compare_formats(smollm(store, weight_format="int8"), QUESTIONS, ("int8", "int4"), max_new_tokens=24)
     int8, int4 = quality.formats
-    assert int8.agreement >= 0.9
-    assert int8.perplexity_ratio <= 1.1
-    assert 0.3 <= int4.agreement <= int8.agreement
+    # Measured on 129 tokens: 0.969, 0.991 and 0.004 for int8; 0.698, 1.61 and 0.46 for int4.
+    assert int8.agreement >= 0.93
+    assert int8.perplexity_ratio <= 1.05
+    assert int8.divergence <= 0.02
+    assert 0.55 <= int4.agreement < int8.agreement
+    assert int4.perplexity_ratio <= 2
+    assert int4.divergence <= 0.8
     assert int4.size_bytes < int8.size_bytes < quality.source_size_bytes
 
 
@@ -137,7 +143,7 @@ def test_a_batch_answers_each_question(int8: LocalModel, tmp_path: Path, prefect
     rows = [json.loads(line) for line in destination.read_text().splitlines()]
     assert summary.failed == 0
     assert [row["id"] for row in rows] == list(range(1, 61))
-    assert sum(load_script("grading").is_right(row["completion"], row["answers"]) for row in rows) >= 30
+    assert sum(load_script("grading").is_right(row["completion"], row["answers"]) for row in rows) >= 38  # measured: 43
 
 
 def test_an_estimate_is_near_the_truth(int8: LocalModel, tmp_path: Path, prefect_server: None) -> None:
@@ -155,15 +161,21 @@ def test_an_estimate_is_near_the_truth(int8: LocalModel, tmp_path: Path, prefect
     assert estimate.seconds == pytest.approx(summary.seconds, rel=0.25)  # on a machine that does nothing else
 
 
-def test_prompt_lookup_accepts_tokens_and_changes_no_text(store: ModelStore) -> None:
+def test_prompt_lookup_accepts_tokens_and_changes_no_text(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "The quick brown fox jumps over the lazy dog near the quiet river bank every single morning."
-    prompt = f"Repeat this text word by word: {text}"
-    options = GenerationOptions(max_new_tokens=48)
-    settings = {"weight_format": "int8", "options": options}
-    plain = smollm(store, **settings)
-    lookup = smollm(store, **settings, engine=EngineOptions(prompt_lookup_tokens=5))
-    expected, found = (list(stream_text.fn(each, prompt)) for each in (plain, lookup))
-    assert "".join(found) == "".join(expected)
-    # Tokens that were guessed rightly come together, in one step.
-    accepted = 1 - len(found) / len(expected)
-    assert accepted >= 0.3
+    unload_engines()
+    counted = FailingGenai(monkeypatch)  # with no fault; it counts the steps
+
+    def ask(**settings: Any) -> tuple[str, int]:
+        options = GenerationOptions(max_new_tokens=48)
+        model = smollm(store, weight_format="int8", options=options, chat_template="never", **settings)
+        before = counted.steps
+        completion = generate_text.fn(model, [f"{text} {text} {text} The quick"])[0]
+        assert completion.generated_tokens == 48
+        return completion.text, counted.steps - before
+
+    (expected, steps), (found, fewer) = ask(), ask(engine=EngineOptions(prompt_lookup_tokens=5))
+    unload_engines()
+    assert found == expected
+    assert steps == 48
+    assert fewer <= 20  # measured: 11, so that 37 of 48 tokens were guessed

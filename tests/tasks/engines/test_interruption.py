@@ -62,7 +62,12 @@ def assert_free(model: LocalModel) -> None:
     assert completion.error is None
 
 
-@pytest.mark.parametrize("way", ["generate", pytest.param("stream", marks=pytest.mark.slow)])
+WAYS = [("openvino", "generate"), *(pytest.param(*way, marks=pytest.mark.slow) for way in (
+    ("openvino", "stream"), ("torch", "generate"), ("torch", "stream"),
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "way"), WAYS, indirect=["model"])
 def test_ctrl_c_ends_a_process_that_generates(model: LocalModel, way: str) -> None:
     command = [sys.executable, "-c", PROGRAM, model.model_id, model.backend, way]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -29,7 +29,7 @@ TOOL_TEMPLATE = (
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 QUESTIONS = ["The capital of France?", "One, two, three?", "What is the number 42 in French?"]
 # Enough of them that a model which was never taught these forms ends some of its answers in time.
-FORM_QUESTIONS = [f"What is the number {number} in French?" for number in range(24)]
+FORM_QUESTIONS = [f"What is the number {number} in French?" for number in range(12)]
 CONVERSATION = [SystemMessage("Be short."), HumanMessage("Hello"), AIMessage("Hi."), HumanMessage("The capital?")]
 TEMPLATED = (
     "<|system|>Be short.<|end|><|user|>Hello<|end|><|assistant|>Hi.<|end|><|user|>The capital?<|end|><|assistant|>"
