@@ -189,7 +189,7 @@ def _answer(
     replaceable = _check_places(plan, owner.journal, destination, more)
     resolved = resolve_models(models, find_commits(owner.journal, plan.job))
     plan = replace(plan, job=add_models(plan.job, models, resolved))
-    pinned = [pin_model(each, found.commit) for each, found in zip(models, resolved, strict=True)]
+    pinned = [pin_model(each, found.commits) for each, found in zip(models, resolved, strict=True)]
     try:
         publication = _run(plan, pinned, owner, more, replaceable)
     except BatchCancelledError as exc:

@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.assets import model_keys, note_asset, place_key
 from prefect_huggingface.tasks.batching.job import (
     BatchJob,
     BatchOptions,
+    Commits,
     InputType,
     Model,
     Output,
@@ -93,12 +94,12 @@ def check_batch(
     return BatchPlan(job, output if chosen is None else trial_of(output), chosen)
 
 
-def prepare_models(models: Sequence[Model], commits: Sequence[str | None]) -> list[ResolvedModel]:
+def prepare_models(models: Sequence[Model], commits: Sequence[Commits]) -> list[ResolvedModel]:
     """Resolve each model to one content for the whole job: its commit is found, it is downloaded and exported.
 
     Args:
         models: Models of the job.
-        commits: Commit of each that an earlier run of the job has found, or None.
+        commits: Commits of each that an earlier run of the job has found, or none.
 
     Raises:
         ModelSourceError: If there is no model.
@@ -106,7 +107,7 @@ def prepare_models(models: Sequence[Model], commits: Sequence[str | None]) -> li
         ExportError: If its export failed.
     """
     with library_logs():
-        return [resolve_model(model, commit) for model, commit in zip(models, commits, strict=True)]
+        return [resolve_model(model, found) for model, found in zip(models, commits, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +234,9 @@ def infer_shard(models: Sequence[ShardModel], journal: str, shard: Shard) -> Sha
         identities = (place.read_job() or {}).get("models", ())
         for model, identity in zip(here, identities, strict=True):
             # What is pinned to a commit cannot change.
-            loose = isinstance(model, LocalModel) and (model.is_local or model.adapters)
+            loose = isinstance(model, LocalModel) and (
+                model.is_local or any(adapter.is_local for adapter in model.adapters)
+            )
             if loose and resolve_model(model).identity != identity:
                 raise BatchError(f"{model.model_id!r} has changed since the batch began. Put it back, or start anew.")
         return process_shard(engines, place, shard)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,6 +56,7 @@ KeepJournal = Literal["failed", "always", "never"]
 Model = LocalModel | InferenceEndpoint
 InputType = Literal["query", "document"]
 Share = Annotated[float, Field(gt=0, le=1)]
+Commits = Sequence[str | None]
 
 
 class BatchOptions(BaseModel):
@@ -162,7 +163,8 @@ class Output:
         prefix: Put before the names of the columns that are added.
         timings: Whether the column `seconds` is filled. Times differ from run to run.
         fields: Columns for the values of structured answers, with their JSON types.
-        reasoning: Column for the reasoning of the model, None where no row has any.
+        reasoning: Columns for the reasoning of the model where rows have any, each with the column of the journal's
+            rows that holds it: one, or one for each step of a chain that has reasoning.
         steps: Names of the steps of a chain, whose outputs take the place of the completion.
         vectors: Whether vectors take the place of the completion.
         dimensions: Their number of dimensions, known once there is one.
@@ -174,7 +176,7 @@ class Output:
     prefix: str = ""
     timings: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
-    reasoning: str | None = None
+    reasoning: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[str, ...] = ()
     vectors: bool = False
     dimensions: int | None = None
@@ -185,8 +187,7 @@ class Output:
         if self.vectors:
             return VECTOR_COLUMNS
         texts = self.steps or OUTPUT_COLUMNS[:1]
-        reasoning = () if self.reasoning is None else (self.reasoning,)
-        return (*texts, *OUTPUT_COLUMNS[1:], *reasoning)
+        return (*texts, *OUTPUT_COLUMNS[1:], *self.reasoning)
 
     @property
     def added(self) -> tuple[str, ...]:
@@ -208,7 +209,7 @@ class BatchJob:
         steps: Steps of a chain, each with the number of its model in `models`.
         asked: What the caller asked for, a branch for instance, for each model.
         models: What identifies the content of each model.
-        commits: Commit of each model that is on the Hub.
+        commits: Commits of each model and of its adapters.
         versions: Versions of the packages that generate.
         greedy: Whether equal prompts have equal answers, for each step.
         served_names: Names under which requests in the OpenAI format may call the model.
@@ -225,7 +226,7 @@ class BatchJob:
     steps: tuple[Mapping[str, Any], ...] = ()
     asked: tuple[Mapping[str, Any], ...] = ()
     models: tuple[Mapping[str, Any], ...] = ()
-    commits: tuple[str | None, ...] = ()
+    commits: tuple[Commits, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     greedy: tuple[bool, ...] = (True,)
     served_names: tuple[str, ...] = ()
@@ -261,7 +262,7 @@ class BatchJob:
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
         asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
-        return _hash({**asked, "output": asdict(replace(output, reasoning=None, dimensions=None))})
+        return _hash({**asked, "output": asdict(replace(output, reasoning={}, dimensions=None))})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -590,19 +591,26 @@ class ResolvedModel:
 
     Attributes:
         identity: What decides which text it generates.
-        commit: Commit of a model of the Hub, None for others.
+        commits: Commit of the model and of each of its adapters, None for what is not on the Hub; none for an endpoint.
     """
 
     identity: Mapping[str, Any]
-    commit: str | None = None
+    commits: Commits = ()
 
 
-def pin_model(model: Model, commit: str | None) -> Model:
-    """Return a model at a commit, whatever is pushed to its branch meanwhile."""
-    return model if commit is None else model.model_copy(update={"revision": commit})
+def pin_model(model: Model, commits: Commits) -> Model:
+    """Return a model and its adapters at their commits, whatever is pushed to their branches meanwhile."""
+    if not commits:
+        return model
+    parts: list[Any] = [model, *getattr(model, "adapters", ())]
+    pinned, *adapters = (
+        part.model_copy(update={"revision": commit} if commit else {})
+        for part, commit in zip(parts, commits, strict=True)
+    )
+    return cast("Model", pinned.model_copy(update={"adapters": adapters}) if adapters else pinned)
 
 
-def resolve_model(model: Model, commit: str | None = None) -> ResolvedModel:
+def resolve_model(model: Model, commits: Commits = ()) -> ResolvedModel:
     """Prepare a model, that is download and export it where needed, and return what it then is.
 
     The identity names the content of the model and not where it lies. Settings found by tuning are part of it where
@@ -611,17 +619,18 @@ def resolve_model(model: Model, commit: str | None = None) -> ResolvedModel:
 
     Args:
         model: Model as the caller names it.
-        commit: Commit that an earlier run of the job has found, for a model of the Hub.
+        commits: Commits that an earlier run of the job has found.
     """
     if isinstance(model, InferenceEndpoint):
         return ResolvedModel(describe_model(model))
-    model = model.model_copy(update={"revision": commit}) if commit else model
+    model = cast("LocalModel", pin_model(model, commits))
     fields = model.model_dump(mode="json", include=set(DECISIVE_FIELDS))
     identity: dict[str, Any] = {name: value for name, value in fields.items() if value}
     identity["options"] = model.options.model_dump(mode="json", exclude_unset=True)
     if model.adapters:
-        from prefect_huggingface.tasks.storage.adapters import get_adapters
+        from prefect_huggingface.tasks.storage.adapters import get_adapters, pin_adapters
 
+        model = pin_adapters(model)
         identity["adapters"] = [adapter.digest for adapter in get_adapters(model)]
     if model.backend == "openvino":
         from prefect_huggingface.tasks.assets import note_export
@@ -637,7 +646,8 @@ def resolve_model(model: Model, commit: str | None = None) -> ResolvedModel:
 
         found = get_snapshot(model).commit
         identity |= {"commit": found, "model_kwargs": json.loads(json.dumps(model.model_kwargs, default=str))}
-    return ResolvedModel(identity, None if model.is_local else found)
+    commit = None if model.is_local else found
+    return ResolvedModel(identity, (commit, *(None if one.is_local else one.revision for one in model.adapters)))
 
 
 def _tuned_properties(model: LocalModel, folder: Path) -> dict[str, Any]:
@@ -654,7 +664,7 @@ def add_models(job: BatchJob, models: Sequence[Model], resolved: Sequence[Resolv
     return replace(
         job,
         models=tuple(each.identity for each in resolved),
-        commits=tuple(each.commit for each in resolved),
+        commits=tuple(each.commits for each in resolved),
         versions=get_versions(backends),
     )
 

@@ -158,11 +158,8 @@ def publish_output(
     journal, publication, place = owner.journal, Publication(), Place.of(output.destination)
     if output.vectors:
         output = replace(output, dimensions=dimensions_of(job, journal))
-    elif job.table.format != "openai" and not job.steps and _has_reasoning(job, journal):
-        kept = job.table.columns if output.columns is None else output.columns
-        taken = {*kept, *output.added}
-        names = ("reasoning", "completion_reasoning")
-        output = replace(output, reasoning=next(name for name in names if output.prefix + name not in taken))
+    elif job.table.format != "openai":
+        output = replace(output, reasoning=_reasoning_columns(job, journal, output))
     with ExitStack() as published:
         path = published.enter_context(place.published(replaceable))
         with ExitStack() as stack:
@@ -190,15 +187,27 @@ def _record(path: Path, call: str, summary: BatchSummary) -> dict[str, Any]:
     return {"call": call, "sha256": digest, "size": path.stat().st_size, "summary": asdict(summary)}
 
 
-def _has_reasoning(job: BatchJob, journal: Journal) -> bool:
-    """Return whether any row has reasoning, looking at one segment at a time."""
+def _reasoning_columns(job: BatchJob, journal: Journal, output: Output) -> dict[str, str]:
+    """Return the columns for the reasoning of those steps that have any, looking at one segment at a time."""
     import pyarrow.compute as pc
 
+    found: set[int] = set()
     for name in journal.names():
-        found = pc.match_substring(journal.load(name, job.key)["details"], '"reasoning": ')
-        if pc.any(found).as_py():
-            return True
-    return False
+        table = journal.load(name, job.key)
+        found |= set(table.filter(pc.match_substring(table["details"], '"reasoning": '))["step"].to_pylist())
+    kept = job.table.columns if output.columns is None else output.columns
+    taken, columns = {*kept, *output.added}, {}
+    for step in sorted(found):
+        prefix, source = (
+            (f"{output.steps[step]}_", _details_of(output.steps[step])) if output.steps else ("", "details")
+        )
+        names = (f"{prefix}reasoning", f"{prefix}completion_reasoning")
+        columns[next(name for name in names if output.prefix + name not in taken)] = source
+    return columns
+
+
+def _details_of(step: str) -> str:
+    return f"{step} details"
 
 
 def _answered(job: BatchJob, journal: Journal, chosen: Chosen | None) -> Iterator[tuple[Chunk, Any]]:
@@ -246,8 +255,10 @@ def _fold(table: Any, job: BatchJob) -> Any:
         last = last.set_column(last.schema.get_field_index(name), name, totals[column].take(places).cast(kind))
     for number, step in enumerate(job.steps):
         own = table.filter(pc.and_(pc.equal(table["step"], number), pc.is_null(table["error"])))
-        texts = own["completion"].take(pc.index_in(last["row"], own["row"]))
-        last = last.append_column(step["name"], pa.chunked_array(texts.chunks, pa.string()))
+        places = pc.index_in(last["row"], own["row"])
+        for column, kept in ((step["name"], "completion"), (_details_of(step["name"]), "details")):
+            texts = own[kept].take(places)
+            last = last.append_column(column, pa.chunked_array(texts.chunks, pa.string()))
     return last
 
 
@@ -299,7 +310,9 @@ class _Values(list[Any]):
 def _added_columns(answers: Any, output: Output, parsers: Mapping[str, str]) -> dict[str, Any]:
     import pyarrow as pa
 
-    names = [name for name in output.own if name != output.reasoning and not (output.vectors and name == "embedding")]
+    names = [
+        name for name in output.own if name not in output.reasoning and not (output.vectors and name == "embedding")
+    ]
     columns = {output.prefix + name: answers[name].combine_chunks() for name in names}
     if output.vectors:
         columns[f"{output.prefix}embedding"] = vector_column(answers, output.dimensions or 0)
@@ -308,17 +321,21 @@ def _added_columns(answers: Any, output: Output, parsers: Mapping[str, str]) -> 
         columns[output.prefix + name] = _parsed_column(texts, parsers[name], output.format == "jsonl")
     if not output.timings:
         columns[f"{output.prefix}seconds"] = pa.nulls(answers.num_rows, pa.float64())
-    if output.fields or output.reasoning:
-        details = [json.loads(one) if one else {} for one in answers["details"].to_pylist()]
-        if output.reasoning:
-            thoughts = [one.get("reasoning") for one in details]
-            columns[output.prefix + output.reasoning] = pa.array(thoughts, pa.string())
-        values = [_parsed(one) for one in details]
+    for name, source in output.reasoning.items():
+        thoughts = [_read_details(one).get("reasoning") for one in answers[source].to_pylist()]
+        columns[output.prefix + name] = pa.array(thoughts, pa.string())
+    if output.fields:
+        values = [_parsed(_read_details(one)) for one in answers["details"].to_pylist()]
         schema = _added_schema(output)
         for name in output.fields:
             kind = schema.field(output.prefix + name).type
             columns[output.prefix + name] = pa.array([_typed(value.get(name), kind) for value in values], kind)
     return columns
+
+
+def _read_details(text: str | None) -> dict[str, Any]:
+    details: dict[str, Any] = json.loads(text) if text else {}
+    return details
 
 
 def _parsed_column(texts: Sequence[str | None], parser: str, native: bool) -> Any:
@@ -405,7 +422,7 @@ class OpenAIBatchWriter:
 
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
         call = read_line(line["url"], line["body"])
-        details = json.loads(answer["details"]) if answer["details"] else {}
+        details = _read_details(answer["details"])
         completion = Completion(
             answer["completion"],
             answer["finish_reason"],

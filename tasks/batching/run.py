@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Output, check_same_job
+from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Commits, Output, check_same_job
 from prefect_huggingface.tasks.batching.shard import Chosen, Shard, ShardSettings, count_chosen
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
 from prefect_huggingface.tasks.records import BatchSummary
@@ -78,13 +78,13 @@ def find_finished(journal: Journal, job: BatchJob, output: Output) -> BatchSumma
     return BatchSummary(**record["summary"])
 
 
-def find_commits(journal: Journal, job: BatchJob) -> Sequence[str | None]:
-    """Return the commits that an earlier run of the same job has found, whatever was pushed since."""
+def find_commits(journal: Journal, job: BatchJob) -> Sequence[Commits]:
+    """Return the commits of each model that an earlier run of the same job has found, whatever was pushed since."""
     record = journal.read_job() or {}
     if record.get("asked") == json.loads(json.dumps(job.asked)):
-        commits: list[str | None] = record["commits"]
+        commits: list[Commits] = record["commits"]
         return commits
-    return [None] * len(job.asked)
+    return [()] * len(job.asked)
 
 
 def is_published(record: Mapping[str, Any], place: Place) -> bool:

@@ -234,14 +234,14 @@ def test_a_job_keeps_the_commit_that_it_began_with(tmp_path: Path, hub: LocalHub
     )  # fmt: skip
     source = write_numbers(tmp_path / "in.jsonl", 40)
 
-    def run(name: str, **more: Any) -> tuple[str | None, ...]:
+    def run(name: str, **more: Any) -> Any:
         destination = str(tmp_path / name)
         batch_inference(model, source, destination, PROMPT, keep_journal="always", show_progress=False, **more)
-        return tuple((Journal.beside(destination).read_job() or {})["commits"])
+        return (Journal.beside(destination).read_job() or {})["commits"]
 
-    assert run("out.jsonl", rows=5) == (first,)
+    assert run("out.jsonl", rows=5) == [[first]]
     second = repository.commit({**files, "README.md": b"pushed meanwhile"})
-    assert run("out.jsonl") == (first,)
+    assert run("out.jsonl") == [[first]]
     assert len(read_rows(tmp_path / "out.jsonl")) == 40
-    assert run("other.jsonl") == (second,)
+    assert run("other.jsonl") == [[second]]
     assert second != first

@@ -12,7 +12,7 @@ import pytest
 
 from prefect_huggingface.blocks import Adapter, GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks import generate_text, load_engine, unload_engines
-from prefect_huggingface.tasks.batching.job import resolve_model
+from prefect_huggingface.tasks.batching.job import pin_model, resolve_model
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.hub_errors import HubError
 from prefect_huggingface.tasks.storage.adapters import pin_adapters
@@ -296,6 +296,13 @@ def test_an_adapter_of_the_hub_is_verified_pinned_and_works_offline(
     asked = len(hub.journal.requests)
     assert texts_of(pinned) == texts_of_peft(tiny_llama, adapter)
     assert len(hub.journal.requests) == asked
+    job = resolve_model(model)
+    assert job.commits == (None, pinned.adapters[0].revision)
+    changed = {**json.loads(files["adapter_config.json"]), "lora_alpha": 1}
+    repository.commit({**files, "adapter_config.json": json.dumps(changed).encode()})
+    assert resolve_model(model, job.commits) == job, "a job keeps its adapters, whatever is pushed meanwhile"
+    assert pin_model(model, job.commits) == pinned
+    assert resolve_model(model).identity != job.identity
 
 
 def test_a_repository_without_an_adapter_is_refused(hub: Any, tmp_path: Path, tiny_llama: Path) -> None:
