@@ -38,7 +38,7 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
 )
 from prefect_huggingface.tasks.storage.tables.writers import check_types
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
 DECISIVE_FIELDS = (
