@@ -17,9 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prefect.logging import get_logger
+
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.deployments.model_server.models import SLUG, ServedModel, ServedModels
 from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments, read_keys
+
+logger = get_logger(__name__)
 
 
 def load_blocks(names: Sequence[str]) -> Iterator[ServedModel]:
@@ -33,7 +37,8 @@ def load_blocks(names: Sequence[str]) -> Iterator[ServedModel]:
 
     if not PREFECT_API_URL.value():
         raise SystemExit("Blocks need a Prefect server. Set PREFECT_API_URL to its address, or use --model.")
-    if "all" in names:
+    all_of_them = "all" in names
+    if all_of_them:
         with get_client(sync_client=True) as client:
             names = [str(each.name) for each in client.read_block_documents_by_type(SLUG)]
         if not names:
@@ -43,6 +48,12 @@ def load_blocks(names: Sequence[str]) -> Iterator[ServedModel]:
             block: Any = LocalModel.load(name)
         except ValueError as exc:
             raise SystemExit(f"There is no block {SLUG}/{name}. Save it first, or use --block all. ({exc})") from None
+        except RuntimeError as exc:  # one that was saved with values that do not go together
+            text = f"The block {SLUG}/{name} is not valid. Correct it in the UI. ({exc.__cause__ or exc})"
+            if not all_of_them:
+                raise SystemExit(text) from None
+            logger.warning("%s", text)
+            continue
         yield ServedModel(name, block)
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -661,12 +662,8 @@ def _tuned_properties(model: LocalModel, folder: Path) -> dict[str, Any]:
 def add_models(job: BatchJob, models: Sequence[Model], resolved: Sequence[ResolvedModel]) -> BatchJob:
     """Return a job with what its models are."""
     backends = dict.fromkeys("endpoint" if isinstance(each, InferenceEndpoint) else each.backend for each in models)
-    return replace(
-        job,
-        models=tuple(each.identity for each in resolved),
-        commits=tuple(each.commits for each in resolved),
-        versions=get_versions(backends),
-    )
+    identities, commits = tuple(each.identity for each in resolved), tuple(each.commits for each in resolved)
+    return replace(job, models=identities, commits=commits, versions=get_versions(backends))
 
 
 def describe_models(
@@ -683,22 +680,16 @@ def describe_models(
         is_greedy(described["engine"], step.options)
         for step, described in zip(steps.steps if steps else (), job.steps, strict=True)
     )
-    return replace(
-        job,
-        asked=tuple(map(describe_model, models)),
-        greedy=greedy or (is_greedy(0, None),),
-        served_names=(*name_model(models[0]), *served_names),
-    )
+    asked, names = tuple(map(describe_model, models)), (*name_model(models[0]), *served_names)
+    return replace(job, asked=asked, greedy=greedy or (is_greedy(0, None),), served_names=names)
 
 
 def get_versions(backends: Iterable[str]) -> dict[str, str]:
     """Return the versions of the packages that generate with some backends."""
     found = {}
     for package in (package for backend in backends for package in VERSIONED_PACKAGES.get(backend, ())):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -46,6 +46,21 @@ def test_blocks_are_served_under_their_names(tiny_llama: Path, bundled_model: Pa
         list(load_blocks(["served-none"]))
 
 
+@pytest.mark.usefixtures("prefect_server")
+def test_a_block_that_is_not_valid_holds_up_no_other(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    LocalModel(model_id=str(tiny_llama), backend="torch").save("served-one", overwrite=True)
+    wrong = LocalModel.model_construct(**LocalModel(model_id="a/b", backend="torch").model_dump())
+    object.__setattr__(wrong, "weight_format", "int8")
+    wrong.save("served-wrong", overwrite=True)
+
+    names = {one.name for one in load_blocks(["all"])}
+    assert "served-one" in names
+    assert "served-wrong" not in names
+    assert "served-wrong is not valid" in caplog.text
+    with pytest.raises(SystemExit, match="served-wrong is not valid"):
+        list(load_blocks(["served-wrong"]))
+
+
 def test_models_need_no_prefect_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--model", str(tiny_llama), "--model", "org/name", "--weight-format", "int4", "--device", "cpu"]
     first, second = load_models(parse_arguments(arguments))

@@ -345,6 +345,8 @@ class _Fetch:
 
     def run(self) -> Snapshot:
         with HubConnection(self.model.get_credentials(), self.model.model_id) as hub, self._disk_errors(hub):
+            if not self.folder.path.exists():
+                self.folder.check_writable()
             state = resolve(hub, self.revision, RetryPolicy(hub.attempts, self.stop))
             chosen = choose_files(self.model, hub, state, RetryPolicy(hub.attempts, self.stop))
             if state.is_restricted:
