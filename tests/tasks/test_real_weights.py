@@ -69,13 +69,13 @@ def test_both_backends_write_the_same_text_in_single_precision(store: ModelStore
 def test_exports_agree_with_the_original(store: ModelStore) -> None:
     quality = compare_formats(smollm(store, weight_format="int8"), QUESTIONS, ("int8", "int4"), max_new_tokens=24)
     int8, int4 = quality.formats
-    # Measured on 129 tokens: 0.969, 0.991 and 0.004 for int8; 0.698, 1.61 and 0.46 for int4.
+    # Measured on 129 tokens: 0.969, 0.991 and 0.004 for int8; 0.829, 1.23 and 0.19 for int4.
     assert int8.agreement >= 0.93
     assert int8.perplexity_ratio <= 1.05
     assert int8.divergence <= 0.02
-    assert 0.55 <= int4.agreement < int8.agreement
-    assert int4.perplexity_ratio <= 2
-    assert int4.divergence <= 0.8
+    assert 0.75 <= int4.agreement < int8.agreement
+    assert int4.perplexity_ratio <= 1.4
+    assert int4.divergence <= 0.35
     assert int4.size_bytes < int8.size_bytes < quality.source_size_bytes
 
 

@@ -42,7 +42,7 @@ def test_a_plan_says_what_would_happen(tiny_llama: Path, tmp_path: Path) -> None
     plan = plan_model(model)
     assert plan.problems == ()
     assert plan.path is None
-    assert plan.recipe["quantization"]["group_size"] == 128
+    assert plan.recipe["quantization"]["group_size"] == 32
     assert 300_000 < plan.parameters < 500_000
     assert plan.disk_bytes > 1_000_000
     assert plan.memory_bytes > 600_000_000

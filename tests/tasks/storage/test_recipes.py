@@ -27,16 +27,27 @@ def recipe_of(weight_format: str = "int4", repo_id: str | None = None, **options
     return resolve_recipe(model, repo_id)
 
 
+PLAIN = {
+    "dtype": "int4", "bits": 4, "sym": False, "group_size": 128, "group_size_fallback": "adjust", "ratio": 1.0,
+    "backup_precision": None, "all_layers": False, "sensitivity_metric": None, "quant_method": "default",
+    "scale_estimation": False, "gptq": False, "lora_correction": False, "dataset": None, "num_samples": None,
+}  # fmt: skip
+MEASURED = {"group_size": 32, "ratio": 0.8, "backup_precision": "int8_asym", "quant_method": "awq"}
+
+
 def test_int4_is_explicit() -> None:
-    assert recipe_of().quantization == {
-        "dtype": "int4", "bits": 4, "sym": False, "group_size": 128, "group_size_fallback": "adjust", "ratio": 1.0,
-        "backup_precision": None, "all_layers": False, "sensitivity_metric": None, "quant_method": "default",
-        "scale_estimation": False, "gptq": False, "lora_correction": False, "dataset": None, "num_samples": None,
-    }  # fmt: skip
+    assert recipe_of().quantization == PLAIN | MEASURED
+    assert recipe_of(group_size_fallback="error").quantization == PLAIN | MEASURED | {"group_size_fallback": "error"}
+    assert recipe_of(group_size=128).quantization == PLAIN, "whoever chooses one option chooses all"
+
+
+def test_the_default_of_int4_is_for_models_that_generate_text() -> None:
+    model = LocalModel(model_id="org/name", weight_format="int4", task="summarization")
+    assert resolve_recipe(model, None).quantization == PLAIN
 
 
 @pytest.mark.parametrize(
-    ("weight_format", "group_size"), [("int4", 128), ("nf4", 128), ("mxfp4", 32), ("cb4", -1), ("int8", -1)]
+    ("weight_format", "group_size"), [("int4", 32), ("nf4", 128), ("mxfp4", 32), ("cb4", -1), ("int8", -1)]
 )
 def test_each_format_has_its_group_size(weight_format: str, group_size: int) -> None:
     quantization = recipe_of(weight_format).quantization
@@ -71,7 +82,9 @@ def test_only_the_repository_id_chooses_a_recommendation() -> None:
     assert recipe_of(repo_id="org/Phi-3-mini-4k-instruct") == plain
     local = LocalModel(model_id="/models/Phi-3-mini-4k-instruct", weight_format="int4")
     assert resolve_recipe(local, None) == plain
-    assert recipe_of(repo_id=PHI, group_size=128) == plain, "an option of the user's takes its place"
+    own = recipe_of(repo_id=PHI, group_size=128)
+    assert own.quantization == PLAIN, "an option of the user's takes its place"
+    assert not own.notes
 
 
 def test_a_table_of_optimum_that_was_renamed_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +108,7 @@ def test_the_recommendations_are_those_of_optimum() -> None:
 
 
 def test_a_group_size_that_does_not_divide_is_adjusted_and_said() -> None:
-    notes = list(recipe_notes(recipe_of(), SMOLLM_135M))
+    notes = list(recipe_notes(recipe_of(group_size=128), SMOLLM_135M))
     assert notes == ["Group size 128 does not divide 576 (hidden_size): these layers get groups of 64."]
 
 
