@@ -17,13 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefect.logging import get_logger
-
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.deployments.model_server.models import SLUG, ServedModel, ServedModels
 from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments, read_keys
-
-logger = get_logger(__name__)
 
 
 def load_blocks(names: Sequence[str]) -> Iterator[ServedModel]:
@@ -37,24 +33,19 @@ def load_blocks(names: Sequence[str]) -> Iterator[ServedModel]:
 
     if not PREFECT_API_URL.value():
         raise SystemExit("Blocks need a Prefect server. Set PREFECT_API_URL to its address, or use --model.")
-    all_of_them = "all" in names
-    if all_of_them:
+    if every := "all" in names:
         with get_client(sync_client=True) as client:
             names = [str(each.name) for each in client.read_block_documents_by_type(SLUG)]
         if not names:
             raise SystemExit("No block of a local model is saved. Save one with `make blocks`, or use --model.")
     for name in dict.fromkeys(name.removeprefix(f"{SLUG}/") for name in names):
         try:
-            block: Any = LocalModel.load(name)
-        except ValueError as exc:
-            raise SystemExit(f"There is no block {SLUG}/{name}. Save it first, or use --block all. ({exc})") from None
-        except RuntimeError as exc:  # one that was saved with values that do not go together
-            text = f"The block {SLUG}/{name} is not valid. Correct it in the UI. ({exc.__cause__ or exc})"
-            if not all_of_them:
+            yield ServedModel(name, LocalModel.load(name))  # type: ignore[arg-type]
+        except (ValueError, RuntimeError) as exc:  # the latter for values that do not go together
+            text = f"There is no valid block {SLUG}/{name}. Save it, or use --block all. ({exc.__cause__ or exc})"
+            if not every:
                 raise SystemExit(text) from None
-            logger.warning("%s", text)
-            continue
-        yield ServedModel(name, block)
+            logging.warning("%s", text)
 
 
 def load_models(settings: ServerSettings) -> Iterator[ServedModel]:
@@ -63,8 +54,7 @@ def load_models(settings: ServerSettings) -> Iterator[ServedModel]:
     given: dict[str, Any] = {name: value for name in names if (value := getattr(settings, name)) is not None}
     for model_id in settings.model:
         path = Path(model_id).expanduser()
-        name = path.resolve().name if path.exists() else model_id
-        yield ServedModel(name, LocalModel(model_id=model_id, **given))
+        yield ServedModel(path.resolve().name if path.exists() else model_id, LocalModel(model_id=model_id, **given))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from prefect_huggingface.deployments.model_server.app import create_app
     from prefect_huggingface.tasks.engines.registry import set_memory_budget
 
-    blocks = load_blocks(settings.block) if settings.block else ()
-    models = ServedModels([*blocks, *load_models(settings)])
+    models = ServedModels([*(load_blocks(settings.block) if settings.block else ()), *load_models(settings)])
     set_memory_budget(settings.memory_gb)
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, macOS calls its limit infinite
         import resource

@@ -42,7 +42,7 @@ def test_blocks_are_served_under_their_names(tiny_llama: Path, bundled_model: Pa
     models = ServedModels(found)
     for name in ("served-one", "hugging-face-local-model/served-one", str(tiny_llama)):
         assert models.find(name) is found[1]
-    with pytest.raises(SystemExit, match="There is no block hugging-face-local-model/served-none"):
+    with pytest.raises(SystemExit, match="There is no valid block hugging-face-local-model/served-none"):
         list(load_blocks(["served-none"]))
 
 
@@ -56,8 +56,8 @@ def test_a_block_that_is_not_valid_holds_up_no_other(tiny_llama: Path, caplog: p
     names = {one.name for one in load_blocks(["all"])}
     assert "served-one" in names
     assert "served-wrong" not in names
-    assert "served-wrong is not valid" in caplog.text
-    with pytest.raises(SystemExit, match="served-wrong is not valid"):
+    assert "There is no valid block hugging-face-local-model/served-wrong" in caplog.text
+    with pytest.raises(SystemExit, match="valid block hugging-face-local-model/served-wrong"):
         list(load_blocks(["served-wrong"]))
 
 
