@@ -128,7 +128,7 @@ def _save(block: Block, overwrite: bool, name: str = NAME) -> bool:
 
 def _is_there(kind: type[Block], name: str) -> bool:
     try:
-        kind.load(name)
+        kind.load(name, validate=False)  # one with values of another time is there too
     except ValueError:
         return False
     return True

@@ -20,7 +20,14 @@ from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL, VectorCall, read_embedding_call
 
 OPENAI_COLUMNS = ("custom_id", "url", "body")
-OPENAI_FIELDS = ("messages", "tools", "chat_template", "input_type", "embedding")  # of requests, besides the prompt
+OPENAI_FIELDS = (
+    "messages",
+    "tools",
+    "chat_template",
+    "input_type",
+    "embedding",
+    "check_form",
+)  # of requests, besides the prompt
 NO_VECTORS = "The model writes text and makes no vectors. Use a model for embeddings."
 
 
@@ -290,9 +297,7 @@ class OpenAIRows:
         vector = [] if asked.input_type is None else [asked.input_type, repr(asked.embedding)]
         text = json.dumps([asked.prompt, asked.messages, asked.tools, options.model_dump(), *vector], default=str)
         greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
-        values = {
-            name: getattr(asked, name) for name in ("messages", "tools", "chat_template", "input_type", "embedding")
-        }
+        values = {name: getattr(asked, name) for name in OPENAI_FIELDS}
         return RowRequest(number, text, asked.prompt, {**values, "options": self._options.merged(options)}, greedy)
 
 

@@ -32,7 +32,6 @@ from prefect_huggingface.tasks.langchain.kwargs import (
 from prefect_huggingface.tasks.records import Completion, Message, Request
 
 # Types of arguments that LangChain gives to many methods.
-Inputs = list[LanguageModelInput]
 Stop = list[str] | None
 Run = CallbackManagerForLLMRun | None
 AsyncRun = AsyncCallbackManagerForLLMRun | None

@@ -37,8 +37,7 @@ OPTIONS = {"truncate_dim": "dimensions", "max_seq_length": "max_length", "max_le
 # What changes neither the model nor its vectors here.
 WITHOUT_EFFECT = frozenset({
     "similarity_fn_name", "model_card_data", "batch_size", "show_progress_bar", "convert_to_numpy", "convert_to_tensor",
-    "chunk_size", "pool", "export", "file_name", "use_safetensors", "low_cpu_mem_usage", "provider", "prompts",
-    "default_prompt_name",
+    "chunk_size", "pool", "file_name", "provider", "prompts", "default_prompt_name",
 })  # fmt: skip
 NESTED = ("model_kwargs", "tokenizer_kwargs", "processor_kwargs", "config_kwargs")
 # As Sentence Transformers does: a text that is too long is cut, and an empty one is the special tokens alone.

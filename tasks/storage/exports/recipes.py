@@ -133,8 +133,7 @@ def export_key(commit: str, recipe: Recipe, versions: Mapping[str, str], schema:
 
 def _recommended(repo_id: str | None, options: QuantizationOptions, weight_format: str) -> Mapping[str, Any] | None:
     """Return the recommended options where the user leaves the choice; fallbacks and modes leave it."""
-    chosen = options.model_fields_set - {"quant_mode", "group_size_fallback"}
-    if chosen:
+    if not _leaves_choice(options):
         return None
     tables = {"int4": INT4_WEIGHTS, "int8": INT8_WEIGHTS}
     if options.quant_mode is None:
@@ -146,8 +145,12 @@ def _recommended(repo_id: str | None, options: QuantizationOptions, weight_forma
 
 def _default(model: LocalModel, options: QuantizationOptions, weight_format: str) -> Mapping[str, Any] | None:
     """Return the default options of a weight format where the user leaves the choice."""
-    plain = options.quant_mode is None and not options.model_fields_set - {"group_size_fallback"}
-    return INT4_DEFAULT if plain and weight_format == "int4" and model.task == "text-generation" else None
+    is_open = options.quant_mode is None and _leaves_choice(options)
+    return INT4_DEFAULT if is_open and weight_format == "int4" and model.task == "text-generation" else None
+
+
+def _leaves_choice(options: QuantizationOptions) -> bool:
+    return not options.model_fields_set - {"quant_mode", "group_size_fallback"}
 
 
 def _quantization(

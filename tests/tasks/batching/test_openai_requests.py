@@ -196,6 +196,7 @@ def test_everything_that_a_line_asks_for_is_an_option(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
     made = OpenAIRows({})(0, json.loads(line("a", messages=messages, **wanted)))
     assert isinstance(made, RowRequest)
+    assert made.request.check_form is False, "what is cut off in its form is an answer, as on the model server"
     options = made.request.options
     assert options is not None
     assert (options.n, options.presence_penalty, options.frequency_penalty) == (2, 0.5, -0.5)
