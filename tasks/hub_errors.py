@@ -38,7 +38,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prefect_huggingface.tasks import hub_errors
 from prefect_huggingface.tasks.errors import DownloadError
 
 Result = TypeVar("Result")
@@ -216,24 +215,21 @@ def explain(exc: Exception, about: RequestContext) -> HubError:
         return explain_status(response.status_code, response.headers, about)
     # By name: the classes come from `httpx` or, with newer clients, from `httpx2`.
     names = {kind.__name__ for kind in type(exc).__mro__}
-    if "OfflineModeIsEnabled" in names:
-        text = f"{about.repo_id!r} is not here and HF_HUB_OFFLINE is set. Unset it, or set `offline` on the block."
-        return hub_errors.OfflineError(text, **about.fields())
     if "HFValidationError" in names:
         text = f"{about.repo_id!r} is not the id of a repository. Use 'organisation/name'."
-        return hub_errors.RepositoryNotFoundError(text, **about.fields())
+        return RepositoryNotFoundError(text, **about.fields())
     if "TransportError" in names:
         return _explain_transport(exc, names, about)
     if isinstance(exc, OSError) and exc.errno is not None:
         return explain_disk(exc, about)
     text = f"{about.endpoint!r} does not answer as a Hub does ({type(exc).__name__}). Check the Hub address."
-    return hub_errors.UntrustedHubError(text, **about.fields())
+    return UntrustedHubError(text, **about.fields())
 
 
 def _explain_transport(exc: Exception, names: set[str], about: RequestContext) -> HubError:
     if _is_unknown_host(exc):
         text = f"The host of {about.endpoint!r} does not exist. Correct the Hub address, or check the name server."
-        return hub_errors.HubAddressError(text, **about.fields())
+        return HubAddressError(text, **about.fields())
     if "TimeoutException" in names:
         what = "did not answer in time"
     elif "ConnectError" in names:
@@ -244,7 +240,7 @@ def _explain_transport(exc: Exception, names: set[str], about: RequestContext) -
         f"{about.endpoint!r} {what} ({type(exc).__name__}). "
         "Try again later, or set `offline` on the block to use what is here."
     )
-    return hub_errors.HubUnavailableError(text, **about.fields())
+    return HubUnavailableError(text, **about.fields())
 
 
 def _is_unknown_host(exc: BaseException | None) -> bool:
@@ -261,10 +257,10 @@ def explain_disk(exc: OSError, about: RequestContext) -> HubError:
         text = (
             f"The disk is full while {about.path or about.repo_id!r} is downloaded. Make room; it goes on from there."
         )
-        return hub_errors.DiskFullError(text, **about.fields())
+        return DiskFullError(text, **about.fields())
     reason = exc.strerror or type(exc).__name__
     text = f"The store cannot be written: {reason} ({exc.filename!r}). Choose another folder in the block's store."
-    return hub_errors.StoreNotWritableError(text, **about.fields())
+    return StoreNotWritableError(text, **about.fields())
 
 
 def explain_status(status: int, headers: Mapping[str, str], about: RequestContext) -> HubError:
@@ -276,21 +272,21 @@ def explain_status(status: int, headers: Mapping[str, str], about: RequestContex
         text = (
             f"{about.repo_id!r} has no revision {about.revision or 'main'!r}. See {about.page}/tree/main for its names."
         )
-        return hub_errors.RevisionNotFoundError(text, **fields)
+        return RevisionNotFoundError(text, **fields)
     if code == "EntryNotFound":
         text = f"{about.repo_id!r} has no file {about.path!r} at this commit. Try again, it may have been changed."
-        return hub_errors.MissingFileError(text, **fields)
+        return MissingFileError(text, **fields)
     if code == "GatedRepo":
         return _explain_gate(about, status)
     if status in (401, 403) or code == "RepoNotFound" or words == "Access to this resource is disabled.":
         return _explain_refusal(status, code, words, about)
     if status == 404:
         text = f"There is no repository {about.repo_id!r} at {about.endpoint!r}. Correct the id or the Hub address."
-        return hub_errors.RepositoryNotFoundError(text, **fields)
+        return RepositoryNotFoundError(text, **fields)
     if status in (408, 429) or status >= 500:
         return explain_busy(status, headers, about)
     text = f"{about.endpoint!r} refuses the request with status {status}. Check the Hub address."
-    return hub_errors.UntrustedHubError(text, **fields)
+    return UntrustedHubError(text, **fields)
 
 
 def _explain_gate(about: RequestContext, status: int) -> HubError:
@@ -302,27 +298,27 @@ def _explain_gate(about: RequestContext, status: int) -> HubError:
             f"{about.repo_id!r} is gated and no token is given. Accept its terms on {about.page} "
             "and put a token into the block's `credentials`."
         )
-    return hub_errors.GatedRepositoryError(text, **fields)
+    return GatedRepositoryError(text, **fields)
 
 
 def _explain_refusal(status: int, code: str | None, words: str, about: RequestContext) -> HubError:
     fields = about.fields(status=status)
     if words == "Access to this resource is disabled.":
         text = f"{about.repo_id!r} is disabled on the Hub. Choose another model."
-        return hub_errors.AccessDeniedError(text, **fields)
+        return AccessDeniedError(text, **fields)
     if status == 401 and about.has_token and code != "RepoNotFound":
         text = (
             f"{about.endpoint!r} does not accept the token. Make a new one and put it into the block's `credentials`."
         )
-        return hub_errors.InvalidTokenError(text, **fields)
+        return InvalidTokenError(text, **fields)
     if status == 403 and code != "RepoNotFound":
         text = f"The token may not read {about.repo_id!r}. Give it read access to that repository."
         if not about.has_token:
             text = f"{about.repo_id!r} may not be read without a token. Put one into the block's `credentials`."
-        return hub_errors.AccessDeniedError(text, **fields)
+        return AccessDeniedError(text, **fields)
     action = "Correct the id, or give the token access to it" if about.has_token else "Correct the id, or give a token"
     text = f"{about.repo_id!r} does not exist at {about.endpoint!r}, or it is private. {action}."
-    return hub_errors.RepositoryNotFoundError(text, **fields)
+    return RepositoryNotFoundError(text, **fields)
 
 
 def explain_busy(status: int, headers: Mapping[str, str], about: RequestContext) -> HubError:
@@ -332,9 +328,9 @@ def explain_busy(status: int, headers: Mapping[str, str], about: RequestContext)
     if status == 429:
         when = f"in {math.ceil(wait)} seconds" if wait else "later"
         text = f"{about.endpoint!r} limits the rate of requests. Try again {when}; a token raises the limit."
-        return hub_errors.RateLimitedError(text, **fields)
+        return RateLimitedError(text, **fields)
     text = f"{about.endpoint!r} fails with status {status}. Try again later."
-    return hub_errors.HubUnavailableError(text, **fields)
+    return HubUnavailableError(text, **fields)
 
 
 def announced_wait(headers: Mapping[str, str]) -> float | None:

@@ -42,7 +42,7 @@ def test_imports_point_one_way(path):
             assert LAYERS[name.split(".")[1]] <= layer, f"{path} imports {name}"
         assert name.split(".")[0] not in LAYERS, f"{path} imports {name} without the package"
     engines_and_storage = path.relative_to(ROOT).parts[:2] in {("tasks", "engines"), ("tasks", "storage")}
-    plain = ("", ".records", ".errors", ".hub_errors", ".run_logs", ".waiting", ".openai_protocol")
+    plain = ("", ".records", ".errors", ".hub_errors", ".artifacts", ".run_logs", ".waiting", ".openai_protocol")
     verbs = {module_name(p) for p in (ROOT / "tasks").glob("*.py")} - {f"prefect_huggingface.tasks{p}" for p in plain}
     if engines_and_storage:
         assert not imported_modules(path) & verbs, f"{path} imports a verb"

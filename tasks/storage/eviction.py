@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from prefect_huggingface.blocks import ModelStore
 from prefect_huggingface.tasks.hub_errors import StoreBusyError
-from prefect_huggingface.tasks.storage.files import MANIFEST, discard, exports_folder, sweep_staging
+from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.files import MANIFEST, discard, exports_folder, gigabytes, sweep_staging
 from prefect_huggingface.tasks.storage.hub.cache import StoredSnapshot, list_snapshots, remove_partials, remove_snapshot
-from prefect_huggingface.tasks.storage.locks import LEASE, is_held, take_alone
+from prefect_huggingface.tasks.storage.locks import LEASE, is_held, last_used, take_free
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,30 @@ class PruneReport:
 
 def list_models(store: ModelStore) -> list[StoredModel]:
     """Return the exports and snapshots of a store, the least recently used first."""
-    snapshots = [_describe_snapshot(snapshot) for snapshot in list_snapshots(store)]
-    return sorted([*_list_exports(store.folder), *snapshots], key=lambda entry: entry.last_used)
+    return [entry for entry, _ in _list_entries(store)]
+
+
+def _list_entries(store: ModelStore) -> list[tuple[StoredModel, StoredSnapshot | None]]:
+    """Return what a store holds, each snapshot with its details."""
+    snapshots = [(_describe_snapshot(snapshot), snapshot) for snapshot in list_snapshots(store)]
+    exports = [(export, None) for export in _list_exports(store.folder)]
+    return sorted([*exports, *snapshots], key=lambda entry: entry[0].last_used)
+
+
+def make_room(store: ModelStore, keep: Path, coming_bytes: int = 0) -> None:
+    """Remove what was used least recently, so that a store with a size limit keeps to it with what comes.
+
+    What is in use stays, and so does the folder `keep`.
+    """
+    if store.max_size_gb is None:
+        return
+    room = int(store.max_size_gb * 1e9) - coming_bytes
+    report = evict(store, room, keep=[keep])
+    for entry in report.removed:
+        run_log().info("Removed %s %s (%s) from the store.", entry.kind, entry.name, gigabytes(entry.size_bytes))
+    if report.kept_bytes > room:
+        size = gigabytes(report.kept_bytes + coming_bytes)
+        run_log().warning("The store holds %s, more than its %g GB: the rest is in use.", size, store.max_size_gb)
 
 
 def evict(store: ModelStore, limit_bytes: int, keep: Collection[Path] = ()) -> PruneReport:
@@ -81,18 +104,17 @@ def evict(store: ModelStore, limit_bytes: int, keep: Collection[Path] = ()) -> P
     """
     sweep_staging(store.folder)
     abandoned = remove_partials(store)
-    snapshots = {snapshot.path: snapshot for snapshot in list_snapshots(store)}
-    contents = {blob: size for snapshot in snapshots.values() for blob, size in snapshot.contents.items()}
-    entries = list_models(store)
-    total = sum(contents.values()) + sum(entry.size_bytes for entry in entries if entry.kind == "export")
+    entries = _list_entries(store)
+    contents = {blob: size for _, snapshot in entries if snapshot for blob, size in snapshot.contents.items()}
+    total = sum(contents.values()) + sum(entry.size_bytes for entry, snapshot in entries if snapshot is None)
     removed: list[StoredModel] = []
     in_use: list[Path] = []
-    for entry in entries:
+    for entry, snapshot in entries:
         if total <= limit_bytes:
             break
         if entry.path in keep:
             continue
-        freed = _remove(store.folder, entry, snapshots.get(entry.path))
+        freed = _remove(store.folder, entry, snapshot)
         if freed is None:
             in_use.append(entry.path)
             continue
@@ -107,12 +129,11 @@ def _remove(folder: Path, entry: StoredModel, snapshot: StoredSnapshot | None) -
         with suppress(StoreBusyError):
             return remove_snapshot(snapshot)
         return None
-    lease = take_alone(entry.path / LEASE)
-    if lease is None and (entry.path / LEASE).exists():
+    lease = take_free(entry.path / LEASE)
+    if lease is None:
         return None
-    discard(folder, entry.path)
-    if lease is not None:
-        lease.close()
+    with lease:
+        discard(folder, entry.path)
     return entry.size_bytes
 
 
@@ -127,7 +148,7 @@ def _list_exports(store: Path) -> Iterator[StoredModel]:
                 name=folder.name,
                 path=folder,
                 size_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-                last_used=_last_used(folder),
+                last_used=last_used(folder),
                 in_use=is_held(folder),
                 source=manifest.get("source"),
                 commit=manifest.get("commit"),
@@ -140,13 +161,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
-
-
-def _last_used(folder: Path) -> float:
-    for path in (folder / LEASE, folder):
-        with suppress(OSError):
-            return path.stat().st_mtime
-    return 0.0
 
 
 def _describe_snapshot(snapshot: StoredSnapshot) -> StoredModel:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect_huggingface.tasks.errors import ExportError
-from prefect_huggingface.tasks.storage.locks import LEASE, take_alone
+from prefect_huggingface.tasks.storage.locks import LEASE, take_alone, take_free
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -109,6 +109,11 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def gigabytes(size: int) -> str:
+    """Return a number of bytes for people, in units of 10^9 bytes."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def open_scratch_database() -> sqlite3.Connection:
     """Return an empty database on disk, in autocommit mode. Its file has no name, so it ends with the process."""
     base = sqlite3.connect("", isolation_level=None)
@@ -129,7 +134,9 @@ def scratch_file(folder: str | os.PathLike[str], name: str) -> Iterator[Path]:
     """
     for left in glob.glob(os.path.join(glob.escape(os.fspath(folder)), f".{glob.escape(name)}.*.tmp")):
         with suppress(OSError):
-            _remove_unlocked(Path(left))
+            if (free := take_alone(Path(left))) is not None:
+                with free:
+                    os.unlink(left)
     path = Path(folder, f".{name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     # Unlike `mkstemp`, this gives the file the permissions that the user's mask asks for.
     path.touch(exist_ok=False)
@@ -142,13 +149,6 @@ def scratch_file(folder: str | os.PathLike[str], name: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
         if lease is not None:
             lease.close()
-
-
-def _remove_unlocked(path: Path) -> None:
-    lease = take_alone(path)
-    if lease is not None:
-        with lease:
-            path.unlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,24 +199,18 @@ def sweep_staging(store: Path) -> int:
 def _sweep_one(parent: Path, name: str) -> bool:
     lock_path = parent / f"{name}.lock"
     # The lock is made before its folder and goes after it, so a folder without a lock is nobody's.
-    lease = take_alone(lock_path)
-    if lease is None and lock_path.exists():
+    lease = take_free(lock_path)
+    if lease is None:
         return False
-    shutil.rmtree(parent / name, ignore_errors=True)
-    with suppress(OSError):
-        lock_path.unlink()
-    if lease is not None:
-        lease.close()
+    with lease:
+        shutil.rmtree(parent / name, ignore_errors=True)
+        with suppress(OSError):
+            lock_path.unlink()
     return True
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Give a finished folder its name. Everything is on disk before the name is.
-
-    Args:
-        staged: Finished folder on the same file system.
-        target: Its name in the store; nothing may be there.
-    """
+    """Give a finished folder its name on the same file system, once everything in it is on disk."""
     (staged / LEASE).touch()
     for path in [*staged.rglob("*"), staged]:
         if not path.is_symlink():

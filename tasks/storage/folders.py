@@ -93,11 +93,6 @@ class SourceWeights:
     size_bytes: int
     names: frozenset[str] = frozenset()
 
-    @property
-    def bytes_each(self) -> float:
-        """Size of one weight in bytes."""
-        return self.size_bytes / self.parameters if self.parameters else 0.0
-
 
 def measure_weights(folder: Path, names: Iterable[str]) -> SourceWeights:
     """Return number and size of the weights in the files of a folder; only headers are read.

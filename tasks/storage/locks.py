@@ -54,15 +54,9 @@ class Lease:
 
 
 def hold_export(path: Path) -> Lease:
-    """Hold an export, or a snapshot of the store, so that it is not evicted while it is in use.
+    """Hold an export, or a snapshot of the store, so that it is not evicted until the lease is closed.
 
     Also notes that it was used now. A folder that does not belong to a store is never evicted; its lease is empty.
-
-    Args:
-        path: Folder of the export.
-
-    Returns:
-        The lease; close it, or use it in a `with` statement.
 
     Raises:
         ModelSourceError: If the folder was removed in the meantime.
@@ -72,7 +66,7 @@ def hold_export(path: Path) -> Lease:
         return Lease()
     lease = _lock(place, alone=False)
     if lease is None:
-        raise _removed(path)
+        raise ModelSourceError(f"Folder {str(path)!r} was removed from the store. Ask for the model again.")
     note_use(path)
     return lease
 
@@ -85,18 +79,21 @@ def lease_path(folder: Path) -> Path:
 
 
 def note_use(folder: Path, create: bool = False) -> None:
-    """Note that a folder of the store was used now.
-
-    Args:
-        folder: The folder.
-        create: Make the file by which it is held.
-    """
+    """Note that a folder of the store was used now; with `create`, make the file by which it is held."""
     place = lease_path(folder)
     if create:
         place.parent.mkdir(exist_ok=True)
         place.touch()
     with suppress(OSError):  # a store on a read-only disk
         os.utime(place)
+
+
+def last_used(folder: Path) -> float:
+    """Return when a folder of the store was used last (seconds since 1970)."""
+    for place in (lease_path(folder), folder):
+        with suppress(OSError):
+            return place.stat().st_mtime
+    return 0.0
 
 
 def take_alone(place: Path, create: bool = False) -> Lease | None:
@@ -106,13 +103,18 @@ def take_alone(place: Path, create: bool = False) -> Lease | None:
     return _lock(place, alone=True)
 
 
+def take_free(place: Path) -> Lease | None:
+    """Return the lease of a file that nobody else holds, an empty one if there is no such file, or None."""
+    lease = take_alone(place)
+    return Lease() if lease is None and not place.exists() else lease
+
+
 def is_held(folder: Path) -> bool:
     """Return whether a live process holds a folder of the store."""
-    lease = take_alone(lease_path(folder))
+    lease = take_free(lease_path(folder))
     if lease is not None:
         lease.close()
-        return False
-    return lease_path(folder).exists()
+    return lease is None
 
 
 def is_taken(lease_path: Path) -> bool:
@@ -184,7 +186,3 @@ def _is_locked(path: Path, lease: Lease) -> bool:
     except OSError:
         return False
     return lease.descriptor is None or os.path.samestat(os.fstat(lease.descriptor), there)
-
-
-def _removed(path: Path) -> ModelSourceError:
-    return ModelSourceError(f"Folder {str(path)!r} was removed from the store. Ask for the model again.")

@@ -76,18 +76,17 @@ def snapshot_folder(model: LocalModel) -> Snapshot:
 
 def _check_model_files(model: LocalModel, names: list[str]) -> None:
     """Refuse a folder that holds no model, or not the kind that the backend loads."""
-    where = f"Folder {model.model_id!r}"
-    if is_openvino_folder(names):
-        _check_openvino_files(model, set(names))
-        return
+    where, is_openvino = f"Folder {model.model_id!r}", is_openvino_folder(names)
+    has_weights = is_openvino or any(is_safe_weight(name) for name in names)
     files = sorted(path.name for path in Path(model.model_id).glob("*.gguf"))
-    if files and not any(is_safe_weight(name) for name in names):
+    if files and not has_weights:
         raise ModelSourceError(f"{where} holds GGUF files. Set `model_id` to one of them: {', '.join(files[:5])}.")
-    if "config.json" not in names:
+    if "config.json" not in names and not is_openvino:
         if "adapter_config.json" in names:
             raise ModelSourceError(f"{where} {describe_weights(set(names), model.backend)}")
         raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")
-    selection = Selection(model.model_id, "torch", model.allow_pickle, trust_remote_code=False)
+    backend = model.backend if is_openvino else "torch"
+    selection = Selection(model.model_id, backend, model.allow_pickle, trust_remote_code=False)
     try:
         selection.choose([RepositoryFile(name) for name in names], lambda name: Path(model.model_id, name).read_bytes())
     except PickleOnlyError:
@@ -97,16 +96,6 @@ def _check_model_files(model: LocalModel, names: list[str]) -> None:
         ) from None
     except NoWeightsError as error:
         raise ModelSourceError(f"Folder {error.message}") from None
-
-
-def _check_openvino_files(model: LocalModel, names: set[str]) -> None:
-    where = f"Folder {model.model_id!r}"
-    if model.backend == "torch":
-        raise ModelSourceError(f"{where} holds an OpenVINO model. Set `backend='openvino'` to run it.")
-    for name in sorted(names):
-        weights = name.removesuffix(".xml") + ".bin"
-        if name.startswith("openvino_") and name.endswith(".xml") and weights not in names:
-            raise ModelSourceError(f"{where} lacks {weights!r}, the weights of {name!r}. Copy it there.")
 
 
 def hash_cache_path(store: Path, folder: Path) -> Path:

@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from prefect import flow
+from prefect import artifacts, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter
 from prefect.client.schemas.sorting import TaskRunSort
@@ -25,7 +25,7 @@ from prefect_huggingface.tasks.hub_errors import (
     RateLimitedError,
 )
 from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
-from prefect_huggingface.tasks.storage.hub.progress import Progress, ProgressArtifact, TerminalBar
+from prefect_huggingface.tasks.storage.hub.progress import Progress
 from support.hub_models import MEGABYTE, check_snapshot, hub_model, model_files
 
 # The same task without the minutes between its retries.
@@ -126,20 +126,25 @@ def test_a_run_shows_its_progress_in_an_artifact(hub, tmp_path, prefect_server):
     assert shown[0].data == 100.0
 
 
-def test_the_artifact_changes_once_a_second_at_most(prefect_server):
+def test_the_artifact_changes_once_a_second_at_most(prefect_server, monkeypatch):
     written = []
+    update = artifacts.update_progress_artifact
+
+    def note(*arguments, progress, **content):
+        written.append(progress)
+        return update(*arguments, progress=progress, **content)
+
+    monkeypatch.setattr(artifacts, "update_progress_artifact", note)
 
     @flow
     def show():
-        artifact = ProgressArtifact("Download org/often")
-        create, update = artifact._create, artifact._update
-        artifact._create = lambda percent: written.append(percent) or create(percent)
-        artifact._update = lambda percent: written.append(percent) or update(percent)
-        for done in range(100):
-            artifact.show(done, 100)
+        progress = Progress("Download org/often")
+        progress.total = 100
+        for _ in range(100):
+            progress.advance(1)
+            progress.show()
             time.sleep(0.015)
-        artifact.show(100, 100)
-        artifact.close()
+        progress.close()
 
     show()
     assert 2 <= len(written) <= 4
@@ -156,8 +161,7 @@ def test_the_terminal_shows_one_bar_over_the_bytes(hub, tmp_path):
     hub.create("org/model", files := model_files(3 * MEGABYTE))
     hub.fault("stall_body", after=2 * MEGABYTE, seconds=0.6)
     screen = Console(file=io.StringIO(), force_terminal=True, width=120)
-    bar = TerminalBar("Download org/model", screen)
-    progress = Progress("Download org/model", [bar])
+    progress = Progress("Download org/model", screen)
     fetch_snapshot(hub_model(hub, tmp_path, settings={"timeout_seconds": 30}), progress)
     assert progress.done == progress.total == sum(map(len, files.values()))
     text = screen.file.getvalue()

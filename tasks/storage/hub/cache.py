@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ from prefect_huggingface.tasks.hub_errors import HubError, NoWeightsError, Pickl
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
 from prefect_huggingface.tasks.storage.files import has_content, write_text
 from prefect_huggingface.tasks.storage.hub.client import COMMIT, ETAG, DownloadStopped, RepositoryFile
-from prefect_huggingface.tasks.storage.locks import LEASE, lease_path, note_use, take_alone
+from prefect_huggingface.tasks.storage.locks import LEASE, last_used, lease_path, note_use, take_free
+from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
 
 logger = get_logger(__name__)
 REPOSITORY_LOCK = "repository"
@@ -80,8 +81,20 @@ def hub_folder(store: ModelStore, endpoint: str) -> Path:
 
 
 def works_offline(model: LocalModel) -> bool:
-    """Return whether the Hub must not be asked, by the block or by the variable of the Hub's own client."""
-    return model.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    """Return whether the Hub must not be asked, by the block or by the variables of the Hub's own client."""
+    variable = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return model.offline or variable.upper() in ("1", "ON", "YES", "TRUE")
+
+
+class _LockNotice(WaitNotice):
+    """Says who downloads the same, and ends the waiting for it when the download has failed elsewhere."""
+
+    stop: threading.Event | None = None
+
+    def tell(self) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise DownloadStopped
+        super().tell()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +150,7 @@ class RepositoryFolder:
         return os.access(place, os.W_OK)
 
     def check_writable(self) -> None:
-        """Check that the store can be written, before anything is downloaded.
-
-        Raises:
-            OSError: If it cannot.
-        """
+        """Write something into the cache folder and remove it. The error of the system says why it cannot be done."""
         self.root.mkdir(parents=True, exist_ok=True)
         probe = self.root / f".probe-{uuid.uuid4().hex}"
         probe.touch()
@@ -163,31 +172,17 @@ class RepositoryFolder:
         """
         place = self.root / ".locks" / self.name / f"{name}.lock"
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place)
-        self._acquire(lock, time.monotonic() + timeout_seconds, timeout_seconds, stop)
+        notice = _LockNotice(logger, f"Waiting for {holder_of(place)}, which downloads {self.repo_id}")
+        notice.stop = stop
         try:
-            yield
-        finally:
-            lock.release()
-
-    def _acquire(self, lock: FileLock, deadline: float, timeout_seconds: float, stop: threading.Event | None) -> None:
-        waiting = False
-        while True:
-            try:
-                lock.acquire(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
-                return
-            except Timeout:
-                if stop is not None and stop.is_set():
-                    raise DownloadStopped from None
-                if not waiting and timeout_seconds:
-                    waiting = True
-                    logger.info("Wait for another process that downloads %s.", self.repo_id)
-                if time.monotonic() >= deadline:
-                    raise StoreBusyError(
-                        f"Another process has been downloading {self.repo_id!r} for {timeout_seconds:g} seconds. "
-                        "Wait for it, or raise the store's `lock_timeout_seconds`.",
-                        repo_id=self.repo_id,
-                    ) from None
+            with file_held(FileLock(place), timeout_seconds, notice):
+                yield
+        except Timeout:
+            raise StoreBusyError(
+                f"Another process has been downloading {self.repo_id!r} for {timeout_seconds:g} seconds. "
+                "Wait for it, or raise the store's `lock_timeout_seconds`.",
+                repo_id=self.repo_id,
+            ) from None
 
     def link(self, commit: str, path: str, blob_name: str) -> None:
         """Make a content appear as a file of a snapshot, in one step. A link that is right stays whose it is."""
@@ -211,13 +206,6 @@ class RepositoryFolder:
         partials = self.path / "partials"
         partials.mkdir(exist_ok=True)
         write_text(place, text, partials)
-
-    def read_reference(self, revision: str) -> str | None:
-        """Return the commit that a branch or tag was at the last download, or None."""
-        try:
-            return self.reference(revision).read_text(encoding="utf-8").strip()
-        except OSError:
-            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +276,7 @@ class Selection:
                 wanted = f"{match.string[:first]}{number:0{last - first}d}{match.string[last:]}"
                 self._refuse_missing({wanted} - names)
         if not shards and index in names and read is not None:
-            shards = read_index(read(index))
+            shards = set(read_index(read(index)).values())
             self._refuse_missing(shards - names)
         return shards | ({index} & names) if shards else set()
 
@@ -332,13 +320,13 @@ def describe_weights(names: set[str], backend: str) -> str:
     return f"holds no {wanted} weights for the backend {backend!r}, only {suffixes!r}. Choose another model."
 
 
-def read_index(content: bytes) -> set[str]:
-    """Return the names of the files that an index of weights names; none if it cannot be understood."""
+def read_index(content: bytes) -> dict[str, str]:
+    """Return the file of each weight that an index of weights names; nothing if it cannot be understood."""
     try:
-        named = json.loads(content)["weight_map"].values()
-        return {name for name in named if isinstance(name, str)}
+        named = json.loads(content)["weight_map"].items()
+        return {weight: file for weight, file in named if isinstance(file, str)}
     except (ValueError, KeyError, AttributeError, TypeError):
-        return set()
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +364,18 @@ class Manifest:
         return Snapshot(self.repo_id, self.commit, folder.snapshot(self.commit), files)
 
 
+def make_manifest(
+    folder: RepositoryFolder, commit: str, key: str, files: Sequence[RepositoryFile], **facts: str | None
+) -> Manifest:
+    """Return the manifest of files of a snapshot that are there and have their hashes."""
+    place = folder.snapshot(commit)
+    entries = (
+        ManifestFile(file.path, file.size or 0, str(file.blob_name), (place / file.path).stat().st_mtime_ns)
+        for file in sorted(files, key=lambda file: file.path)
+    )
+    return Manifest(folder.repo_id, commit, key, tuple(entries), **facts)
+
+
 def write_manifest(folder: RepositoryFolder, manifest: Manifest) -> None:
     """Publish a manifest. From then on its snapshot is complete."""
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1)
@@ -395,19 +395,31 @@ def read_manifest(place: Path) -> Manifest | None:
 
 def find_complete(folder: RepositoryFolder, commit: str, key: str) -> Manifest | None:
     """Return the manifest of a selection if each of its files is there unchanged, and note that it was used."""
-    place = folder.manifest(commit, key)
-    manifest = read_manifest(place)
+    manifest = read_manifest(folder.manifest(commit, key))
     if manifest is None or manifest.commit != commit or not manifest.files:
         return None
-    touched = [_check_file(folder.snapshot(commit) / file.path, file) for file in manifest.files]
-    if "wrong" in touched:
+    found = (_check_file(folder.snapshot(commit) / file.path, file) for file in manifest.files)
+    files = tuple(file for file in found if file is not None)
+    if len(files) < len(manifest.files):
         return None
     with suppress(OSError):
         # A store that is only readable is good enough to read from.
-        if "touched" in touched:
-            write_manifest(folder, _renew(folder, manifest))
+        if files != manifest.files:
+            write_manifest(folder, replace(manifest, files=files))
     note_use(folder.snapshot(commit))
     return manifest
+
+
+def _check_file(place: Path, file: ManifestFile) -> ManifestFile | None:
+    """Return the entry of a file with the time of its change as it is now, or None if its content is another."""
+    try:
+        found = place.stat()
+    except OSError:
+        return None
+    if found.st_mtime_ns == file.mtime_ns and found.st_size == file.size:
+        return file
+    # Copied or changed since it was verified.
+    return replace(file, mtime_ns=found.st_mtime_ns) if has_content(place, file.size, file.blob_name) else None
 
 
 def adopt_snapshot(folder: RepositoryFolder, commit: str, selection: Selection) -> Manifest | None:
@@ -417,11 +429,8 @@ def adopt_snapshot(folder: RepositoryFolder, commit: str, selection: Selection) 
     be there. The names of the blobs are the hashes.
     """
     place = folder.snapshot(commit)
-    names = {path: name for path, (name, _) in _files_of(folder, place).items() if ETAG.fullmatch(name)}
-    files = [
-        RepositoryFile(path, (place / path).stat().st_size, **{"sha256" if len(name) == 64 else "git_sha1": name})
-        for path, name in names.items()
-    ]
+    found = _files_of(folder, place).items()
+    files = [RepositoryFile(path, size, name) for path, (name, size) in found if ETAG.fullmatch(name)]
     try:
         chosen = selection.choose(files, lambda path: (place / path).read_bytes())
     except HubError:
@@ -440,37 +449,15 @@ def verify_files(
 
     It is kept where the cache can be written, so that the files are read once.
     """
-    entries = []
     for file in chosen:
-        found, size = folder.snapshot(commit) / file.path, file.size or 0
-        if not has_content(found, size, str(file.blob_name)):
+        if not has_content(folder.snapshot(commit) / file.path, file.size or 0, str(file.blob_name)):
             logger.warning("%s of %s does not have its hash. Download the model again.", file.path, folder.repo_id)
             return None
-        entries.append(ManifestFile(file.path, size, str(file.blob_name), found.stat().st_mtime_ns))
-    manifest = Manifest(folder.repo_id, commit, key, tuple(entries), **facts)
-    logger.info("Verified %d files of %s at %s that were in the cache.", len(entries), folder.repo_id, commit)
+    manifest = make_manifest(folder, commit, key, chosen, **facts)
+    logger.info("Verified %d files of %s at %s that were in the cache.", len(chosen), folder.repo_id, commit)
     with suppress(OSError):
         write_manifest(folder, manifest)
     return manifest
-
-
-def _check_file(place: Path, file: ManifestFile) -> str:
-    try:
-        found = place.stat()
-    except OSError:
-        return "wrong"
-    if found.st_size != file.size:
-        return "wrong"
-    if found.st_mtime_ns == file.mtime_ns:
-        return "same"
-    # Copied or changed since it was verified.
-    return "touched" if has_content(place, file.size, file.blob_name) else "wrong"
-
-
-def _renew(folder: RepositoryFolder, manifest: Manifest) -> Manifest:
-    place = folder.snapshot(manifest.commit)
-    files = tuple(replace(f, mtime_ns=(place / f.path).stat().st_mtime_ns) for f in manifest.files)
-    return replace(manifest, files=files)
 
 
 def manifests_of(folder: RepositoryFolder) -> Iterator[Manifest]:
@@ -494,9 +481,8 @@ def verified_blobs(folder: RepositoryFolder) -> dict[str, int]:
 
 def known_commit(folder: RepositoryFolder, revision: str) -> str | None:
     """Return the commit of a branch, a tag or the beginning of a commit as far as this machine knows it."""
-    commit = folder.read_reference(revision)
-    if commit is not None:
-        return commit
+    with suppress(OSError):
+        return folder.reference(revision).read_text(encoding="utf-8").strip()
     if COMMIT.fullmatch(revision):
         return revision
     if len(revision) < 7:
@@ -563,7 +549,7 @@ def _snapshots(folder: RepositoryFolder) -> Iterator[StoredSnapshot]:
             size_bytes=sum(size for _, size in files.values()),
             contents={folder.blob(name): size for name, size in own.items()},
             freed_bytes=sum(size for name, size in own.items() if name not in others),
-            last_used=_last_used(place),
+            last_used=last_used(place),
             complete=place.name in with_manifest,
         )
 
@@ -587,13 +573,6 @@ def _files_of(folder: RepositoryFolder, place: Path) -> dict[str, tuple[str, int
     return found
 
 
-def _last_used(path: Path) -> float:
-    for place in (lease_path(path), path):
-        with suppress(OSError):
-            return place.stat().st_mtime
-    return 0.0
-
-
 def remove_snapshot(snapshot: StoredSnapshot) -> int:
     """Remove what this library has downloaded of a snapshot and no other one shares; return the freed bytes.
 
@@ -601,18 +580,16 @@ def remove_snapshot(snapshot: StoredSnapshot) -> int:
         StoreBusyError: If it is in use or being downloaded. Nothing is removed then.
     """
     folder = RepositoryFolder(snapshot.root, snapshot.repo_id)
-    place = lease_path(snapshot.path)
-    with ExitStack() as held:
-        lease = take_alone(place)
-        if lease is None and place.exists():
-            raise _in_use(snapshot)
-        if lease is not None:
-            held.enter_context(lease)
-        try:
-            held.enter_context(folder.lock(REPOSITORY_LOCK, timeout_seconds=0.0))
-        except StoreBusyError:
-            raise _in_use(snapshot) from None
-        return _remove(folder, snapshot)
+    text = f"Snapshot {snapshot.commit[:12]!r} of {snapshot.repo_id!r} is in use. Remove it when its users have ended."
+    in_use = StoreBusyError(text, repo_id=snapshot.repo_id)
+    lease = take_free(lease_path(snapshot.path))
+    if lease is None:
+        raise in_use
+    try:
+        with lease, folder.lock(REPOSITORY_LOCK, timeout_seconds=0.0):
+            return _remove(folder, snapshot)
+    except StoreBusyError:
+        raise in_use from None
 
 
 def _remove(folder: RepositoryFolder, snapshot: StoredSnapshot) -> int:
@@ -643,11 +620,6 @@ def _remove_blob(folder: RepositoryFolder, name: str) -> int:
         folder.blob(name).unlink()
         return size
     return 0
-
-
-def _in_use(snapshot: StoredSnapshot) -> StoreBusyError:
-    text = f"Snapshot {snapshot.commit[:12]!r} of {snapshot.repo_id!r} is in use. Remove it when its users have ended."
-    return StoreBusyError(text, repo_id=snapshot.repo_id)
 
 
 def remove_partials(store: ModelStore, unused_seconds: float = 7 * 24 * 3600.0) -> int:

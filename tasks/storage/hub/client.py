@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
@@ -26,7 +26,6 @@ from prefect_huggingface.tasks.hub_errors import (
     HubError,
     HubUnavailableError,
     InvalidTokenError,
-    OfflineError,
     RequestContext,
     RevisionNotFoundError,
     UntrustedHubError,
@@ -55,7 +54,8 @@ LEAST_BYTES_PER_SECOND = 1024.0
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DEFAULT_REVISION = "main"
 LARGEST_PAGE_COUNT = 1000
-_FORBIDDEN_IN_REVISION = re.compile(r"[\s\x00-\x1f\x7f\\~^:?*\[]|\.\.|//|@\{")
+# What Git allows in the name of a branch or tag; it becomes part of a path.
+_REVISION = re.compile(r"(?![/.-])(?!.*(?:\.\.|//|/\.|@\{))[^\s\x00-\x1f\x7f\\~^:?*\[]{1,200}(?<![/.])(?<!\.lock)")
 _UNIMPORTANT = (".gitattributes", ".gitignore", "README.md")
 
 
@@ -69,12 +69,9 @@ class Location:
         size: Size in bytes.
     """
 
-    url: str
+    url: str = field(repr=False)
     etag: str
     size: int
-
-    def __repr__(self) -> str:
-        return f"Location(etag={self.etag!r}, size={self.size})"
 
 
 class HubConnection:
@@ -86,12 +83,10 @@ class HubConnection:
 
     Raises:
         InvalidTokenError: If the token is malformed.
-        OfflineError: If HF_HUB_OFFLINE is set.
     """
 
     def __init__(self, credentials: HuggingFaceCredentials, repo_id: str) -> None:
         redact_client_logs()
-        _check_online(repo_id)
         self.endpoint = credentials.endpoint
         self.repo_id = repo_id
         self.timeout = credentials.timeout_seconds
@@ -231,16 +226,6 @@ def _origin(url: str) -> tuple[str, str | None, int]:
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _check_online(repo_id: str) -> None:
-    from huggingface_hub.constants import is_offline_mode
-
-    if is_offline_mode():
-        raise OfflineError(
-            f"{repo_id!r} is not complete here and HF_HUB_OFFLINE is set. Unset it, or set `offline` on the block.",
-            repo_id=repo_id,
-        )
-
-
 def _check_token(token: str | None, repo_id: str) -> str | None:
     """Return the token, or None. A token of the machine was not checked by the block."""
     if token is None:
@@ -262,11 +247,7 @@ class DownloadStopped(BaseException):
 
 
 class Pace:
-    """Watches that bytes come in at a least rate.
-
-    Args:
-        seconds: Length of the periods over which the rate is taken.
-    """
+    """Watches that bytes come in at a least rate, taken over periods of some seconds."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -285,20 +266,11 @@ class Pace:
 
 
 class RetryPolicy:
-    """The attempts at one thing.
-
-    Args:
-        attempts: How many attempts may fail in a row.
-        stop: Set when there is no use in going on.
-    """
+    """The attempts at one thing: how many may fail in a row, as long as `stop` is not set."""
 
     def __init__(self, attempts: int, stop: threading.Event) -> None:
         self.attempts = attempts
         self.stop = stop
-        self.failures = 0
-
-    def reset(self) -> None:
-        """Begin to count anew, because an attempt brought something."""
         self.failures = 0
 
     def backoff(self, problem: HubError) -> None:
@@ -325,23 +297,21 @@ class RetryPolicy:
         while True:
             result = attempt(call, about)
             if not isinstance(result, HubError):
+                self.failures = 0
                 return result
             self.backoff(result)
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFile:
-    """One file as the Hub lists it. Some mirrors leave out size and hash."""
+    """One file as the Hub lists it. Some mirrors leave out size and hash.
+
+    `blob_name` is the hash of the content: sha256 of a large file, git blob sha1 of a small one.
+    """
 
     path: str
     size: int | None = None
-    sha256: str | None = None
-    git_sha1: str | None = None
-
-    @property
-    def blob_name(self) -> str | None:
-        """Hash that names the content: sha256 of a large file, git blob sha1 of a small one."""
-        return self.sha256 or self.git_sha1
+    blob_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,15 +334,11 @@ def check_revision(revision: str | None, repo_id: str) -> str:
     """Return the name of the revision; a missing one means the default branch.
 
     Raises:
-        RevisionNotFoundError: If it cannot be the name of a branch, tag or commit. It becomes part of a path.
+        RevisionNotFoundError: If it cannot be the name of a branch, tag or commit.
     """
     if revision is None:
         return DEFAULT_REVISION
-    if not revision or _FORBIDDEN_IN_REVISION.search(revision) or revision.startswith(("/", "-", ".")):
-        wrong = True
-    else:
-        wrong = revision.endswith(("/", ".lock", ".")) or "/." in revision or len(revision) > 200
-    if wrong:
+    if not _REVISION.fullmatch(revision):
         raise RevisionNotFoundError(
             f"`revision` {revision!r} is no name of a branch, tag or commit. Correct it.",
             repo_id=repo_id,
@@ -405,13 +371,7 @@ def resolve(hub: HubConnection, revision: str, retry: RetryPolicy) -> Repository
 
 def _listed_files(info: ModelInfo) -> Iterator[RepositoryFile]:
     for entry in info.siblings or ():
-        large = entry.lfs
-        yield RepositoryFile(
-            path=entry.rfilename,
-            size=entry.size,
-            sha256=large.sha256 if large else None,
-            git_sha1=None if large else entry.blob_id,
-        )
+        yield RepositoryFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
 def _tree_files(hub: HubConnection, commit: str, retry: RetryPolicy) -> Iterator[RepositoryFile]:
@@ -421,20 +381,10 @@ def _tree_files(hub: HubConnection, commit: str, retry: RetryPolicy) -> Iterator
         entries, following = retry.call(lambda here=address: hub.tree_page(commit, here), hub.about(commit))  # type: ignore[misc]
         for entry in entries:
             if entry.get("type") == "file":
-                yield _tree_file(entry)
+                yield RepositoryFile(entry["path"], entry.get("size"), (entry.get("lfs") or entry).get("oid"))
         if following is None or not hub.is_own(following):
             return
         address = following
-
-
-def _tree_file(entry: dict[str, Any]) -> RepositoryFile:
-    large = entry.get("lfs") or {}
-    return RepositoryFile(
-        path=entry["path"],
-        size=entry.get("size"),
-        sha256=large.get("oid"),
-        git_sha1=None if large else entry.get("oid"),
-    )
 
 
 def _check_file(file: RepositoryFile, about: RequestContext) -> None:

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from prefect_huggingface.tasks.hub_errors import (
     HubError,
     HubUnavailableError,
     OfflineError,
+    RequestContext,
     StoreError,
     StoreLimitError,
     UntrustedHubError,
@@ -34,18 +35,17 @@ from prefect_huggingface.tasks.hub_errors import (
     explain_status,
 )
 from prefect_huggingface.tasks.records import Snapshot
-from prefect_huggingface.tasks.storage.eviction import evict
+from prefect_huggingface.tasks.storage.eviction import make_room
 from prefect_huggingface.tasks.storage.files import READ_BYTES, free_disk, has_content, new_hash
 from prefect_huggingface.tasks.storage.hub.cache import (
     REPOSITORY_LOCK,
     Manifest,
-    ManifestFile,
     RepositoryFolder,
     Selection,
     adopt_snapshot,
     find_complete,
     known_commit,
-    read_manifest,
+    make_manifest,
     verified_blobs,
     verify_files,
     works_offline,
@@ -137,17 +137,42 @@ def plan_snapshot(model: LocalModel) -> DownloadPlan:
     Raises:
         HubError: If the Hub cannot tell, or there is nothing that could be downloaded.
     """
-    revision = check_revision(model.revision, model.model_id)
+    revision, folder = check_revision(model.revision, model.model_id), RepositoryFolder.of(model)
     stored = find_stored(model, revision)
     if stored is not None:
-        return _plan_stored(model, revision, stored)
+        files = tuple(PlannedFile(file.path, file.size, file.size) for file in stored.files)
+        return _plan(folder, revision, stored, files, True, "not asked")
     if works_offline(model):
         raise not_here(model, revision)
     with HubConnection(model.get_credentials(), model.model_id) as hub:
         retry = RetryPolicy(hub.attempts, threading.Event())
         state = resolve(hub, revision, retry)
         chosen = choose_files(model, hub, state, retry)
-        return _plan_download(model, hub, revision, state, chosen)
+        problem: HubError | None = space_error(model, folder, chosen)
+        try:
+            access = check_access(hub, state, chosen, retry)
+        except AccessError as error:
+            access, problem = "refused", error
+    files = tuple(PlannedFile(file.path, file.size, bytes_here(folder, file)) for file in chosen)
+    complete = find_complete(folder, state.commit, Selection.of(model).key) is not None
+    return _plan(folder, revision, state, files, complete, access, problem.message if problem else None)
+
+
+def _plan(
+    folder: RepositoryFolder,
+    revision: str,
+    source: Manifest | RepositoryState,
+    files: tuple[PlannedFile, ...],
+    complete: bool,
+    access: Access,
+    problem: str | None = None,
+) -> DownloadPlan:
+    total, cached = sum(file.size or 0 for file in files), sum(file.cached_bytes for file in files)
+    return DownloadPlan(
+        repo_id=folder.repo_id, revision=revision, commit=source.commit, path=folder.snapshot(source.commit),
+        files=files, complete=complete, total_bytes=total, cached_bytes=cached, missing_bytes=total - cached,
+        free_bytes=free_disk(folder.path), access=access, gated=source.gated, licence=source.licence, problem=problem,
+    )  # fmt: skip
 
 
 def choose_files(
@@ -160,60 +185,28 @@ def choose_files(
     """
 
     def read(path: str) -> bytes:
-        about = hub.about(state.commit, path)
-        answer = attempt(lambda: retry.call(lambda: hub.read_small(path, state.commit), about), about)
-        if isinstance(answer, AccessError):
+        try:
+            return retry.call(lambda: hub.read_small(path, state.commit), hub.about(state.commit, path))
+        except AccessError:
             return b""
-        if isinstance(answer, HubError):
-            raise answer
-        return answer
 
     return Selection.of(model).choose(state.files, read)
 
 
-def _plan_stored(model: LocalModel, revision: str, stored: Snapshot) -> DownloadPlan:
-    folder = RepositoryFolder.of(model)
-    manifest = read_manifest(folder.manifest(stored.commit, Selection.of(model).key))
-    size = sum(file.size for file in stored.files)
-    return DownloadPlan(
-        repo_id=model.model_id, revision=revision, commit=stored.commit, path=stored.path,
-        files=tuple(PlannedFile(file.path, file.size, file.size) for file in stored.files),
-        complete=True, total_bytes=size, cached_bytes=size, missing_bytes=0, free_bytes=free_disk(folder.path),
-        access="not asked", gated=manifest.gated if manifest else None, licence=manifest.licence if manifest else None,
-    )  # fmt: skip
+def check_access(
+    hub: HubConnection, state: RepositoryState, chosen: Sequence[RepositoryFile], retry: RetryPolicy
+) -> Access:
+    """Ask whether the content may be read now, also if it is in the store because somebody else fetched it.
 
-
-def _plan_download(
-    model: LocalModel, hub: HubConnection, revision: str, state: RepositoryState, chosen: Sequence[RepositoryFile]
-) -> DownloadPlan:
-    folder = RepositoryFolder.of(model)
-    access, refusal = _ask_access(hub, state, chosen, revision)
-    files = tuple(PlannedFile(file.path, file.size, bytes_here(folder, file)) for file in chosen)
-    total, cached = sum(file.size or 0 for file in files), sum(file.cached_bytes for file in files)
-    shortage = space_error(model, folder, chosen)
-    problem = refusal or (shortage.message if shortage is not None else None)
-    return DownloadPlan(
-        repo_id=model.model_id, revision=revision, commit=state.commit, path=folder.snapshot(state.commit),
-        files=files, complete=find_complete(folder, state.commit, Selection.of(model).key) is not None,
-        total_bytes=total, cached_bytes=cached, missing_bytes=total - cached, free_bytes=free_disk(folder.path),
-        access=access, gated=state.gated, licence=state.licence, problem=problem,
-    )  # fmt: skip
-
-
-def _ask_access(
-    hub: HubConnection, state: RepositoryState, chosen: Sequence[RepositoryFile], revision: str
-) -> tuple[Access, str | None]:
-    """Return who may read the content, and the sentence of the refusal if this user may not."""
+    Raises:
+        AccessError: If this user may not read it.
+        HubError: If the Hub cannot tell.
+    """
     if not state.is_restricted:
-        return "open", None
-    about = hub.about(revision)
-    retry = RetryPolicy(hub.attempts, threading.Event())
-    answer = attempt(lambda: retry.call(lambda: hub.locate(chosen[0].path, state.commit), about), about)
-    if isinstance(answer, AccessError):
-        return "refused", answer.message
-    if isinstance(answer, HubError):
-        raise answer
-    return "granted", None
+        return "open"
+    path = chosen[0].path
+    retry.call(lambda: hub.locate(path, state.commit), hub.about(state.commit, path))
+    return "granted"
 
 
 def bytes_here(folder: RepositoryFolder, file: RepositoryFile) -> int:
@@ -252,27 +245,6 @@ def space_error(model: LocalModel, folder: RepositoryFolder, files: Sequence[Rep
     return None
 
 
-def make_room(model: LocalModel, folder: RepositoryFolder, commit: str, files: Sequence[RepositoryFile]) -> None:
-    """Remove what was used least recently, so that the store keeps to its limit with the files that come.
-
-    Nothing is removed if the store has no limit. What is in use stays.
-
-    Raises:
-        StoreError: If the files cannot fit.
-    """
-    limit = model.get_store().max_size_gb
-    if limit is not None and space_error(model, folder, files) is None:
-        room = int(limit * 1e9) - missing_bytes(folder, files)
-        report = evict(model.get_store(), room, keep=[folder.snapshot(commit)])
-        for entry in report.removed:
-            logger.info("Removed %s %s (%.3f GB) from the store.", entry.kind, entry.name, entry.size_bytes / 1e9)
-        if report.kept_bytes > room:
-            logger.warning("The store will hold more than its %g GB, because the rest of it is in use.", limit)
-    shortage = space_error(model, folder, files)
-    if shortage is not None:
-        raise shortage
-
-
 def fetch_snapshot(model: LocalModel, progress: Progress | None = None) -> Snapshot:
     """Return the complete and verified snapshot of a model on the Hub; download what is missing.
 
@@ -290,16 +262,17 @@ def fetch_snapshot(model: LocalModel, progress: Progress | None = None) -> Snaps
         HubError: If it cannot be had. The kinds are in `hub_errors`.
     """
     revision = check_revision(model.revision, model.model_id)
-    stored = find_stored(model, revision)
-    if stored is not None:
-        return stored
-    if works_offline(model):
-        raise not_here(model, revision)
-    return _Fetch(model, revision, progress).run()
+    manifest = find_stored(model, revision)
+    if manifest is None:
+        if works_offline(model):
+            raise not_here(model, revision)
+        with HubConnection(model.get_credentials(), model.model_id) as hub, _disk_errors(hub.about(revision)):
+            manifest = _fetch(model, hub, revision, progress)
+    return manifest.snapshot(RepositoryFolder.of(model))
 
 
-def find_stored(model: LocalModel, revision: str) -> Snapshot | None:
-    """Return the snapshot if it is complete and the Hub need not be asked which commit it is.
+def find_stored(model: LocalModel, revision: str) -> Manifest | None:
+    """Return the manifest of a snapshot that is complete if the Hub need not be asked which commit it is.
 
     Offline, what another tool has downloaded is verified once and used.
     """
@@ -313,11 +286,9 @@ def find_stored(model: LocalModel, revision: str) -> Snapshot | None:
     manifest = find_complete(folder, commit, selection.key)
     if manifest is None and offline:
         manifest = adopt_snapshot(folder, commit, selection)
-    if manifest is None:
-        return None
-    if not pinned:
+    if manifest is not None and not pinned:
         logger.info("Use %s offline: revision %s was commit %s here.", model.model_id, revision, commit)
-    return manifest.snapshot(folder)
+    return manifest
 
 
 def not_here(model: LocalModel, revision: str) -> OfflineError:
@@ -333,141 +304,106 @@ def not_here(model: LocalModel, revision: str) -> OfflineError:
     )
 
 
-class _Fetch:
-    """One call of `fetch_snapshot` that has to ask the Hub."""
+@contextmanager
+def _disk_errors(about: RequestContext) -> Iterator[None]:
+    problem: HubError | None = None
+    try:
+        yield
+    except OSError as exc:
+        problem = explain_disk(exc, about)
+    if problem is not None:
+        raise problem
 
-    def __init__(self, model: LocalModel, revision: str, progress: Progress | None) -> None:
-        self.model, self.revision = model, revision
-        self.folder, self.selection = RepositoryFolder.of(model), Selection.of(model)
-        self.progress = progress
-        self.stop = threading.Event()
-        self.lock_timeout = model.get_store().lock_timeout_seconds
 
-    def run(self) -> Snapshot:
-        with HubConnection(self.model.get_credentials(), self.model.model_id) as hub, self._disk_errors(hub):
-            if not self.folder.path.exists():
-                self.folder.check_writable()
-            state = resolve(hub, self.revision, RetryPolicy(hub.attempts, self.stop))
-            chosen = choose_files(self.model, hub, state, RetryPolicy(hub.attempts, self.stop))
-            if state.is_restricted:
-                self._check_access(hub, state, chosen)
-            manifest = find_complete(self.folder, state.commit, self.selection.key)
-            if manifest is None and not self.folder.is_writable:
-                facts = {"gated": state.gated, "licence": state.licence}
-                manifest = verify_files(self.folder, state.commit, self.selection.key, chosen, **facts)
+def _fetch(model: LocalModel, hub: HubConnection, revision: str, progress: Progress | None) -> Manifest:
+    """Return the manifest of the snapshot that a revision is now, and note which commit that was."""
+    folder, key, store = RepositoryFolder.of(model), Selection.of(model).key, model.get_store()
+    if not folder.path.exists():
+        folder.check_writable()
+    retry = RetryPolicy(hub.attempts, threading.Event())
+    state = resolve(hub, revision, retry)
+    chosen = choose_files(model, hub, state, retry)
+    check_access(hub, state, chosen, retry)
+    manifest = find_complete(folder, state.commit, key)
+    if manifest is None and not folder.is_writable:
+        manifest = verify_files(folder, state.commit, key, chosen, gated=state.gated, licence=state.licence)
+    if manifest is None:
+        folder.check_writable()
+        shortage = space_error(model, folder, chosen)
+        if shortage is not None:
+            raise shortage
+        make_room(store, folder.snapshot(state.commit), missing_bytes(folder, chosen))
+        with folder.lock(REPOSITORY_LOCK, store.lock_timeout_seconds):
+            # Another process may have fetched it meanwhile.
+            manifest = find_complete(folder, state.commit, key)
             if manifest is None:
-                self.folder.check_writable()
-                make_room(self.model, self.folder, state.commit, chosen)
-                with self.folder.lock(REPOSITORY_LOCK, self.lock_timeout):
-                    # Another process may have fetched it meanwhile.
-                    manifest = find_complete(self.folder, state.commit, self.selection.key)
-                    manifest = manifest or self._download(hub, state, chosen)
-            is_name = not COMMIT.fullmatch(self.revision) and not state.commit.startswith(self.revision)
-            if is_name and self.folder.is_writable:
-                self.folder.write(self.folder.reference(self.revision), state.commit)
-            return manifest.snapshot(self.folder)
+                progress = progress or Progress(f"Download {model.model_id}")
+                transfer = Transfer(hub, folder, state.commit, progress, store.lock_timeout_seconds)
+                manifest = _download(transfer, state, key, chosen)
+    if not COMMIT.fullmatch(revision) and not state.commit.startswith(revision) and folder.is_writable:
+        folder.write(folder.reference(revision), state.commit)
+    return manifest
 
-    @contextmanager
-    def _disk_errors(self, hub: HubConnection) -> Iterator[None]:
-        problem: HubError | None = None
-        try:
-            yield
-        except OSError as exc:
-            problem = explain_disk(exc, hub.about(self.revision))
-        if problem is not None:
-            raise problem
 
-    def _check_access(self, hub: HubConnection, state: RepositoryState, chosen: Sequence[RepositoryFile]) -> None:
-        """Ask whether the content may be read now, also if it is in the store because somebody else fetched it."""
-        about = hub.about(self.revision)
-        retry = RetryPolicy(hub.attempts, self.stop)
-        retry.call(lambda: hub.locate(chosen[0].path, state.commit), about)
+def _download(transfer: Transfer, state: RepositoryState, key: str, chosen: Sequence[RepositoryFile]) -> Manifest:
+    """Fetch the files, make them a snapshot and say that it is complete."""
+    started, folder = time.monotonic(), transfer.folder
+    folder.make(state.commit)
+    files = transfer.fetch_all(chosen)
+    for file in files:
+        folder.link(state.commit, file.path, str(file.blob_name))
+    manifest = make_manifest(folder, state.commit, key, files, gated=state.gated, licence=state.licence)
+    write_manifest(folder, manifest)
+    size, seconds = sum(file.size for file in manifest.files) / 1e6, time.monotonic() - started
+    text = "Fetched %s at %s: %d files, %.1f MB, in %.1f s."
+    logger.info(text, folder.repo_id, state.commit, len(files), size, seconds)
+    return manifest
 
-    def _download(self, hub: HubConnection, state: RepositoryState, chosen: Sequence[RepositoryFile]) -> Manifest:
-        started = time.monotonic()
-        progress = self.progress or Progress(f"Download {self.model.model_id}")
-        progress.total = sum(file.size or 0 for file in chosen)
-        self.folder.make(state.commit)
-        transfer = Transfer(hub, self.folder, state.commit, progress, self.stop)
-        files = self._fetch_all(transfer, chosen, progress)
-        for file in files:
-            self.folder.link(state.commit, file.path, str(file.blob_name))
-        manifest = self._manifest(state, files)
-        write_manifest(self.folder, manifest)
-        size, seconds = sum(file.size for file in manifest.files), time.monotonic() - started
-        logger.info(
-            "Fetched %s at %s: %d files, %.1f MB, in %.1f s.",
-            hub.repo_id,
-            state.commit,
-            len(files),
-            size / 1e6,
-            seconds,
-        )
-        return manifest
 
-    def _fetch_all(
-        self, transfer: Transfer, chosen: Sequence[RepositoryFile], progress: Progress
-    ) -> list[RepositoryFile]:
-        """Fetch files side by side. The first failure stops the others; what they have got stays."""
-        verified = verified_blobs(self.folder)
+class Transfer:
+    """The download of files of a commit, several side by side.
+
+    Args:
+        hub: Connection to the Hub.
+        folder: Folder of the repository.
+        commit: Commit that the files are of.
+        progress: Told about each byte.
+        lock_timeout_seconds: How long another process may take for the same content.
+    """
+
+    def __init__(
+        self, hub: HubConnection, folder: RepositoryFolder, commit: str, progress: Progress, lock_timeout_seconds: float
+    ) -> None:
+        self.hub, self.folder, self.commit, self.progress = hub, folder, commit, progress
+        self.lock_timeout_seconds = lock_timeout_seconds
+        self.stop = threading.Event()
+        self.verified = verified_blobs(folder)
+
+    def fetch_all(self, chosen: Sequence[RepositoryFile]) -> list[RepositoryFile]:
+        """Fetch files, and return them with their sizes and hashes. The first failure stops the others.
+
+        What they have got stays.
+        """
+        self.progress.total = sum(file.size or 0 for file in chosen)
         # Largest first, so that no large one is left alone at the end.
         order = sorted(chosen, key=lambda file: -(file.size or 0))
         with ThreadPoolExecutor(PARALLEL_FILES, thread_name_prefix="download") as pool:
             try:
-                pending: set[Future[RepositoryFile]] = {
-                    pool.submit(contextvars.copy_context().run, transfer.fetch, file, verified, self.lock_timeout)
-                    for file in order
-                }
-                futures = list(pending)
+                futures = [pool.submit(contextvars.copy_context().run, self.fetch, file) for file in order]
+                pending = set(futures)
                 while pending:
                     done, pending = wait(pending, timeout=BAR_SECONDS, return_when=FIRST_EXCEPTION)
-                    progress.show()
+                    self.progress.show()
                     for future in done:
                         future.result()
                 return [future.result() for future in futures]
             finally:
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
-                progress.close()
+                self.progress.close()
 
-    def _manifest(self, state: RepositoryState, files: Sequence[RepositoryFile]) -> Manifest:
-        entries = tuple(
-            ManifestFile(
-                path=file.path,
-                size=int(file.size or 0),
-                blob_name=str(file.blob_name),
-                mtime_ns=(self.folder.snapshot(state.commit) / file.path).stat().st_mtime_ns,
-            )
-            for file in sorted(files, key=lambda file: file.path)
-        )
-        return Manifest(
-            self.model.model_id, state.commit, self.selection.key, entries, gated=state.gated, licence=state.licence
-        )
-
-
-class Transfer:
-    """The download of one file of a commit.
-
-    Args:
-        hub: Connection to the Hub.
-        folder: Folder of the repository.
-        commit: Commit that the file is of.
-        progress: Told about each byte.
-        stop: Set when the download has failed elsewhere.
-    """
-
-    def __init__(
-        self, hub: HubConnection, folder: RepositoryFolder, commit: str, progress: Progress, stop: threading.Event
-    ) -> None:
-        self.hub, self.folder, self.commit, self.progress, self.stop = hub, folder, commit, progress, stop
-
-    def fetch(self, file: RepositoryFile, verified: dict[str, int], lock_timeout_seconds: float) -> RepositoryFile:
+    def fetch(self, file: RepositoryFile) -> RepositoryFile:
         """Bring the content of a file into the store, and return the file with its size and hash.
-
-        Args:
-            file: File to fetch.
-            verified: Blobs that are known to be right, with the time of their last change (ns).
-            lock_timeout_seconds: How long another process may take for the same content.
 
         Raises:
             HubError: If it cannot be had.
@@ -477,8 +413,8 @@ class Transfer:
         name, size = whole.blob_name, whole.size
         assert name is not None
         assert size is not None
-        with self.folder.lock(name, lock_timeout_seconds, self.stop):
-            if self._is_there(name, size, verified):
+        with self.folder.lock(name, self.lock_timeout_seconds, self.stop):
+            if self._is_there(name, size):
                 self.progress.advance(size)
             else:
                 with PartialDownload(self.folder.partial(name), name, size) as partial:
@@ -493,20 +429,15 @@ class Transfer:
         """Return the file with its size and hash; ask for them where the list does not have them."""
         if file.blob_name is not None and file.size is not None:
             return file
-        found = self._retry().call(lambda: self._locate(file), self.hub.about(self.commit, file.path))
-        large = len(found.etag) == 64
-        return replace(
-            file, size=found.size, sha256=found.etag if large else None, git_sha1=None if large else found.etag
-        )
+        retry = RetryPolicy(self.hub.attempts, self.stop)
+        found = retry.call(lambda: self._locate(file), self.hub.about(self.commit, file.path))
+        return replace(file, size=found.size, blob_name=found.etag)
 
-    def _retry(self) -> RetryPolicy:
-        return RetryPolicy(self.hub.attempts, self.stop)
-
-    def _is_there(self, name: str, size: int, verified: dict[str, int]) -> bool:
+    def _is_there(self, name: str, size: int) -> bool:
         blob = self.folder.blob(name)
         if not blob.exists():
             return False
-        if blob.stat().st_size == size and blob.stat().st_mtime_ns == verified.get(name):
+        if blob.stat().st_size == size and blob.stat().st_mtime_ns == self.verified.get(name):
             return True
         if has_content(blob, size, name):
             return True
@@ -515,7 +446,7 @@ class Transfer:
         return False
 
     def _fill(self, file: RepositoryFile, partial: PartialDownload) -> None:
-        retry, corrupt = self._retry(), 0
+        retry, corrupt = RetryPolicy(self.hub.attempts, self.stop), 0
         about = self.hub.about(self.commit, file.path)
         enough = max(SMALLEST_PROGRESS_BYTES, partial.size // 100)
         while not partial.is_right:
@@ -530,7 +461,7 @@ class Transfer:
             before = partial.length
             problem = attempt(lambda: self._read_on(file, partial), about)
             if partial.length - before >= enough:
-                retry.reset()
+                retry.failures = 0
             if problem is None and not partial.is_full:
                 text = f"{file.path!r} of {self.hub.repo_id!r} ended early. Try again later."
                 problem = HubUnavailableError(text, **about.fields())
@@ -557,36 +488,28 @@ class Transfer:
             self._check_answer(response, location, file, partial)
             # Not in blocks of a fixed size: what has arrived before a cut must not be lost.
             for block in response.iter_raw():
-                self._append(block, partial)
+                # More than was announced is wrong from some byte on, so that the hash of the whole decides.
+                kept = block[: partial.size - partial.length]
+                partial.append(kept)
+                self.progress.advance(len(kept))
                 if self.stop.is_set():
                     raise DownloadStopped
                 if pace.is_too_slow(len(block)):
                     text = f"{file.path!r} of {self.hub.repo_id!r} comes too slowly. Try again later."
                     raise HubUnavailableError(text, **self.hub.about(self.commit, file.path).fields())
 
-    def _append(self, block: bytes, partial: PartialDownload) -> None:
-        room = partial.size - partial.length
-        if len(block) > room:
-            # More than was announced: wrong from some byte on, so the hash of the whole decides.
-            block = block[:room]
-        partial.append(block)
-        self.progress.advance(len(block))
-
     def _check_answer(
         self, response: httpx.Response, location: Location, file: RepositoryFile, partial: PartialDownload
     ) -> None:
-        if response.status_code == 206 and self._range_fits(response, partial):
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        fits = match is not None and int(match[1]) == partial.length and match[2] in ("*", str(partial.size))
+        if response.status_code == 206 and fits:
             return
         if response.status_code in (200, 206, 416):
             # The server sends another part than was asked for; only the whole is of use then.
             self._forget(partial)
         if response.status_code != 200:
             raise self._refusal(response, location, file)
-
-    @staticmethod
-    def _range_fits(response: httpx.Response, partial: PartialDownload) -> bool:
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        return match is not None and int(match[1]) == partial.length and match[2] in ("*", str(partial.size))
 
     def _refusal(self, response: httpx.Response, location: Location, file: RepositoryFile) -> HubError:
         about, status = self.hub.about(self.commit, file.path), response.status_code
@@ -620,21 +543,17 @@ class PartialDownload:
         place.touch()
         self._file = place.open("r+b", buffering=0)
         self._hash = new_hash(name, size)
-        self._take_up()
+        if os.fstat(self._file.fileno()).st_size > size:
+            self.reset()
+        while block := self._file.read(READ_BYTES):
+            self._hash.update(block)
+            self.length += len(block)
 
     def __enter__(self) -> PartialDownload:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def _take_up(self) -> None:
-        if os.fstat(self._file.fileno()).st_size > self.size:
-            self.reset()
-            return
-        while block := self._file.read(READ_BYTES):
-            self._hash.update(block)
-            self.length += len(block)
 
     @property
     def is_full(self) -> bool:
@@ -647,11 +566,7 @@ class PartialDownload:
         return self.is_full and self._hash.hexdigest() == self.name
 
     def append(self, block: bytes) -> None:
-        """Add bytes at the end.
-
-        Raises:
-            OSError: If the disk is full, for instance.
-        """
+        """Add bytes at the end."""
         view = memoryview(block)
         while view:
             written = self._file.write(view)

@@ -59,10 +59,13 @@ def test_what_the_client_has_downloaded_is_verified_once_and_used_offline(hub, c
     assert hub.journal.requests == []
 
 
-def test_the_offline_variable_of_the_client_means_offline(hub, cache, repository, monkeypatch):
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_the_offline_variables_of_the_client_mean_offline(hub, cache, repository, monkeypatch, variable):
     path = download_elsewhere(hub, cache)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.journal.clear()
+    monkeypatch.setenv(variable, "1")
     assert fetch_snapshot(model()).path == path
+    assert hub.journal.requests == []
 
 
 def test_a_damaged_file_of_the_client_is_not_used_offline_and_replaced_online(hub, cache, repository):
