@@ -17,14 +17,13 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.blocks.quantization import WeightFormat
 from prefect_huggingface.tasks.artifacts import publish_table
+from prefect_huggingface.tasks.engines.memory import available_bytes
 from prefect_huggingface.tasks.engines.openvino_runtime import compile_properties
 from prefect_huggingface.tasks.errors import PlanError, QualityError
 from prefect_huggingface.tasks.quality import ExportQuality, FormatQuality, quality_rows
 from prefect_huggingface.tasks.records import Export, Snapshot
 from prefect_huggingface.tasks.storage.exports import exporter
 from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_child
-from prefect_huggingface.tasks.storage.exports.evaluator import DEFAULT_PROMPTS
-from prefect_huggingface.tasks.storage.exports.plan import free_memory
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
 from prefect_huggingface.tasks.storage.exports.store import CARD, get_export, model_card
 from prefect_huggingface.tasks.storage.files import open_staging, write_text
@@ -37,6 +36,33 @@ from prefect_huggingface.tasks.vector_quality import compare_vectors
 MAX_NEW_TOKENS = 32
 STEPS = {"source": "answering with the source", "export": "comparing an export"}
 RULES = 2
+DEFAULT_PROMPTS: tuple[str, ...] = (
+    "The capital of France is Paris, and the capital of Japan is",
+    "Water boils at one hundred degrees Celsius at sea level. On a high mountain it boils",
+    "Question: What is seven times eight?\nAnswer:",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who",
+    "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n",
+    "Translate to German: The weather is nice today and we are going for a walk.",
+    "Summarize in one sentence: The council met on Tuesday to discuss the new bridge. After three hours of debate, it "
+    "decided to postpone the decision until the cost of repairs to the old bridge is known.",
+    "Dear Ms Miller,\n\nthank you for your order. Unfortunately, the item that you chose",
+    "The three laws of thermodynamics say that energy",
+    "SELECT name, COUNT(*) FROM orders WHERE",
+    "A recipe for pancakes: mix two eggs, a cup of milk and a cup of flour. Then",
+    "Classify the sentiment as positive or negative.\nReview: The battery died after two days.\nSentiment:",
+    "In 1969, for the first time, people walked on",
+    "The opposite of hot is cold. The opposite of early is",
+    "List three animals that live in the desert:\n1.",
+    "If all roses are flowers and some flowers fade quickly, then",
+    "{\"name\": \"Ada Lovelace\", \"born\": 1815, \"profession\":",
+    "User: How do I reset my password?\nAssistant:",
+    "Die Hauptstadt von Deutschland ist Berlin. Die Stadt liegt an",
+    "La première guerre mondiale a commencé en",
+    "The patient reports a dry cough and a fever for three days. The doctor",
+    "To be, or not to be, that is the",
+    "Monday, Tuesday, Wednesday, Thursday,",
+    "The quick brown fox jumps over the lazy dog. The sentence is known because it",
+)  # fmt: skip
 
 
 def compare_formats(
@@ -183,8 +209,7 @@ def _format_quality(export: Export, numbers: Mapping[str, Any]) -> FormatQuality
 
 def _choose_dtype(folder: Path, names: Sequence[str]) -> str:
     """Return the data type for the source: single precision if the memory allows it, else that of the files."""
-    weights, available = measure_weights(folder, names), free_memory()
-    return "float32" if available is None or 6 * weights.parameters < available else "auto"
+    return "float32" if 6 * measure_weights(folder, names).parameters < available_bytes(swap=True) else "auto"
 
 
 def _result_path(model: LocalModel, snapshot: Snapshot, job: Mapping[str, Any]) -> Path:

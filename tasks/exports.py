@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +15,16 @@ from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Export
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.eviction import PruneReport, StoredModel, evict, list_models
-from prefect_huggingface.tasks.storage.exports.plan import ExportPlan, check_openvino_folder, make_plan, read_remote
-from prefect_huggingface.tasks.storage.exports.recipes import SCHEMA, export_key, export_versions, resolve_recipe
-from prefect_huggingface.tasks.storage.exports.store import find_export, get_export
-from prefect_huggingface.tasks.storage.folders import (
-    SourceWeights,
-    is_openvino_folder,
-    measure_weights,
-    read_json,
+from prefect_huggingface.tasks.storage.exports.plan import (
+    ExportPlan,
+    check_openvino_folder,
+    describe_source,
+    make_plan,
+    plan_room,
 )
-from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
-from prefect_huggingface.tasks.storage.hub.download import plan_snapshot
-from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
+from prefect_huggingface.tasks.storage.exports.store import find_export, get_export
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 
 __all__ = ["ExportPlan", "export_to_openvino", "list_store", "plan_export", "prune_store"]
 
@@ -73,13 +70,16 @@ def plan_model(model: LocalModel) -> ExportPlan:
         DownloadError: If the Hub cannot tell what the model is.
     """
     _check_backend(model)
-    recipe = resolve_recipe(model, None if model.is_local else model.model_id)
-    commit, names, config, weights = _describe_source(model)
-    key = export_key(commit, recipe, export_versions(), SCHEMA)
-    plan = make_plan(model, recipe, commit, key, config, weights, names)
-    if is_openvino_folder(names):
-        return replace(plan, key=commit, recipe={}, notes=(), disk_bytes=0, memory_bytes=0, problems=(), warnings=())
-    found = find_export(model.store_path, key)
+    recipe, source = resolve_recipe(model, None if model.is_local else model.model_id), describe_source(model)
+    if is_openvino_folder(source.files):
+        if source.snapshot is not None:
+            check_openvino_folder(model, source.snapshot)
+        problems = (source.problem,) if source.problem else ()
+        room = plan_room(model, recipe, source.commit, source.weights)
+        changes: dict[str, Any] = {"key": source.commit, "recipe": {}, "disk_bytes": 0, "memory_bytes": 0}
+        return replace(room, **changes, problems=problems, warnings=())
+    plan = make_plan(model, recipe, source)
+    found = find_export(model.store_path, plan.key)
     return plan if found is None else replace(plan, path=found.path, problems=(), warnings=())
 
 
@@ -110,24 +110,6 @@ def prune_stored(store: ModelStore | None = None, max_size_gb: float | None = No
             f"Store {str(store.folder)!r} has no size limit. Give `max_size_gb`; 0 removes all that is idle."
         )
     return evict(store, int(limit * 1e9))
-
-
-def _describe_source(model: LocalModel) -> tuple[str, list[str], Mapping[str, Any], SourceWeights]:
-    """Return commit, files, configuration and weights of a model, as far as they are known without a download."""
-    if not model.is_local:
-        planned = plan_snapshot(model)
-        names = [file.path for file in planned.files]
-        if not planned.complete:
-            return planned.commit, names, *read_remote(model, planned)
-    if model.is_gguf:
-        source = describe_gguf(model)
-        return gguf_commit(model), [], source.config, source.weights
-    snapshot = get_snapshot(model)
-    names = [file.path for file in snapshot.files]
-    if is_openvino_folder(names):
-        check_openvino_folder(model, snapshot)
-    config = read_json(snapshot.path / "config.json")
-    return snapshot.commit, names, config, measure_weights(snapshot.path, names)
 
 
 def _check_backend(model: LocalModel) -> None:

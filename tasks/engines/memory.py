@@ -13,11 +13,11 @@ CGROUP_FILES = (
 )
 
 
-def available_bytes() -> int:
-    """Return the memory that is free for this process, within the limit of its container."""
+def available_bytes(swap: bool = False) -> int:
+    """Return the memory that is free for this process, on disk too (`swap`), within the limit of its container."""
     import psutil
 
-    available = int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0))
     for limit_file, used_file in CGROUP_FILES:
         with suppress(OSError, ValueError):
             limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())

@@ -17,7 +17,7 @@ from typing import Any
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.records import Export, Snapshot, SnapshotFile
-from prefect_huggingface.tasks.storage.exports.recipes import SCHEMA, Recipe, export_key, export_versions
+from prefect_huggingface.tasks.storage.exports.recipes import Recipe, export_key
 from prefect_huggingface.tasks.storage.folders import SourceWeights
 from prefect_huggingface.tasks.storage.gguf_tokenizers import build_tokenizer
 from prefect_huggingface.tasks.storage.snapshots import hash_cache_path
@@ -109,8 +109,8 @@ def snapshot_gguf(model: LocalModel) -> Snapshot:
     from prefect_huggingface.tasks.storage.exports.store import find_export, read_manifest
 
     commit = gguf_commit(model)
-    key = export_key(commit, CHECKPOINT, export_versions(), SCHEMA)
-    checkpoint = find_export(model.store_path, key) or _make_checkpoint(model, commit, key)
+    key = export_key(commit, CHECKPOINT)
+    checkpoint = find_export(model.store_path, key) or _make_checkpoint(model, commit)
     manifest = read_manifest(checkpoint.path)
     files = {} if manifest is None else manifest.files
     described = tuple(SnapshotFile(name, entry["size"], sha256=entry["sha256"]) for name, entry in files.items())
@@ -124,14 +124,14 @@ def _existing(model: LocalModel) -> Path:
     return path
 
 
-def _make_checkpoint(model: LocalModel, commit: str, key: str) -> Export:
+def _make_checkpoint(model: LocalModel, commit: str) -> Export:
     from prefect_huggingface.tasks.storage.exports.plan import plan_room
     from prefect_huggingface.tasks.storage.exports.store import make_once
 
     source = describe_gguf(model)
     if source.problem is not None:
         raise ModelSourceError(source.problem)
-    plan = plan_room(model, CHECKPOINT, commit, key, source.weights)
+    plan = plan_room(model, CHECKPOINT, commit, source.weights)
     file = Snapshot(repo_id=None, commit=commit, path=Path(model.model_id))
     return make_once(model, file, CHECKPOINT, plan, _run_conversion)
 

@@ -20,9 +20,8 @@ from typing import Any
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.blocks.quantization import QuantizationOptions
 from prefect_huggingface.deployments.defaults import find_smollm2
-from prefect_huggingface.tasks.evaluation import MAX_NEW_TOKENS, compare_exports
+from prefect_huggingface.tasks.evaluation import DEFAULT_PROMPTS, MAX_NEW_TOKENS, compare_exports
 from prefect_huggingface.tasks.records import Export
-from prefect_huggingface.tasks.storage.exports.evaluator import DEFAULT_PROMPTS
 from prefect_huggingface.tasks.storage.exports.store import get_export
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 

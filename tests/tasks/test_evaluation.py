@@ -14,7 +14,8 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import PlanError, QualityError
 from prefect_huggingface.tasks.evaluation import compare_export, compare_formats
 from prefect_huggingface.tasks.quality import ExportQuality, FormatQuality, quality_rows
-from prefect_huggingface.tasks.storage.exports.evaluator import compare, log_softmax
+from prefect_huggingface.tasks.storage.exports.evaluator import compare
+from prefect_huggingface.tasks.storage.exports.exporter import log_softmax
 from support.export_requests import LoggedExport
 
 PROMPTS = ["The capital of France is", "One, two, three,", "What is the number 42 in French?"]
@@ -30,8 +31,8 @@ class Candidate:
     def logits(self, tokens: list[int], answer: list[int]) -> np.ndarray:
         return self._logits * self._factor
 
-    def answer_tokens(self, tokens: list[int]) -> list[int]:
-        return [3, 4]
+    def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+        return [[3, 4] for _ in prompts]
 
 
 @pytest.fixture

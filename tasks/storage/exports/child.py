@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -105,10 +105,6 @@ class ChildProgram:
     steps: Mapping[str, str]
     network: bool = False
 
-    def describe(self, step: str) -> str:
-        """Return a step for people. Before the first one, the libraries are imported."""
-        return self.steps.get(step, "starting the libraries")
-
 
 def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descriptor: int = -1) -> dict[str, Any]:
     """Run a program in a child process and return what it reports at its end.
@@ -132,21 +128,22 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
             env=child_environment(work, program.network),
             cwd=work,
             pass_fds=(descriptor,) if descriptor >= 0 else (),
         )
     except OSError as error:
         raise _not_started(program, error) from None
-    report = ChildReport()
-    output = work / "output.log"
-    try:
-        if process.stdout is not None:
-            with output.open("w", encoding="utf-8") as file:
-                _follow(process.stdout, report, program, file)
-        code = process.wait()
-    finally:
-        _end(process)
+    report, output = ChildReport(), work / "output.log"
+    with process, output.open("w", encoding="utf-8") as file:
+        assert process.stdout is not None
+        try:
+            _follow(process.stdout, report, program, file)
+            code = process.wait()
+        finally:
+            process.kill()
     if code == 0 and report.result is not None:
         return report.result
     raise _failure(program, report, code, work, _keep_log(output, program))
@@ -165,8 +162,8 @@ def _not_started(program: ChildProgram, error: OSError) -> ExportError:
 def passed_on(network: bool = False) -> dict[str, str]:
     """Return what a child is given of the environment of this process."""
     wanted = PASSED_ON | set(PROXIES) if network else PASSED_ON
-    kept = {name: value for name, value in os.environ.items() if name.upper() in wanted}
-    return kept | {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON_PREFIXES)}
+    names = [name for name in os.environ if name.upper() in wanted or name.upper().startswith(PASSED_ON_PREFIXES)]
+    return {name: os.environ[name] for name in names}
 
 
 def child_environment(work: Path, network: bool = False) -> dict[str, str]:
@@ -188,14 +185,17 @@ def child_environment(work: Path, network: bool = False) -> dict[str, str]:
     }
 
 
-def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, file: IO[str]) -> None:
-    """Read the output of the child to its end: its steps are for the log of the run, the rest for a file."""
+def _follow(stream: IO[str], report: ChildReport, program: ChildProgram, file: IO[str]) -> None:
+    """Read the output of the child to its end: its steps are for the log of the run, the rest for a file.
+
+    Each state of a progress bar is a line, as Python takes a carriage return for its end.
+    """
     log, last_progress = run_log(), time.monotonic()
-    for line in _lines(stream):
+    for line in map(str.rstrip, stream):
         if line.startswith(REPORT_MARK):
             _note_step(json.loads(line.removeprefix(REPORT_MARK)), report, program, log)
             continue
-        if not line.strip():
+        if not line:
             continue
         if (progress := describe_bar(line)) is not None:
             if time.monotonic() - last_progress < PROGRESS_SECONDS:
@@ -203,7 +203,7 @@ def _follow(stream: IO[bytes], report: ChildReport, program: ChildProgram, file:
             line, last_progress = progress, time.monotonic()
         else:
             report.tail.append(line)
-        log.debug("%s", line.rstrip())
+        log.debug("%s", line)
         with suppress(OSError):  # a full disk, which the child meets too
             file.write(line + "\n")
             file.flush()
@@ -215,36 +215,15 @@ def describe_bar(line: str) -> str | None:
     return None if found is None else f"{found[1].strip(' :') or 'Progress'}: {found[2]} %"
 
 
-def _lines(stream: IO[bytes]) -> Iterator[str]:
-    """Yield lines, and each state of a progress bar that is overwritten by the next."""
-    pending = b""
-    while chunk := os.read(stream.fileno(), 65536):
-        *parts, pending = re.split(rb"(\r\n|\n|\r)", pending + chunk)
-        for text in parts[::2]:
-            yield text.decode("utf-8", "replace")
-    if pending:
-        yield pending.decode("utf-8", "replace")
-
-
 def _note_step(values: dict[str, Any], report: ChildReport, program: ChildProgram, log: RunLog) -> None:
     report.step = str(values.pop("step"))
     if report.step == "done":
         report.result = values
         return
-    if report.step not in program.steps:
-        return
-    number = list(program.steps).index(report.step) + 1
-    name = f" ({values['name']})" if "name" in values else ""
-    log.info("Step %d of %d: %s%s.", number, len(program.steps), program.describe(report.step), name)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.kill()
-        process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            stream.close()
+    if report.step in program.steps:
+        number = list(program.steps).index(report.step) + 1
+        name = f" ({values['name']})" if "name" in values else ""
+        log.info("Step %d of %d: %s%s.", number, len(program.steps), program.steps[report.step], name)
 
 
 def _keep_log(output: Path, program: ChildProgram) -> Path | None:
@@ -265,7 +244,7 @@ def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path, 
     """Return the error for a child that did not come to its end."""
     text = "\n".join(report.tail)
     whole = f" Its log is in {str(kept)!r}." if kept else ""
-    where = f"at the step {program.describe(report.step)!r}"
+    where = f"at the step {program.steps.get(report.step, 'starting the libraries')!r}"
     if code == KILLED or any(words in text for words in NO_MEMORY):
         return ExportOutOfMemoryError(
             f"The {program.purpose} was killed {where}, most likely for want of memory. Use a machine with more "
@@ -288,22 +267,10 @@ def _failure(program: ChildProgram, report: ChildReport, code: int, work: Path, 
 
 
 def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int) -> dict[str, Any]:
-    """Make an export in a child process, without network and without a token.
+    """Make an export in a child process, into the folder `output` of an empty work folder.
 
-    Only where the recipe names a public data set to calibrate with, the process may use the network.
-
-    Args:
-        snapshot: Files of the source.
-        recipe: Every setting.
-        work: Empty folder for everything that the process writes. The export is in its folder `output`.
-        descriptor: Open file that the child inherits, so that its lock lives as long as the child.
-
-    Returns:
-        What the child reports at its end: `seconds`, `peak_memory_bytes`, `weights`.
-
-    Raises:
-        ExportOutOfMemoryError: If the child was killed, most likely for want of memory.
-        ExportError: If the child failed.
+    Only where the recipe names a public data set to calibrate with, the process may use the network. `run_child` says
+    what it returns and raises.
     """
     dataset = (recipe.quantization or {}).get("dataset")
     program = ChildProgram(
@@ -341,15 +308,11 @@ def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
 
 def find_conflict() -> str | None:
     """Return a sentence about the first optional package that cannot be imported beside torch, or None."""
-    present = [name for name in IMPORTED_WHEN_PRESENT if _is_installed(name)]
+    specs = {name: find_spec(name) for name in IMPORTED_WHEN_PRESENT}
+    # A folder of that name without Python files is no package.
+    present = (name for name, spec in specs.items() if spec is not None and spec.origin is not None)
     versions = tuple((name, installed_version(name)) for name in present)
     return next((_describe(name, reason) for name, reason in probe_packages(versions) if reason is not None), None)
-
-
-def _is_installed(name: str) -> bool:
-    spec = find_spec(name)
-    # A folder of that name without Python files is no package.
-    return spec is not None and spec.origin is not None
 
 
 @cache
@@ -366,11 +329,8 @@ def probe_packages(versions: Sequence[tuple[str, str | None]]) -> list[tuple[str
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return []  # not known, which is no reason to refuse an export
-    found: dict[str, str | None] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith('["'):
-            found.update([json.loads(line)])
-    return list(found.items())
+    # What is said of a package last counts.
+    return list(dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')).items())
 
 
 def _describe(name: str, reason: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import sys
@@ -36,51 +37,33 @@ PR_SET_PDEATHSIG, SIGKILL = 1, 9
 # Architectures that optimum-intel 2.1 refuses with Transformers 5.5 and that it converts rightly nevertheless; the
 # tests compare each of them with its source. The class is the one that sets the limit.
 LIFTED_LIMITS = {
-    "gemma": "GemmaOpenVINOConfig",
-    "gemma2": "GemmaOpenVINOConfig",
-    "gemma3_text": "GemmaOpenVINOConfig",
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaOpenVINOConfig"),
     "marian": "MarianOpenVINOConfig",
 }
 LIFTED_UP_TO = "5.5.99"
 
 
 def main(job_path: str) -> None:
-    """Make the export that a job file describes.
-
-    Args:
-        job_path: JSON file with `source`, `output`, `recipe` and `parent`, the id of the parent process.
-    """
+    """Make the export that a JSON file describes: `source`, `output`, `recipe` and `parent`, the id of the parent."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     die_with_parent(int(job["parent"]))
     source, output, recipe = job["source"], Path(job["output"]), job["recipe"]
     started = time.monotonic()
-    report(step="import")
     export_model(source, output, recipe)
     exported = time.monotonic()
     if recipe["quantization"] is not None:
-        report(step="quantize", seconds=exported - started)
+        report(step="quantize")
         quantize_model(source, output, recipe)
     quantized = time.monotonic()
-    report(step="verify", seconds=quantized - started)
-    found = verify_model(source, output, recipe)
-    report(
-        step="done",
-        seconds={
-            "export": exported - started,
-            "quantize": quantized - exported,
-            "verify": time.monotonic() - quantized,
-        },
-        peak_memory_bytes=peak_memory(),
-        **found,
-    )
+    report(step="verify")
+    verify_model(source, output, recipe)
+    verified = time.monotonic()
+    seconds = {"export": exported - started, "quantize": quantized - exported, "verify": verified - quantized}
+    report(step="done", seconds=seconds, peak_memory_bytes=peak_memory(), weights=count_weights(output))
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process when its parent does, however that happens.
-
-    Args:
-        parent: Id of the parent process.
-    """
+    """End this process when the process with the id `parent` does, however that happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
     # On Windows, a virtual environment puts a process between the two.
@@ -123,12 +106,9 @@ def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
 
     gc.freeze()
     gc.enable()
-    quantization = make_quantization_config(recipe, output)
-    if quantization is None:
-        ov_config = OVConfig(dtype=recipe["weight_format"])
-    else:
-        # Without it, Optimum would quantize large models by a rule of its own.
-        ov_config = OVConfig(quantization_config=quantization)
+    quantization = make_quantization_config(recipe)
+    # Without one of them, Optimum would quantize large models by a rule of its own.
+    settings = {"quantization_config": quantization} if quantization else {"dtype": recipe["weight_format"]}
     lift_limit(source)
     refuse_missing_weights(unused="pooler." if recipe["task"] == "feature-extraction" else None)
     report(step="export")
@@ -140,7 +120,7 @@ def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
         trust_remote_code=recipe["trust_remote_code"],
         local_files_only=True,
         convert_tokenizer=True,
-        ov_config=ov_config,
+        ov_config=OVConfig(**settings),
     )
     if recipe["task"] in VECTOR_EXPORTS:
         add_files(source, output, recipe["task"])
@@ -159,8 +139,7 @@ def lift_limit(source: str) -> None:
 def refuse_missing_weights(unused: str | None) -> None:
     """Make Transformers refuse a checkpoint that lacks weights of the model; it would make them up.
 
-    Args:
-        unused: Beginning of the names of weights that nothing is computed with, or None.
+    Nothing is computed with weights whose names begin with `unused`.
     """
     from transformers import PreTrainedModel
 
@@ -180,17 +159,17 @@ def refuse_missing_weights(unused: str | None) -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
-def make_quantization_config(recipe: dict[str, Any], output: Path) -> Any:
+def make_quantization_config(recipe: dict[str, Any]) -> Any:
     """Return Optimum's configuration object for a recipe, or None."""
     from optimum.intel import OVMixedQuantizationConfig, OVQuantizationConfig, OVWeightQuantizationConfig
 
-    settings = recipe["quantization"]
-    if settings is None:
+    if recipe["quantization"] is None:
         return None
-    settings = {name: value for name, value in settings.items() if name not in ("ignored_scopes", "weight_only")}
+    settings = {name: value for name, value in recipe["quantization"].items() if name != "ignored_scopes"}
+    weight_only = settings.pop("weight_only", True)
     if "weight_quantization_config" in settings:
         return OVMixedQuantizationConfig(**settings)
-    if recipe["quantization"].get("weight_only", True) and "smooth_quant_alpha" not in settings:
+    if weight_only and "smooth_quant_alpha" not in settings:
         return OVWeightQuantizationConfig(**settings)
     return OVQuantizationConfig(**settings)
 
@@ -199,12 +178,11 @@ def quantize_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
     """Quantize the OpenVINO model of a folder in place."""
     from optimum.exporters.openvino.__main__ import _main_quantize
 
-    arguments = optimum_arguments(source, recipe["task"])
     _main_quantize(
         source,
-        task=arguments["task"],
+        task=optimum_arguments(source, recipe["task"])["task"],
         library_name="transformers",
-        quantization_config=make_quantization_config(recipe, output),
+        quantization_config=make_quantization_config(recipe),
         output=output,
         cache_dir=None,
         trust_remote_code=recipe["trust_remote_code"],
@@ -221,31 +199,27 @@ def forget_source(config_path: Path) -> None:
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def verify_model(source: str, output: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Load the export as the engine does and generate from it.
-
-    Returns:
-        What was found: `weights`, the share of each data type.
+def verify_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
+    """Load the export as the engine does, and compute something with it.
 
     Raises:
-        RuntimeError: If something is missing or nothing is generated.
+        RuntimeError: If something is missing, or nothing is generated.
     """
-    if recipe["task"] in VECTOR_EXPORTS:
-        verify_vectors(output)
-        return {"weights": count_weights(output)}
-    causal = recipe["task"].startswith("text-generation")
-    needed = ["config.json", "tokenizer_config.json"]
+    vector, causal = recipe["task"] in VECTOR_EXPORTS, recipe["task"].startswith("text-generation")
+    needed = ["config.json", "tokenizer.json" if vector else "tokenizer_config.json"]
     # OpenVINO GenAI has its own tokenizer models; encoder-decoder models are run with the tokenizer of Transformers.
     needed += ["openvino_tokenizer.xml", "openvino_detokenizer.xml"] if causal else []
     for name in needed:
         if not (output / name).is_file():
             raise RuntimeError(f"The export is not complete: {name} is missing.")
+    if vector:
+        verify_vectors(output)
+        return
     if has_chat_template(Path(source)) and not has_chat_template(output):
         raise RuntimeError("The export is not complete: the chat template is missing.")
     generated = check_engine(output) if causal else generate_with_optimum(output, recipe)
     if generated != VERIFIED_TOKENS:
         raise RuntimeError(f"The export generated {generated} tokens instead of {VERIFIED_TOKENS}.")
-    return {"weights": count_weights(output)}
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -256,12 +230,10 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def check_engine(output: Path) -> int:
-    """Generate with the continuous batch that will answer, and hold its probabilities against the model's own.
+    """Return how many tokens the continuous batch that will answer generates.
 
-    One text is given alone, and then with its beginnings beside it; it is longer than a sliding window.
-
-    Returns:
-        Number of the tokens that were generated.
+    Its probabilities are held against the model's own: of one text alone, and then with its beginnings beside it; it is
+    longer than a sliding window.
 
     Raises:
         RuntimeError: If the engine cannot run the model, or gives other probabilities.
@@ -308,13 +280,7 @@ def check_gap(gap: float, largest: float) -> None:
 
 
 class PlainModel:
-    """The exported model itself, without the engine.
-
-    Args:
-        folder: Folder of the export.
-        device: Device of OpenVINO.
-        properties: Properties to compile with.
-    """
+    """The exported model itself, without the engine, compiled with properties of OpenVINO."""
 
     def __init__(self, folder: str, device: str, properties: dict[str, Any]) -> None:
         import openvino
@@ -338,20 +304,21 @@ class PlainModel:
         """Return the logarithm of the probability (nats) of each token but the first."""
         import numpy as np
 
-        logits = self.logits(tokens)[:-1].astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        chosen = logits[np.arange(len(logits)), tokens[1:]]
-        return list((chosen - np.log(np.exp(logits).sum(-1))).tolist())
+        probabilities = log_softmax(self.logits(tokens)[:-1])
+        return list(probabilities[np.arange(len(probabilities)), tokens[1:]].tolist())
+
+
+def log_softmax(logits: Any) -> Any:
+    """Return the logarithms of the probabilities (nats) of each row of logits."""
+    import numpy as np
+
+    logits = np.asarray(logits, dtype=np.float32)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 class PlainEngine:
-    """The continuous batch of OpenVINO GenAI, as the engine has it.
-
-    Args:
-        folder: Folder of the export.
-        device: Device of OpenVINO.
-        properties: Properties to compile with.
-    """
+    """The continuous batch of OpenVINO GenAI, as the engine has it."""
 
     def __init__(self, folder: str, device: str, properties: dict[str, Any]) -> None:
         import openvino_genai
@@ -360,7 +327,7 @@ class PlainEngine:
         # Tokens out of the cache have no probabilities.
         sizes.enable_prefix_caching, sizes.cache_size = False, 0
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(folder, sizes, device, properties)
-        self.next_id = 0
+        self.ids = itertools.count()
 
     def generate(self, prompts: list[list[int]], config: Any) -> list[Any]:
         """Return what is generated for each prompt, all of them in one batch."""
@@ -369,9 +336,8 @@ class PlainEngine:
 
         handles = []
         for tokens in prompts:
-            self.next_id += 1
             ids = openvino.Tensor(np.array([tokens], dtype=np.int64))
-            handles.append(self.pipeline.add_request(self.next_id, ids, config))
+            handles.append(self.pipeline.add_request(next(self.ids), ids, config))
         while self.pipeline.has_non_finished_requests():
             self.pipeline.step()
         return [handle.read_all()[0] for handle in handles]

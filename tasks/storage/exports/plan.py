@@ -5,19 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 from packaging.version import Version
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
+from prefect_huggingface.tasks.engines.memory import available_bytes
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.hub_errors import HubError, attempt
 from prefect_huggingface.tasks.records import Snapshot
@@ -26,14 +25,17 @@ from prefect_huggingface.tasks.storage.exports.exporter import LIFTED_LIMITS, LI
 from prefect_huggingface.tasks.storage.exports.recipes import (
     DATASETS,
     EXPORT_TASKS,
+    GROUP_SIZES,
     Recipe,
+    export_key,
     installed_version,
+    read_source,
     read_table,
     recipe_notes,
     support_table,
 )
 from prefect_huggingface.tasks.storage.exports.vector_exports import MORE_ENCODERS, VECTOR_EXPORTS, is_causal
-from prefect_huggingface.tasks.storage.files import free_disk
+from prefect_huggingface.tasks.storage.files import free_disk, gigabytes
 from prefect_huggingface.tasks.storage.folders import (
     OPENVINO_MODELS,
     SourceWeights,
@@ -41,25 +43,21 @@ from prefect_huggingface.tasks.storage.folders import (
     is_openvino_folder,
     is_pickled_weight,
     is_safe_weight,
+    measure_weights,
     parse_header,
     read_json,
 )
-from prefect_huggingface.tasks.storage.gguf_files import describe_gguf
-from prefect_huggingface.tasks.storage.hub.cache import RepositoryFolder, known_commit, works_offline
-from prefect_huggingface.tasks.storage.hub.client import HubConnection
+from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
+from prefect_huggingface.tasks.storage.hub.cache import RepositoryFolder, known_commit, read_index, works_offline
+from prefect_huggingface.tasks.storage.hub.client import COMMIT, DEFAULT_REVISION, HubConnection
 from prefect_huggingface.tasks.storage.hub.download import DownloadPlan, plan_snapshot
+from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 
-FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
-LARGEST_CONFIG_BYTES = 10_000_000
 LARGEST_INDEX_BYTES = 64_000_000
 NATIVE_TYPES = "transformers/models/auto/configuration_auto.py"
-CALIBRATION_EXTRA = "Install it with `pip install 'prefect-huggingface[calibration]'`"
 DATASET_TABLES = {
-    "text-generation": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
-    "text2text-generation": "PREDEFINED_LANGUAGE_DATASETS",
+    "text-generation-with-past": "PREDEFINED_CAUSAL_LANGUAGE_DATASETS",
     "image-text-to-text": "PREDEFINED_VISUAL_LM_DATASETS",
-    "feature-extraction": "PREDEFINED_LANGUAGE_DATASETS",
-    "text-classification": "PREDEFINED_LANGUAGE_DATASETS",
 }
 SCORED = r"(ForSequenceClassification|ForCausalLM)$"
 GENERATING = r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"
@@ -80,13 +78,11 @@ QUANTIZED_SOURCES = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitnet": None, "m
 FOUR_BITS = ("u4", "i4", "nf4", "f4e2m1")
 EIGHT_BITS = ("u8", "i8", "f8e4m3", "f8e5m2")
 ELEMENT_TYPE = re.compile(rb'element_type="(\w+)"')
-WANTS_FOUR_BITS = ("int4", "nf4", "mxfp4", "cb4")
 # Python with torch, Transformers, Optimum and NNCF, before there is any model.
 BASE_MEMORY_BYTES = 650 << 20
 # Graph, tokenizer and temporary files.
 BASE_DISK_BYTES = 64 << 20
 BITS = {"checkpoint": 16.0, "fp32": 32.0, "fp16": 16.0, "int8": 8.1, "int4": 4.5, "nf4": 4.3, "mxfp4": 4.3, "cb4": 4.1}
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ class ExportPlan:
         disk_bytes: Disk that the export needs at its fullest.
         free_disk_bytes: Free disk of the store.
         memory_bytes: Memory that the export needs at its fullest, an estimate.
-        free_memory_bytes: Free memory of the machine, or None where it is not known.
+        free_memory_bytes: Free memory of the machine, that on disk (swap) included.
         problems: Reasons why it cannot succeed, each with a remedy.
         warnings: Reasons why it may not succeed.
     """
@@ -119,51 +115,110 @@ class ExportPlan:
     disk_bytes: int = 0
     free_disk_bytes: int = 0
     memory_bytes: int = 0
-    free_memory_bytes: int | None = None
+    free_memory_bytes: int = 0
     problems: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
 
-def make_plan(
-    model: LocalModel,
-    recipe: Recipe,
-    commit: str,
-    key: str,
-    config: Mapping[str, Any],
-    weights: SourceWeights,
-    names: Iterable[str] = (),
-) -> ExportPlan:
-    """Return the plan of an export that is not there.
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """What is known of a source, without a download where it is on the Hub.
 
-    Args:
-        model: Model to export.
-        recipe: Every setting.
-        commit: Commit of the source.
-        key: Key that the export will have.
+    Attributes:
+        commit: Commit, `local-<sha256>` for a folder.
         config: Content of `config.json`, empty if it is not known yet.
-        weights: Number, size and names of the weights of the source.
-        names: Names of the files of the source, none where they are not known.
+        weights: Number, size and names of the weights.
+        files: Names of the files, none where they are not known.
+        snapshot: The files, if they are here.
+        problem: Sentence that says why it cannot be had or used, or None.
     """
-    problems = list(find_problems(ExportCase(model, config, recipe, weights.names, frozenset(names))))
+
+    commit: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    weights: SourceWeights = SourceWeights(0, 0)
+    files: frozenset[str] = frozenset()
+    snapshot: Snapshot | None = None
+    problem: str | None = None
+
+
+def known_source(model: LocalModel) -> str | None:
+    """Return the commit of a source if neither the Hub nor its files need to be asked for it."""
+    if model.is_local:
+        return gguf_commit(model) if model.is_gguf else None
+    revision = model.revision or DEFAULT_REVISION
+    if COMMIT.fullmatch(revision):
+        return revision
+    return known_commit(RepositoryFolder.of(model), revision) if works_offline(model) else None
+
+
+def describe_source(model: LocalModel) -> ExportSource:
+    """Return what is known of the source of a model. Nothing is downloaded or converted.
+
+    Raises:
+        ModelSourceError: If the model is a folder or file that is missing or holds no model.
+        HubError: If the Hub cannot tell.
+    """
+    if model.is_gguf:
+        found = describe_gguf(model)
+        return ExportSource(gguf_commit(model), found.config, found.weights, problem=found.problem)
+    if not model.is_local:
+        planned = plan_snapshot(model)
+        if not planned.complete:
+            return _describe_remote(model, planned)
+    return describe_snapshot(get_snapshot(model))
+
+
+def describe_snapshot(snapshot: Snapshot) -> ExportSource:
+    """Return what is known of a source that is here."""
+    names = [file.path for file in snapshot.files]
+    config, weights = read_json(snapshot.path / "config.json"), measure_weights(snapshot.path, names)
+    return ExportSource(snapshot.commit, config, weights, frozenset(names), snapshot)
+
+
+def _describe_remote(model: LocalModel, planned: DownloadPlan) -> ExportSource:
+    """Return what the Hub tells of a source; names of weights come from the index of shards or the one file's header.
+
+    What would be used as it is, or cannot be had, is not looked into.
+    """
+    sizes = {file.path: file.size or 0 for file in planned.files}
+    size = sum(size for name, size in sizes.items() if is_safe_weight(name) or is_pickled_weight(name))
+    weights = estimate_weights(size or sum(sizes.values()))
+    source = ExportSource(planned.commit, weights=weights, files=frozenset(sizes), problem=planned.problem)
+    if planned.problem is not None or is_openvino_folder(sizes):
+        return source
+    config: Any = {}
+    with HubConnection(model.get_credentials(), model.model_id) as hub:
+
+        def read(path: str, largest: int = LARGEST_INDEX_BYTES) -> bytes:
+            about = hub.about(planned.commit, path)
+            found = attempt(lambda: hub.read_small(path, planned.commit, largest), about)
+            return b"" if isinstance(found, HubError) else found
+
+        with suppress(ValueError):
+            config = json.loads(read("config.json"))
+        if "model.safetensors.index.json" in sizes:
+            weights = replace(weights, names=frozenset(read_index(read("model.safetensors.index.json"))))
+        elif "model.safetensors" in sizes:
+            length = int.from_bytes(read("model.safetensors", 8), "little")
+            header = read("model.safetensors", 8 + length)[8:] if 0 < length < LARGEST_INDEX_BYTES else b""
+            weights = parse_header(header, size)
+    return replace(source, config=config if isinstance(config, dict) else {}, weights=weights)
+
+
+def make_plan(model: LocalModel, recipe: Recipe, source: ExportSource) -> ExportPlan:
+    """Return the plan of an export that is not there."""
+    problems = [source.problem] if source.problem else list(find_problems(ExportCase(model, recipe, source)))
     notes: tuple[str, ...] = ()
     try:
-        notes = tuple(recipe_notes(recipe, config))
+        notes = tuple(recipe_notes(recipe, source.config))
     except PlanError as error:
         problems.append(error.message)
-    room = plan_room(model, recipe, commit, key, weights)
+    room = plan_room(model, recipe, source.commit, source.weights)
     return replace(room, notes=notes, problems=(*problems, *room.problems))
 
 
-def plan_room(model: LocalModel, recipe: Recipe, commit: str, key: str, weights: SourceWeights) -> ExportPlan:
-    """Return the part of a plan that disk and memory decide.
-
-    Args:
-        model: Model to export.
-        recipe: Every setting.
-        commit: Commit of the source.
-        key: Key that the export will have.
-        weights: Number and size of the weights of the source.
-    """
+def plan_room(model: LocalModel, recipe: Recipe, commit: str, weights: SourceWeights) -> ExportPlan:
+    """Return the part of a plan that disk and memory decide."""
     problems, warnings = [], []
     disk, free = estimate_disk(weights, recipe.weight_format), free_disk(model.store_path)
     if disk > free:
@@ -171,134 +226,41 @@ def plan_room(model: LocalModel, recipe: Recipe, commit: str, key: str, weights:
             f"The export needs about {gigabytes(disk)} of disk and {gigabytes(free)} are free in "
             f"{str(model.store_path)!r}. Free some space, or set another `path` of the store."
         )
-    memory, available = estimate_memory(weights, recipe.weight_format), free_memory()
-    if available is not None and least_memory(weights) > available:
+    memory, available = estimate_memory(weights, recipe.weight_format), available_bytes(swap=True)
+    if least_memory(weights) > available:
         problems.append(
             f"The export needs at least {gigabytes(least_memory(weights))} of memory and {gigabytes(available)} are "
             "free. Use a machine with more memory, or an OpenVINO repository of the model ('OpenVINO/...' on the Hub)."
         )
-    elif available is not None and memory > available:
+    elif memory > available:
         warnings.append(
             f"The export may need {gigabytes(memory)} of memory and {gigabytes(available)} are free. It may be killed."
         )
     return ExportPlan(
-        source=model.model_id, commit=commit, key=key, path=None, recipe=recipe.as_dict(),
+        source=model.model_id, commit=commit, key=export_key(commit, recipe), path=None, recipe=recipe.as_dict(),
         parameters=weights.parameters, disk_bytes=disk, free_disk_bytes=free, memory_bytes=memory,
         free_memory_bytes=available, problems=tuple(problems), warnings=tuple(warnings),
     )  # fmt: skip
 
 
 def check_plan(plan: ExportPlan) -> None:
-    """Refuse a plan that cannot succeed.
-
-    Raises:
-        PlanError: With all reasons.
-    """
+    """Refuse a plan that cannot succeed, with a `PlanError` that has all reasons."""
     if plan.problems:
         raise PlanError(" ".join(plan.problems), problems=plan.problems)
 
 
-def gigabytes(size: int) -> str:
-    """Return a number of bytes for people, in units of 10^9 bytes."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedSource:
-    """What is known of a source before it is downloaded.
-
-    Attributes:
-        commit: Commit, or None where it is not known offline.
-        download: Plan of the download, where the Hub was asked.
-    """
-
-    commit: str | None
-    download: DownloadPlan | None = None
-
-
-def plan_source(model: LocalModel) -> PlannedSource:
-    """Return what is known of a model on the Hub; ask the Hub only for the commit of a branch or tag.
-
-    Raises:
-        HubError: If the Hub was asked and cannot tell.
-    """
-    revision = model.revision or "main"
-    if FULL_COMMIT.fullmatch(revision):
-        return PlannedSource(revision)
-    if works_offline(model):
-        return PlannedSource(known_commit(RepositoryFolder.of(model), revision))
-    planned = plan_snapshot(model)
-    return PlannedSource(planned.commit, planned)
-
-
-def check_source(model: LocalModel, recipe: Recipe, source: PlannedSource) -> None:
-    """Refuse an export that cannot succeed before its source is downloaded.
-
-    Raises:
-        PlanError: With all reasons.
-        HubError: If the Hub cannot tell.
-    """
-    if works_offline(model):
-        return
-    planned = source.download or plan_snapshot(model)
-    names = [file.path for file in planned.files]
-    if planned.complete or planned.problem is not None or is_openvino_folder(names):
-        return
-    config, weights = read_remote(model, planned)
-    check_plan(make_plan(model, recipe, planned.commit, "", config, weights, names))
-
-
-def read_remote(model: LocalModel, planned: DownloadPlan) -> tuple[Mapping[str, Any], SourceWeights]:
-    """Return the content of `config.json` of a repository and what its weights are; as far as the Hub tells it.
-
-    The names of the weights come from the index of the shards, or from the header of the one file.
-    """
-    sizes = {file.path: file.size or 0 for file in planned.files}
-    size = sum(size for name, size in sizes.items() if is_safe_weight(name) or is_pickled_weight(name))
-    with HubConnection(model.get_credentials(), model.model_id) as hub:
-
-        def read(path: str, largest: int = LARGEST_CONFIG_BYTES) -> bytes:
-            about = hub.about(planned.commit, path)
-            found = attempt(lambda: hub.read_small(path, planned.commit, largest), about)
-            return b"" if isinstance(found, HubError) else found
-
-        config = _parse(read("config.json"))
-        if "model.safetensors.index.json" in sizes:
-            index = _parse(read("model.safetensors.index.json", LARGEST_INDEX_BYTES)).get("weight_map")
-            names = frozenset(index) if isinstance(index, dict) else frozenset()
-            return config, replace(estimate_weights(size), names=names)
-        if "model.safetensors" not in sizes:
-            return config, estimate_weights(size or sum(sizes.values()))
-        length = int.from_bytes(read("model.safetensors", 8), "little")
-        header = read("model.safetensors", 8 + length)[8:] if 0 < length < LARGEST_INDEX_BYTES else b""
-        return config, parse_header(header, size)
-
-
-def _parse(text: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 @dataclass(frozen=True, slots=True)
 class ExportCase:
-    """An export to check. What is not known yet is empty.
-
-    Attributes:
-        model: Model to export.
-        config: Content of `config.json`.
-        recipe: Every setting.
-        weights: Names of the weights.
-        files: Names of the files.
-    """
+    """An export to check. What is not known of its source yet is empty."""
 
     model: LocalModel
-    config: Mapping[str, Any]
     recipe: Recipe
-    weights: frozenset[str] = frozenset()
-    files: frozenset[str] = frozenset()
+    source: ExportSource
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Content of `config.json`."""
+        return self.source.config
 
     @property
     def name(self) -> str:
@@ -322,8 +284,6 @@ def find_problems(case: ExportCase) -> tuple[str, ...]:
         check_remote_code, check_architecture, check_attention, check_task, check_head, check_weights,
         check_transformers, check_source_format, check_tokenizer, check_packages, check_dataset,
     )  # fmt: skip
-    if case.model.is_gguf and (unusable := describe_gguf(case.model).problem):
-        return (unusable,)
     if not case.config:
         checks = (check_packages, check_dataset)
     problems = [problem for check in checks if (problem := check(case)) is not None]
@@ -334,7 +294,8 @@ def find_problems(case: ExportCase) -> tuple[str, ...]:
 
 def check_remote_code(case: ExportCase) -> str | None:
     """A model that is Python code of its own needs the permission to run it."""
-    if "auto_map" not in case.config or case.model.trust_remote_code or is_native(case.model_type):
+    is_native = f'("{case.model_type}", ' in read_source("transformers", NATIVE_TYPES)
+    if "auto_map" not in case.config or case.model.trust_remote_code or is_native:
         return None
     return (
         f"{case.name} is an architecture of its own ({case.model_type!r}) and needs to run Python code that comes with "
@@ -397,9 +358,9 @@ def check_head(case: ExportCase) -> str | None:
             f"{case.name} is an encoder-decoder model and does not do {case.model.task!r}. "
             "Set `task` to 'text2text-generation', 'summarization' or 'translation'."
         )
-    if not heads or any(re.search(GENERATING, name) or "Generation" in name for name in heads):
+    if any(re.search(GENERATING, name) or "Generation" in name or "MT" in name for name in heads):
         return None
-    if not any(re.search(r"For[A-Z]\w+$", name) for name in heads) or any("MT" in name for name in heads):
+    if not any(re.search(r"For[A-Z]\w+$", name) for name in heads):
         return None
     return (
         f"{case.name} was trained as {heads[0]!r} and has no weights for {case.model.task!r}. "
@@ -423,7 +384,7 @@ def check_weights(case: ExportCase) -> str | None:
     """The checkpoint has its head and all its layers, so that nothing is made up of random numbers."""
     config = {**case.config, **(case.config.get("text_config") or {})}
     stacks: dict[str, set[int]] = {}
-    for name in case.weights:
+    for name in case.source.weights.names:
         if found := STACK.fullmatch(name):
             stacks.setdefault(found[1], set()).add(int(found[2]))
     if not stacks:
@@ -435,7 +396,8 @@ def check_weights(case: ExportCase) -> str | None:
             text = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             return f"{case.name} lacks the weights of layer {text} of {wanted} ({prefix!r}). Download it again."
     tied = config.get("tie_word_embeddings", config.get("model_type") not in OWN_HEADS)
-    if tied or not case.recipe.task.startswith("text-generation") or any(HEAD_NAME.search(n) for n in case.weights):
+    has_head = tied or any(HEAD_NAME.search(name) for name in case.source.weights.names)
+    if has_head or not case.recipe.task.startswith("text-generation"):
         return None
     return (
         f"{case.name} has no weights for its head ('lm_head.weight'), it is a model without one. "
@@ -455,12 +417,12 @@ def _layer_count(config: Mapping[str, Any], prefix: str, stacks: int) -> int | N
 
 def check_tokenizer(case: ExportCase) -> str | None:
     """The tokenizer is there, and the packages that read it are installed."""
-    if not case.files:
+    if not case.source.files:
         return None
-    if not any(name in TOKENIZER_FILES or name.endswith(SENTENCEPIECE_FILES) for name in case.files):
+    if not any(name in TOKENIZER_FILES or name.endswith(SENTENCEPIECE_FILES) for name in case.source.files):
         return f"{case.name} holds no tokenizer ('tokenizer.json'). Copy the files of its tokenizer there."
-    pieces = sorted(name for name in case.files if name.endswith(SENTENCEPIECE_FILES))
-    if not pieces or ("tokenizer.json" in case.files and case.model_type != "marian"):
+    pieces = sorted(name for name in case.source.files if name.endswith(SENTENCEPIECE_FILES))
+    if not pieces or ("tokenizer.json" in case.source.files and case.model_type != "marian"):
         return None
     lacking = [package for package in ("sentencepiece", "protobuf") if installed_version(package) is None]
     if not lacking:
@@ -516,15 +478,14 @@ def check_packages(case: ExportCase) -> str | None:
         if installed_version(package) is None:
             return f"The export needs the package {package!r}. Install it with `pip install {package}`."
     dataset = dataset_of(case.recipe)
-    texts_suffice = case.recipe.task.startswith("text-generation")
-    if dataset in (None, "auto") and texts_suffice or dataset is None or installed_version("datasets"):
-        return None
-    if not isinstance(dataset, str) and texts_suffice:
+    is_named = isinstance(dataset, str) and dataset != "auto"
+    texts_suffice = case.recipe.task.startswith("text-generation") and not is_named
+    if dataset is None or texts_suffice or installed_version("datasets"):
         return None
     what = f"the data set {dataset!r}" if isinstance(dataset, str) else "calibration texts for this kind of model"
     return (
         f"The recipe in {case.recipe.weight_format} for {case.name} uses {what}, which needs the package 'datasets'. "
-        f"{CALIBRATION_EXTRA}, or give options that need no data, "
+        "Install it with `pip install 'prefect-huggingface[calibration]'`, or give options that need no data, "
         "`quantization=QuantizationOptions(group_size=128)` for instance."
     )
 
@@ -534,7 +495,7 @@ def check_dataset(case: ExportCase) -> str | None:
     dataset = dataset_of(case.recipe)
     if not isinstance(dataset, str) or installed_version("optimum-intel") is None:
         return None
-    known = read_table(DATASETS, DATASET_TABLES[case.recipe.task.removesuffix("-with-past")])
+    known = read_table(DATASETS, DATASET_TABLES.get(case.recipe.task, "PREDEFINED_LANGUAGE_DATASETS"))
     if dataset.partition(":")[0] in known:
         return None
     return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
@@ -543,19 +504,6 @@ def check_dataset(case: ExportCase) -> str | None:
 def dataset_of(recipe: Recipe) -> Any:
     """Return the calibration data of a recipe: a name, texts, or None."""
     return (recipe.quantization or {}).get("dataset")
-
-
-def is_native(model_type: str) -> bool:
-    """Tell whether Transformers has an architecture of its own accord."""
-    return f'("{model_type}", ' in _native_source()
-
-
-@cache
-def _native_source() -> str:
-    try:
-        return Path(str(distribution("transformers").locate_file(NATIVE_TYPES))).read_text(encoding="utf-8")
-    except (PackageNotFoundError, OSError):
-        return ""
 
 
 def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
@@ -574,24 +522,11 @@ def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
             "tokenizer, or set `model_id` to its source."
         )
     recipe = Recipe(EXPORT_TASKS[model.task], "fp16", None)
-    wrong = check_attention(ExportCase(model, read_json(snapshot.path / "config.json"), recipe))
+    wrong = check_attention(ExportCase(model, recipe, describe_snapshot(snapshot)))
     if wrong is not None:
         raise PlanError(wrong)
-    check_precision(model, snapshot)
-
-
-def check_precision(model: LocalModel, snapshot: Snapshot) -> None:
-    """Refuse to quantize an OpenVINO model a second time.
-
-    A model that asks for 4 bits, and is an OpenVINO folder without any, cannot be given them: its weights have lost
-    their precision already, or should be quantized from the checkpoint.
-
-    Raises:
-        PlanError: If the folder has no weights in 4 bits and the model asks for them.
-    """
-    if model.weight_format not in WANTS_FOUR_BITS:
-        return
-    found = weight_type(snapshot.path, snapshot.commit)
+    # Its weights have lost their precision already, or should be quantized from the checkpoint.
+    found = weight_type(snapshot.path, snapshot.commit) if model.weight_format in GROUP_SIZES else "4 bits"
     if found != "4 bits":
         raise PlanError(
             f"{model.model_id!r} is an OpenVINO model with weights in {found}, and is not quantized to "
@@ -603,9 +538,7 @@ def check_precision(model: LocalModel, snapshot: Snapshot) -> None:
 def weight_type(folder: Path, commit: str) -> str:
     """Return the precision of most large weights of an OpenVINO model: "4 bits", "8 bits" or "full precision".
 
-    Args:
-        folder: Folder of the model.
-        commit: Commit of its content, for remembering the answer.
+    The commit of its content is there to remember the answer.
     """
     types: set[str] = set()
     for name in OPENVINO_MODELS:
@@ -638,21 +571,3 @@ def least_memory(weights: SourceWeights) -> int:
 def bits_per_weight(weight_format: str) -> float:
     """Return the bits that one weight takes, with its part of the scales."""
     return BITS.get(weight_format, 4.5 if weight_format.startswith(("cb4", "int4")) else 8.1)
-
-
-def free_memory() -> int | None:
-    """Return the bytes of memory that can be had, swap included, or None where the system does not tell."""
-    try:
-        available = int(psutil.virtual_memory().available + psutil.swap_memory().free)
-    except (OSError, RuntimeError, psutil.Error):
-        return None
-    limit, used = _read_number(CGROUP / "memory.max"), _read_number(CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
-    return available
-
-
-def _read_number(path: Path) -> int | None:
-    with suppress(OSError, ValueError):
-        return int(path.read_text(encoding="ascii"))
-    return None

@@ -13,17 +13,13 @@ The name and the format are for people. An export is found by its key alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +29,16 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.records import Export, Snapshot
 from prefect_huggingface.tasks.run_logs import run_log
-from prefect_huggingface.tasks.storage.eviction import evict
+from prefect_huggingface.tasks.storage.eviction import make_room
 from prefect_huggingface.tasks.storage.exports.child import run_export
 from prefect_huggingface.tasks.storage.exports.plan import (
     ExportPlan,
     check_openvino_folder,
     check_plan,
-    check_source,
-    gigabytes,
+    describe_snapshot,
+    describe_source,
+    known_source,
     make_plan,
-    plan_source,
 )
 from prefect_huggingface.tasks.storage.exports.recipes import (
     SCHEMA,
@@ -55,6 +51,7 @@ from prefect_huggingface.tasks.storage.files import (
     MANIFEST,
     discard,
     exports_folder,
+    gigabytes,
     hash_file,
     not_writable,
     open_staging,
@@ -62,19 +59,17 @@ from prefect_huggingface.tasks.storage.files import (
     sweep_staging,
     write_text,
 )
-from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights, read_json
-from prefect_huggingface.tasks.storage.gguf_files import describe_gguf, gguf_commit
+from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 from prefect_huggingface.tasks.storage.hub.cache import known_licence
 from prefect_huggingface.tasks.storage.locks import hold_export, note_use
-from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+from prefect_huggingface.tasks.storage.snapshots import get_snapshot, hash_files
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
 
 KEY_DIGITS = 16
 CARD = "README.md"
 """Model card of an export. It is for people, so that it may change: it is not in the manifest."""
-LEASE = ".lease"
-# What this process has checked, for stores that it cannot write to.
-_CHECKED: dict[Path, dict[str, list[int]]] = {}
+HASHES = ".hashes.json"
+"""Hashes of the files of an export, remembered in its folder."""
 Run = Callable[[Snapshot, Recipe, Path, int], Mapping[str, Any]]
 """Makes an export of a snapshot by a recipe in a work folder; the last argument is the lock that a child inherits."""
 
@@ -85,13 +80,7 @@ def lock_path(store: Path, key: str) -> Path:
 
 
 def export_name(model_name: str, weight_format: str, key: str) -> str:
-    """Return the name of the folder of an export.
-
-    Args:
-        model_name: Repository id or folder of the source, for people to read.
-        weight_format: Format of the weights.
-        key: Key of the export, 64 hexadecimal digits.
-    """
+    """Return the name of the folder of an export; the repository id or folder of its source is for people to read."""
     last = model_name.rstrip("/").rsplit("/", 1)[-1]
     readable = re.sub(r"[^A-Za-z0-9_.]+", "-", last).strip("-.")[:48] or "model"
     return f"{readable}-{weight_format}-{key[:KEY_DIGITS]}"
@@ -109,14 +98,9 @@ def find_export_folder(store: Path, key: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that is known about one export.
+    """Everything that is known about one export: the fields of `Export`, and more.
 
     Attributes:
-        key: Key of the export, 64 hexadecimal digits.
-        source: Repository id, or the folder, that the export was made from.
-        commit: Commit of the source, or `local-<sha256>`.
-        recipe: Every setting of the export.
-        versions: Versions of the packages that made it.
         files: Size in bytes and sha256 of each file, by its path in the folder.
         created: Time of the publication in UTC, ISO 8601.
         seconds: Times of the steps: `export`, `quantize`, `verify`, `total`.
@@ -138,24 +122,21 @@ class Manifest:
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
 
-    @property
-    def size_bytes(self) -> int:
-        """Size of all files of the export."""
-        return sum(int(entry["size"]) for entry in self.files.values())
+    def export(self, folder: Path, reused: bool) -> Export:
+        """Return the record of the export in a folder."""
+        return Export(
+            key=self.key, path=folder, recipe=self.recipe, source=self.source, commit=self.commit,
+            versions=self.versions, size_bytes=sum(int(entry["size"]) for entry in self.files.values()),
+            seconds=float(self.seconds.get("total", 0.0)), reused=reused,
+        )  # fmt: skip
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and sha256 of each file of a folder, in the order of the paths. Hidden files are left out."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if (
-            path.is_file()
-            and name not in (MANIFEST, CARD)
-            and not any(part.startswith(".") for part in name.split("/"))
-        ):
-            found[name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    return found
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    hashes = hash_files(folder, [name for name in names if name not in (MANIFEST, CARD)], folder / HASHES)
+    return {name: {"size": state[0], "sha256": digest} for name, (state, digest) in hashes.items()}
 
 
 def model_card(export: Export, licence: str | None = None, quality: Mapping[str, Any] | None = None) -> str:
@@ -168,13 +149,12 @@ def model_card(export: Export, licence: str | None = None, quality: Mapping[str,
     settings.pop("quantization", None)
     rows = [f"| {name} | `{value}` |" for name, value in settings.items() if value is not None]
     versions = ", ".join(f"{package} {version}" for package, version in export.versions.items())
-    measured = _measured(quality)
     name = str(export.source).rstrip("/").rsplit("/", 1)[-1]
     return "\n".join((
         "---", *head, "---", "", f"# {name} for OpenVINO, {export.recipe.get('weight_format')}", "",
         f"Made by prefect-huggingface from `{export.source}` at commit `{export.commit}`.",
         f"Licence of the source: {licence or 'see its model card'}.", "",
-        "## Quality", "", measured, "", "## Recipe", "", "| Setting | Value |", "|---|---|", *rows, "",
+        "## Quality", "", _measured(quality), "", "## Recipe", "", "| Setting | Value |", "|---|---|", *rows, "",
         f"Versions: {versions}.", "",
     ))  # fmt: skip
 
@@ -183,9 +163,8 @@ def _measured(quality: Mapping[str, Any] | None) -> str:
     if quality is None:
         return "Not measured yet: `compare_export` compares it with its source and writes the numbers here."
     if quality.get("ranking") is not None:
-        cosine = (
-            "" if quality.get("cosine") is None else f"the least cosine of a vector is {quality['cosine']:.5f}, and "
-        )
+        least = quality.get("cosine")
+        cosine = "" if least is None else f"the least cosine of a vector is {least:.5f}, and "
         return f"Compared with the source: {cosine}the rank correlation of similarities is {quality['ranking']:.4f}."
     return (
         f"Compared with the source on {quality['positions']} positions, through the engine that answers: the most "
@@ -197,8 +176,7 @@ def _measured(quality: Mapping[str, Any] | None) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of an export into its folder."""
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -214,79 +192,22 @@ def read_manifest(folder: Path) -> Manifest | None:
 def find_damage(folder: Path, manifest: Manifest, verify: bool = False) -> str | None:
     """Return a sentence that says what is wrong with an export, or None.
 
-    The sizes are checked always. The hashes are checked when asked for, and when a file is not as this machine has
-    seen it when it checked the hashes last: on first use, after a copy, or when somebody wrote to a file.
-
-    Args:
-        folder: Folder of the export.
-        manifest: Its manifest.
-        verify: Check the hashes in any case.
+    A file is read for its hash where it is not as it was when it was read last: on first use, after a copy, or when
+    somebody wrote to it; with `verify`, in any case.
     """
-    state: dict[str, list[int]] = {}
     for name, entry in manifest.files.items():
         try:
-            stat = os.stat(folder / name)
+            size = os.stat(folder / name).st_size
         except OSError:
             return f"File {name!r} is missing."
-        if stat.st_size != entry["size"]:
-            return f"File {name!r} has {stat.st_size} bytes instead of {entry['size']}."
-        state[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    if not verify and _seen_state(folder) == state:
-        return None
+        if size != entry["size"]:
+            return f"File {name!r} has {size} bytes instead of {entry['size']}."
+    hashes = {} if verify else hash_files(folder, list(manifest.files), folder / HASHES)
     for name, entry in manifest.files.items():
-        if hash_file(folder / name) != entry["sha256"]:
+        digest = hashes[name][1] if name in hashes else hash_file(folder / name)
+        if digest != entry["sha256"]:
             return f"File {name!r} does not have the content that was exported."
-    remember_state(folder, state)
     return None
-
-
-def file_state(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
-    """Return size, times of change and inode of each file of an export."""
-    state = {}
-    for name in manifest.files:
-        stat = os.stat(folder / name)
-        state[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    return state
-
-
-def remember_state(folder: Path, state: dict[str, list[int]]) -> None:
-    """Note that the hashes of an export are right on this machine with the files as they are."""
-    _CHECKED[folder] = state
-    with suppress(OSError):
-        write_text(folder / f".checked-{machine_id()}.json", json.dumps(state))
-
-
-def _seen_state(folder: Path) -> Any:
-    if folder in _CHECKED:
-        return _CHECKED[folder]
-    try:
-        return json.loads((folder / f".checked-{machine_id()}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-@cache
-def machine_id() -> str:
-    """Return some digits that tell this machine from others."""
-    identity = platform.node()
-    with suppress(OSError):
-        identity += Path("/etc/machine-id").read_text(encoding="utf-8")
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-
-def as_export(folder: Path, manifest: Manifest, reused: bool) -> Export:
-    """Return the record of an export."""
-    return Export(
-        key=manifest.key,
-        path=folder,
-        recipe=manifest.recipe,
-        source=manifest.source,
-        commit=manifest.commit,
-        versions=manifest.versions,
-        size_bytes=manifest.size_bytes,
-        seconds=float(manifest.seconds.get("total", 0.0)),
-        reused=reused,
-    )
 
 
 def get_export(model: LocalModel, verify: bool = False) -> Export:
@@ -304,46 +225,27 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
         PlanError: If the export cannot succeed; nothing was started.
         ExportError: If the export failed; nothing was published.
     """
-    repo_id = None if model.is_local else model.model_id
-    recipe, versions, store = resolve_recipe(model, repo_id), export_versions(), model.store_path
-    if not model.is_local:
-        planned = plan_source(model)
-        # The source may have been evicted since; what was made from it is enough.
-        if planned.commit is not None:
-            found = find_export(store, export_key(planned.commit, recipe, versions, SCHEMA), verify=verify)
-            if found is not None:
-                return found
-        check_source(model, recipe, planned)
-    elif model.is_gguf:
-        # What was made from the file is enough; its checkpoint may have been evicted since.
-        commit = gguf_commit(model)
-        found = find_export(store, export_key(commit, recipe, versions, SCHEMA), verify=verify)
-        if found is not None:
-            return found
-        source = describe_gguf(model)
-        check_plan(make_plan(model, recipe, commit, "", source.config, source.weights))
-    snapshot = get_snapshot(model)
-    if is_openvino_folder(file.path for file in snapshot.files):
-        return use_openvino_folder(model, snapshot)
-    key = export_key(snapshot.commit, recipe, versions, SCHEMA)
-    found = find_export(store, key, verify=verify)
+    recipe, commit = resolve_recipe(model, None if model.is_local else model.model_id), known_source(model)
+    # The source may have been evicted since; what was made from it is enough.
+    found = None if commit is None else find_export(model.store_path, export_key(commit, recipe), verify)
     if found is not None:
         return found
-    names, config = [file.path for file in snapshot.files], read_json(snapshot.path / "config.json")
-    weights = measure_weights(snapshot.path, names)
-    plan = make_plan(model, recipe, snapshot.commit, key, config, weights, names)
-    return make_once(model, snapshot, recipe, plan, run_export)
+    source = describe_source(model)
+    found = find_export(model.store_path, export_key(source.commit, recipe), verify)
+    if found is not None:
+        return found
+    if source.snapshot is None and source.problem is None and not is_openvino_folder(source.files):
+        check_plan(make_plan(model, recipe, source))
+    snapshot = source.snapshot or get_snapshot(model)
+    if snapshot is not source.snapshot:
+        source = describe_snapshot(snapshot)
+    if is_openvino_folder(source.files):
+        return use_openvino_folder(model, snapshot)
+    return make_once(model, snapshot, recipe, make_plan(model, recipe, source), run_export)
 
 
 def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan, run: Run) -> Export:
-    """Make an export, or wait for the process that is making it.
-
-    Args:
-        model: Model with its store.
-        snapshot: Source of the export.
-        recipe: Every setting.
-        plan: Plan of the export, with its key.
-        run: Makes the export in a work folder.
+    """Make an export of a snapshot with `run`, or wait for the process that is making it.
 
     Raises:
         PlanError: If the export cannot succeed; nothing was started.
@@ -361,7 +263,7 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, plan: Expor
             if found is not None:
                 return found
             made = make_export(store, snapshot, recipe, plan, run)
-            keep_within_budget(model, made)
+            make_room(model.get_store(), made.path)
             return made
     except Timeout:
         raise ExportError(
@@ -372,18 +274,6 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, plan: Expor
         raise not_writable(store, error) from None
 
 
-def keep_within_budget(model: LocalModel, made: Export) -> None:
-    """Remove the least recently used models beyond the size limit of the store, but not what was just made."""
-    limit = model.get_store().max_size_gb
-    if limit is None:
-        return
-    report = evict(model.get_store(), int(limit * 1e9), keep=[made.path])
-    for entry in report.removed:
-        run_log().info("Removed %s %s (%s) from the store.", entry.kind, entry.name, gigabytes(entry.size_bytes))
-    if report.kept_bytes > limit * 1e9:
-        run_log().warning("The store holds %s, more than its %g GB.", gigabytes(report.kept_bytes), limit)
-
-
 def use_openvino_folder(model: LocalModel, snapshot: Snapshot) -> Export:
     """Return the record of an OpenVINO model that is used as it is.
 
@@ -391,23 +281,15 @@ def use_openvino_folder(model: LocalModel, snapshot: Snapshot) -> Export:
         PlanError: If it would have to be quantized once more for the weight format of the model.
     """
     check_openvino_folder(model, snapshot)
-    return Export(
-        key=snapshot.commit,
-        path=snapshot.path,
-        source=snapshot.repo_id or str(snapshot.path),
-        commit=snapshot.commit,
-        size_bytes=sum(file.size for file in snapshot.files),
-        reused=True,
-    )
+    source, size = snapshot.repo_id or str(snapshot.path), sum(file.size for file in snapshot.files)
+    commit = snapshot.commit
+    return Export(commit, snapshot.path, source=source, commit=commit, size_bytes=size, reused=True)
 
 
 def find_export(store: Path, key: str, verify: bool = False) -> Export | None:
-    """Return an export of the store, or None if it is not there or is damaged. Note its use.
+    """Return an export of the store, or None if it is not there or is damaged; note its use.
 
-    Args:
-        store: Folder of the store.
-        key: Key of the export.
-        verify: Check the hashes in any case.
+    With `verify`, its hashes are checked in any case.
     """
     folder = find_export_folder(store, key)
     manifest = None if folder is None else read_manifest(folder)
@@ -418,7 +300,7 @@ def find_export(store: Path, key: str, verify: bool = False) -> Export | None:
         run_log().warning("The export %s is damaged and is made anew. %s", folder.name, damage)
         return None
     note_use(folder)
-    return as_export(folder, manifest, reused=True)
+    return manifest.export(folder, reused=True)
 
 
 def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan, run: Run) -> Export:
@@ -427,10 +309,8 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
     Raises:
         ExportError: If the export failed; nothing was published.
     """
-    log = run_log()
-    started = time.monotonic()
+    log, started, source = run_log(), time.monotonic(), plan.source
     sweep_staging(store)
-    source = plan.source
     # One line, with the notes in it: an export has one line for each step, and these two.
     into = "a checkpoint" if recipe.task == "checkpoint" else f"OpenVINO in {recipe.weight_format}"
     log.info("%s", " ".join((f"Exporting {source} to {into}.", *plan.notes)))
@@ -438,6 +318,7 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
         log.warning("%s", warning)
     with open_staging(store) as staging:
         report = run(snapshot, recipe, staging.path, staging.descriptor)
+        seconds = {**report["seconds"], "total": time.monotonic() - started}
         output = staging.path / "output"
         manifest = Manifest(
             key=plan.key,
@@ -447,24 +328,19 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
             versions=export_versions(),
             files=describe_files(output),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=_rounded({**report["seconds"], "total": time.monotonic() - started}),
+            seconds={name: round(value, 3) for name, value in seconds.items()},
             peak_memory_bytes=report["peak_memory_bytes"],
             weights=report["weights"],
             notes=plan.notes,
         )
         write_manifest(output, manifest)
-        card = model_card(as_export(output, manifest, reused=False), known_licence(snapshot.path))
+        card = model_card(manifest.export(output, reused=False), known_licence(snapshot.path))
         write_text(output / CARD, card)
         folder = exports_folder(store) / export_name(source, recipe.weight_format, plan.key)
         old = find_export_folder(store, plan.key)
         if old is not None:
             discard(store, old)
         publish(output, folder)
-    remember_state(folder, file_state(folder, manifest))
-    made = as_export(folder, manifest, reused=False)
+    made = manifest.export(folder, reused=False)
     log.info("Exported %s in %.1f s: %s in %s", source, manifest.seconds["total"], gigabytes(made.size_bytes), folder)
     return made
-
-
-def _rounded(seconds: Mapping[str, Any]) -> dict[str, float]:
-    return {name: round(float(value), 3) for name, value in seconds.items()}

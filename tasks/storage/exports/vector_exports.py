@@ -103,14 +103,11 @@ def verify_vectors(output: Path) -> None:
     """Compute something with an export.
 
     Raises:
-        RuntimeError: If something is missing, or the model gives no finite numbers.
+        RuntimeError: If the model gives no finite numbers.
     """
     import numpy as np
     import openvino
 
-    for name in ("config.json", "tokenizer.json"):
-        if not (output / name).is_file():
-            raise RuntimeError(f"The export is not complete: {name} is missing.")
     model = openvino.Core().compile_model(output / "openvino_model.xml", "CPU")
     ids = np.ones((1, 4), dtype=np.int64)
     given = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids * 0, "position_ids": np.arange(4)[None]}

@@ -16,7 +16,8 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ModelSourceError, PlanError
-from prefect_huggingface.tasks.storage.exports.store import find_export, get_export, read_manifest
+from prefect_huggingface.tasks.storage import snapshots
+from prefect_huggingface.tasks.storage.exports.store import HASHES, find_export, get_export, read_manifest
 from support.export_requests import flip_byte, published, staged
 
 
@@ -112,12 +113,17 @@ def test_a_flipped_byte_is_refused(exported: LocalModel, tmp_path: Path) -> None
 
 
 def test_hidden_damage_is_found_when_asked_for(exported: LocalModel, tmp_path: Path) -> None:
+    """A disk that rots changes a file without a new time of change."""
     model = copy_of(exported, tmp_path / "store")
     export = get_export(model)
-    manifest_path = export.path / "export.json"
-    data = json.loads(manifest_path.read_text())
-    data["files"]["config.json"]["sha256"] = "0" * 64
-    manifest_path.write_text(json.dumps(data))
+    damaged = export.path / "config.json"
+    flip_byte(damaged)
+    remembered = json.loads((export.path / HASHES).read_text()) if (export.path / HASHES).exists() else {}
+    stat = damaged.stat()
+    good = json.loads((export.path / "export.json").read_text())["files"]["config.json"]["sha256"]
+    remembered["config.json"] = [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino], good]
+    (export.path / HASHES).write_text(json.dumps(remembered))
+    snapshots._HASHES.clear()
     assert find_export(model.store_path, export.key) is not None
     assert find_export(model.store_path, export.key, verify=True) is None
 

@@ -13,7 +13,7 @@ import pytest
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import HuggingFaceTaskError
 from prefect_huggingface.tasks.exports import export_model, plan_model
-from prefect_huggingface.tasks.storage.exports.plan import ExportCase, check_tokenizer
+from prefect_huggingface.tasks.storage.exports.plan import ExportCase, ExportSource, check_tokenizer
 from prefect_huggingface.tasks.storage.exports.recipes import installed_version, resolve_recipe
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64}
@@ -165,7 +165,7 @@ def test_a_tokenizer_of_sentencepiece_needs_its_packages(monkeypatch, config: st
 
     model = LocalModel(model_id="org/model")
     files = frozenset({file, "tokenizer_config.json"})
-    case = ExportCase(model, {"model_type": config}, resolve_recipe(model, None), frozenset(), files)
+    case = ExportCase(model, resolve_recipe(model, None), ExportSource("c", {"model_type": config}, files=files))
     assert check_tokenizer(case) is None
     monkeypatch.setattr(plan, "installed_version", lambda name: None if name == lacking else installed_version(name))
     assert f"{lacking!r}" in str(check_tokenizer(case))

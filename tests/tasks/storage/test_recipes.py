@@ -90,7 +90,7 @@ def test_only_the_repository_id_chooses_a_recommendation() -> None:
 def test_a_table_of_optimum_that_was_renamed_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect_huggingface.tasks.storage.exports import recipes
 
-    monkeypatch.setattr(recipes, "INT4_WEIGHTS", "_A_NAME_OF_TOMORROW")
+    monkeypatch.setitem(recipes.TABLES, ("int4", None), "_A_NAME_OF_TOMORROW")
     with pytest.raises(PlanError, match="has no table '_A_NAME_OF_TOMORROW'"):
         recipe_of(repo_id=PHI)
     assert recipe_of().weight_format == "int4", "a folder needs no table"
