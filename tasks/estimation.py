@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import markdown_table, publish_markdown
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, describe_models, list_models, plan_job
-from prefect_huggingface.tasks.batching.shard import RowFeed, run_requests
+from prefect_huggingface.tasks.batching.shard import FeedChunk, RowFeed, run_requests
 from prefect_huggingface.tasks.progress import format_seconds
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import ResultRow
@@ -82,7 +82,7 @@ def measure_batch(
 
     more = more or BatchOptions()
     models = list_models(model, more.steps or ())
-    job = describe_models(plan_job(source, prompt, system, options, more), models, options, more.served_names)
+    job = describe_models(plan_job(source, prompt, system, options, more), models, more.served_names)
     with library_logs():
         engines = [load_engine(each) for each in models]
     limit = more.max_concurrency or sum(engine.in_flight for engine in engines)
@@ -95,7 +95,7 @@ def measure_batch(
         ends.extend(time.monotonic() for row in rows if row.is_last)
 
     began = time.monotonic()
-    feed = RowFeed(job.make_chain() or job.make_requests(), _draw_rows(job, number), commit, group_by_prefix=False)
+    feed = RowFeed(job.make_requests(), _draw_rows(job, number), commit, group_by_prefix=False)
     with closing(run_requests(engines, feed, limit, lambda: False)) as finished:
         for completions in finished:
             feed.finish(completions)
@@ -107,7 +107,7 @@ def measure_batch(
     return estimate
 
 
-def _draw_rows(job: BatchJob, number: int) -> Iterator[tuple[Chunk, set[int], list[ResultRow]]]:
+def _draw_rows(job: BatchJob, number: int) -> Iterator[FeedChunk]:
     """Yield rows that are drawn at random, in random order: they would come by length else, or by topic."""
     drawn = frozenset(random.Random(0).sample(range(job.table.rows), number))
     rows: list[tuple[dict[str, Any], str | None]] = []

@@ -77,8 +77,6 @@ class Place:
 
     def is_folder(self) -> bool:
         """Tell whether there is a folder."""
-        if self.is_local:
-            return os.path.isdir(self.url)
         system, path = _file_system(self.url)
         return bool(system.isdir(path))
 
@@ -104,11 +102,8 @@ class Place:
 
     def read(self) -> bytes:
         """Return the whole content. A remote file that is being replaced is read as it was or as it will be."""
-        if not self.is_local:
-            system, path = _file_system(self.url)
-            return bytes(system.cat_file(path))
-        with self.open() as file:
-            return file.read()
+        system, path = _file_system(self.url)
+        return bytes(system.cat_file(path))
 
     def digest(self) -> str:
         """Return the sha256 of the content as it lies there."""
@@ -294,6 +289,8 @@ def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
+    if "://" not in url:
+        return fsspec.filesystem("file"), url
     try:
         system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
