@@ -122,15 +122,6 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, float) and math.isfinite(value) else shorten(value)
 
 
-def publish_image(key: str, url: str, description: str | None = None) -> None:
-    """Leave an image that is given as a `data:` URL or as the address of a file."""
-    if not in_run():
-        return
-    from prefect.artifacts import create_image_artifact
-
-    _attempt(create_image_artifact, key, description, image_url=url)
-
-
 def _attempt(create: Callable[..., Any], key: str, description: str | None, **content: Any) -> UUID | None:
     """Create an artifact. A run never fails for want of one."""
     description = None if description is None else shorten(description)

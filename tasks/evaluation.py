@@ -16,16 +16,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.blocks.quantization import WeightFormat
-from prefect_huggingface.tasks.artifacts import in_run, publish_image, publish_table
+from prefect_huggingface.tasks.artifacts import publish_table
 from prefect_huggingface.tasks.engines.openvino_runtime import compile_properties
 from prefect_huggingface.tasks.errors import PlanError, QualityError
-from prefect_huggingface.tasks.quality import (
-    ExportQuality,
-    FormatQuality,
-    as_data_url,
-    plot_quality,
-    quality_rows,
-)
+from prefect_huggingface.tasks.quality import ExportQuality, FormatQuality, quality_rows
 from prefect_huggingface.tasks.records import Export, Snapshot
 from prefect_huggingface.tasks.storage.exports import exporter
 from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_child
@@ -67,7 +61,7 @@ def compare_formats(
         max_new_tokens: Upper limit of the tokens of each answer.
 
     Returns:
-        The comparison. In a run it is also left as a table, and as a plot for several formats.
+        The comparison. In a run it is also left as a table.
 
     Raises:
         QualityError: If an export agrees less with its source than it must. The table is left nevertheless.
@@ -218,9 +212,6 @@ def _keep_result(path: Path, found: Mapping[str, Any]) -> None:
 def _publish(quality: ExportQuality) -> None:
     key = f"export-quality-{Path(quality.source).name}"
     publish_table(key, quality_rows(quality), f"Exports of {quality.source} compared with their source")
-    if len(quality.formats) > 1 and in_run():
-        plot = as_data_url(plot_quality(quality))
-        publish_image(f"{key}-plot", plot, "Agreement with the source against size and speed")
 
 
 compare_export = task(name="compare-export", cache_policy=NO_CACHE)(compare_formats)

@@ -1,14 +1,10 @@
-"""Quality of exports: the records, and the tables and plots that people see."""
+"""Quality of exports: the records, and the tables that people see."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import Any
-
-WIDTH, HEIGHT, MARGIN = 720, 300, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,44 +118,3 @@ def _vector_rows(quality: ExportQuality) -> list[dict[str, Any]]:
         }
         for name, cosine, ranking, best, speed, size in rows
     ]
-
-
-def plot_quality(quality: ExportQuality) -> str:
-    """Return a plot of agreement against size and against speed as SVG, a point for each format."""
-    half = WIDTH / 2
-    sizes = [(entry.size_bytes / 1e6, entry) for entry in quality.formats]
-    speeds = [(entry.tokens_per_second, entry) for entry in quality.formats]
-    title = escape(f"{quality.source}: agreement with the source")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>'
-        f'<text x="{half}" y="20" text-anchor="middle" font-size="14">{title}</text>'
-        f"{_panel(0, 'size (MB)', sizes)}{_panel(half, 'tokens per second', speeds)}</svg>"
-    )
-
-
-def as_data_url(svg: str) -> str:
-    """Return an SVG image as a URL that holds it."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-
-
-def _panel(left: float, label: str, points: Sequence[tuple[float, FormatQuality]]) -> str:
-    """Return one coordinate system with its points; x from 0 to the largest value, y the agreement."""
-    width, height = WIDTH / 2 - MARGIN - 30, HEIGHT - 2 * MARGIN
-    origin, bottom = left + MARGIN, HEIGHT - MARGIN
-    largest = max((x for x, _ in points), default=1.0) * 1.15 or 1.0
-    lowest = min(0.9, min((entry.agreement for _, entry in points), default=0.9) - 0.02)
-    parts = [
-        f'<path d="M{origin} {bottom - height}V{bottom}H{origin + width}" fill="none" stroke="#888"/>',
-        f'<text x="{origin + width / 2}" y="{HEIGHT - 14}" text-anchor="middle">{escape(label)}</text>',
-        f'<text x="{origin - 6}" y="{bottom}" text-anchor="end">{lowest:.2f}</text>',
-        f'<text x="{origin - 6}" y="{bottom - height + 4}" text-anchor="end">1.00</text>',
-        f'<text x="{origin + width}" y="{bottom + 16}" text-anchor="end">{largest:.4g}</text>',
-        f'<text x="{origin}" y="{bottom + 16}" text-anchor="middle">0</text>',
-    ]
-    for x, entry in points:
-        at_x = origin + width * x / largest
-        at_y = bottom - height * (entry.agreement - lowest) / (1 - lowest)
-        parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="#3b6fd4"/>')
-        parts.append(f'<text x="{at_x + 7:.1f}" y="{at_y + 14:.1f}">{escape(entry.weight_format)}</text>')
-    return "".join(parts)

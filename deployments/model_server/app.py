@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from prefect_huggingface.deployments.model_server.answers import Answer, json_response
 from prefect_huggingface.deployments.model_server.metrics import Metrics
 from prefect_huggingface.deployments.model_server.models import ServedModels, evict_idle
-from prefect_huggingface.deployments.model_server.settings import ServerSettings
+from prefect_huggingface.deployments.model_server.settings import LOOPBACK_HOSTS, ServerSettings
 from prefect_huggingface.tasks.engines.base import Mailbox, RequestError
 from prefect_huggingface.tasks.engines.inputs import check_characters
 from prefect_huggingface.tasks.openai_protocol import BodyError, check_images, parse_body
@@ -23,7 +23,6 @@ from prefect_huggingface.tasks.vector_protocol import READERS, TEXT_URLS, VECTOR
 
 BODY_SECONDS = 60.0
 MAX_IMAGES = 16
-LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
 class ModelServer:
@@ -116,8 +115,8 @@ class ModelServer:
         if self._keys and not sum(hmac.compare_digest(given, key) for key in self._keys):
             raise BodyError("invalid_api_key", "The API key is wrong. Send `Authorization: Bearer KEY`.", status=401)
         host = request.headers.get("host", "").lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if not self._keys and name not in LOOPBACK_NAMES:
+        name = (host if host.endswith("]") else host.rpartition(":")[0] or host).strip("[]")
+        if not self._keys and name not in LOOPBACK_HOSTS:
             # A web page can have its own name point to this machine.
             raise BodyError("invalid_host", f"This server is for this machine only, not for {name!r:.100}.", status=403)
 
