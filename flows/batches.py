@@ -29,21 +29,14 @@ from prefect_huggingface.tasks.batches import (
     run_shard,
 )
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
-from prefect_huggingface.tasks.batching.job import (
-    BatchOptions,
-    InputType,
-    Model,
-    add_models,
-    list_models,
-    pin_model,
-)
+from prefect_huggingface.tasks.batching.job import BatchOptions, InputType, Model, add_models, list_models, pin_model
 from prefect_huggingface.tasks.batching.output import (
     Publication,
     check_free,
     describe_batch,
-    errors_place,
     find_finished,
     is_published,
+    place_beside,
     publish_artifacts,
 )
 from prefect_huggingface.tasks.batching.run import (
@@ -203,7 +196,7 @@ def _check_places(plan: BatchPlan, journal: Journal, destination: str, more: Bat
     check_free(place.url, replaceable)
     if plan.job.table.format == "openai" and plan.chosen is None:
         # With a journal, they are from an attempt of this job that ended between the two files.
-        check_free(errors_place(place).url, replaceable or began)
+        check_free(place_beside(place.url, "errors"), replaceable or began)
     return replaceable
 
 

@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect import task
@@ -34,9 +34,9 @@ from prefect_huggingface.tasks.batching.job import (
 from prefect_huggingface.tasks.batching.output import (
     Publication,
     choose_columns,
+    place_beside,
     plan_output,
     publish_output,
-    trial_of,
 )
 from prefect_huggingface.tasks.batching.run import Progress, choose_rows, get_status
 from prefect_huggingface.tasks.batching.shard import Rows, Shard, ShardResult, process_shard
@@ -53,13 +53,7 @@ ENGINE_TAG = "hugging-face-engine"
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What a batch will do, all checked.
-
-    Attributes:
-        job: Its job.
-        output: Its output, that of the trial where it is one.
-        chosen: Rows of a trial, None for all.
-    """
+    """What a batch will do, all checked. `chosen` are the rows of a trial, None for all."""
 
     job: BatchJob
     output: Output
@@ -93,7 +87,9 @@ def check_batch(
     job = describe_models(job, models, more.served_names)
     output = choose_columns(job, output, more, model)
     chosen = choose_rows(job.table.rows, rows, more)
-    return BatchPlan(job, output if chosen is None else trial_of(output), chosen)
+    if chosen is not None:  # a trial has a file of its own, which every trial replaces
+        output = replace(output, destination=place_beside(output.destination, "trial"))
+    return BatchPlan(job, output, chosen)
 
 
 def prepare_models(models: Sequence[Model], commits: Sequence[Commits]) -> list[ResolvedModel]:
@@ -239,7 +235,7 @@ def publish_rows(
     """Write the output of a finished batch and publish it."""
     replaceable = replaceable or plan.chosen is not None
     publication = publish_output(plan.job, owner, plan.output, replaceable, progress, plan.chosen)
-    facts = {"rows": publication.rows, "failed": publication.failed, "generated_tokens": publication.generated_tokens}
+    facts = {name: getattr(publication, name) for name in ("rows", "failed", "generated_tokens")}
     for place in filter(None, (plan.output.destination, publication.errors_destination)):
         note_asset(place_key(place), upstream, facts)
     return publication

@@ -25,12 +25,6 @@ def answer_chain(
 ) -> dict[str, Any]:
     """Run named prompts one after the other, and return the output of each step by its name.
 
-    Args:
-        model: Model or endpoint of the steps that name no other.
-        steps: Steps in their order.
-        inputs: Values for the names in the prompts.
-        options: Generation options of all steps, put over the defaults of their models.
-
     Raises:
         ChainError: If the chain cannot be filled in, a step fails, or an output is not of its form.
     """

@@ -32,10 +32,7 @@ class BatchEstimate:
     """What a batch would take.
 
     Attributes:
-        rows: Number of its rows.
         measured_rows: Number of rows that were measured.
-        prompt_tokens: Tokens of all prompts.
-        generated_tokens: Tokens of all answers.
         seconds: Time from the first request to the last answer, on one machine like this.
         memory_bytes: Resident memory of the process with the loaded model.
         disk_bytes: Size of the journal and the output together.
@@ -63,15 +60,7 @@ def measure_batch(
 
     Rows drawn at random are generated, several times as many as the engine has at once, so that its batch is full while
     the time is taken. Their answers are not kept; a trial, `rows=200`, keeps them. Equal prompts are not looked for.
-
-    Args:
-        model: Model or endpoint. It is downloaded, exported and loaded where it is not yet.
-        source: Input of the batch.
-        prompt: Template over the columns.
-        options: Generation options, put over those of the model.
-        system: Template of a system message.
-        more: Options of the batch.
-        max_seconds: After so many seconds no more rows begin; those that have begun are finished.
+    After `max_seconds` no more rows begin; those that have begun are finished.
 
     Raises:
         BatchError: If the parts do not go together.

@@ -45,6 +45,9 @@ DECISIVE_FIELDS = (
     "task", "backend", "chat_template", "ov_config", "dtype", "load_in", "attn_implementation", "embedding",
 )  # fmt: skip
 SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters")
+FINGERPRINT_FIELDS = (
+    "prompt", "messages_column", "system", "option_columns", "options", "steps", "input_type", "versions",
+)  # fmt: skip
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
 VECTOR_COLUMNS = ("embedding", "status", "prompt_tokens", "seconds", "error")
 MAX_DUPLICATES = 10_000
@@ -114,8 +117,6 @@ class Output:
     """Where and how the output is written.
 
     Attributes:
-        destination: File or URL.
-        format: Format of the file.
         columns: Columns of the input to keep, or None for all.
         prefix: Put before the names of the columns that are added.
         timings: Whether the column `seconds` is filled. Times differ from run to run.
@@ -148,14 +149,9 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """Everything that decides what text a row gets.
+    """Everything that decides what text a row gets; `prompt` is None where the rows hold messages or whole requests.
 
     Attributes:
-        table: Input.
-        prompt: f-string template over the columns, or None where the rows hold messages or request bodies.
-        messages_column: Column with chat messages.
-        system: Template of the system message.
-        option_columns: Columns that hold a generation option of the same name.
         options: Options that were given for the batch.
         steps: Steps of a chain, each with the number of its model in `models`.
         asked: What the caller asked for, a branch for instance, for each model.
@@ -191,28 +187,14 @@ class BatchJob:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same for a journal to be continued. Where the files lie does not matter."""
-        further = {f"model {number}": dict(model) for number, model in enumerate(self.models[1:], 2)}
-        return {
-            "journal version": JOURNAL_VERSION,
-            "input": [
-                {"rows": file.rows, "sha256": file.digest, "layout": dict(file.layout)} for file in self.table.files
-            ],
-            "input format": self.table.format,
-            "prompt": self.prompt,
-            "messages column": self.messages_column,
-            "system prompt": self.system,
-            "option columns": list(self.option_columns),
-            "options": dict(self.options),
-            "steps": [dict(step) for step in self.steps],
-            **({"input type": self.input_type} if self.input_type else {}),
-            "model": dict(self.models[0]) if self.models else {},
-            **further,
-            "versions": dict(self.versions),
-        }
+        files = [{"rows": file.rows, "sha256": file.digest, "layout": dict(file.layout)} for file in self.table.files]
+        identities = {f"model {number}" if number > 1 else "model": each for number, each in enumerate(self.models, 1)}
+        own = {name: getattr(self, name) for name in FINGERPRINT_FIELDS}
+        return {"journal version": JOURNAL_VERSION, "input": files, "format": self.table.format, **own, **identities}
 
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
-        asked = {**replace(self, models=(), versions={}).fingerprint(), "model": list(map(dict, self.asked))}
+        asked = {**replace(self, models=(), versions={}).fingerprint(), "model": self.asked}
         return _hash({**asked, "output": asdict(output)})
 
     def as_dict(self) -> dict[str, Any]:
@@ -309,13 +291,10 @@ def plan_job(
         raise BatchError(f"`option_columns` must be named as generation options, got {unknown!r}. Rename the columns.")
     if more.steps and more.option_columns:
         raise BatchError("`option_columns` does not go with `steps`. Give the steps `options`.")
-    rows = (
-        ChainRows(more.steps, system=system)
-        if more.steps
-        else PromptRows(prompt, system, more.messages_column, tuple(more.option_columns))
-    )
+    ChainRows(more.steps or ())  # so that a broken template is found before the input is read
+    needed = PromptRows(prompt, system, more.messages_column, tuple(more.option_columns)).columns
     table = inspect_table(source, more.source_format, more.source_options)
-    missing = [name for name in rows.columns if name not in table.columns]
+    missing = [name for name in needed if name not in table.columns]
     if missing:
         raise BatchError(
             f"The input {source!r} has no column {', '.join(map(repr, missing))}. "
@@ -427,11 +406,7 @@ def resolve_model(model: Model, commits: Commits = ()) -> ResolvedModel:
 
     The identity names the content of the model and not where it lies. Settings found by tuning are part of it where
     they decide how precisely the model computes. Sizes of the engine and the device are not. What an endpoint runs is
-    not known, so that it stands for itself.
-
-    Args:
-        model: Model as the caller names it.
-        commits: Commits that an earlier run of the job has found.
+    not known, so that it stands for itself. `commits` are those that an earlier run of the job has found.
     """
     if isinstance(model, InferenceEndpoint):
         return ResolvedModel(describe_model(model))

@@ -16,7 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
+from prefect_huggingface.tasks.storage.files import hash_file
 from prefect_huggingface.tasks.storage.journals.journal import SUFFIX, Journal, JournalRows
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.places import Place, is_pattern
@@ -44,7 +45,6 @@ TEMPORARY_CHARACTERS = 32  # what a temporary file's name has besides that of th
 LEAST_FREE_BYTES = 16 * 2**20
 SAMPLE_ROWS = 20
 LENGTH_BOUNDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-TRIAL = "trial"
 
 
 def plan_output(source: str, destination: str) -> Output:
@@ -80,21 +80,18 @@ def check_writable(place: Place) -> None:
             raise BatchError(f"`destination` {place.url!r} cannot be written: there is no {bucket.url!r}. Create it.")
         return
     folder = next(each for each in Path(place.url).parents if os.path.lexists(each))
+    longest_name = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     reason = None
     if not folder.is_dir():
         reason = f"{str(folder)!r} is not a folder. Choose another one."
     elif not os.access(folder, os.W_OK | os.X_OK):
         reason = f"the folder {str(folder)!r} is read-only. Choose another one, or change its rights."
-    elif len(os.fsencode(place.name)) + TEMPORARY_CHARACTERS > _longest_name(folder):
+    elif len(os.fsencode(place.name)) + TEMPORARY_CHARACTERS > longest_name:
         reason = f"its name has {len(place.name)} characters. Choose a shorter one."
     elif (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
         reason = f"the disk has {free / 1e6:.1f} MB left. Make room, or choose another disk."
     if reason:
         raise BatchError(f"`destination` {place.url!r} cannot be written: {reason}")
-
-
-def _longest_name(folder: Path) -> int:
-    return os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
 
 
 def _check_apart(source: str, destination: Place) -> None:
@@ -196,19 +193,13 @@ def is_published(record: Mapping[str, Any], place: Place) -> bool:
 
 @dataclass(slots=True)
 class Publication:
-    """What was published.
+    """What was published: counts over all rows, the first of them, and the first that failed.
 
     Attributes:
-        rows: Number of rows.
-        statuses: Number of rows by status.
-        failed: Number of rows with an error.
         generated_tokens: Number of tokens in all answers.
         shared: Number of rows that took the answer of another row.
         lengths: Number of rows by the number of their tokens, see `LENGTH_BOUNDS`.
-        samples: First rows.
-        failures: First rows that failed.
         errors_destination: Where the failed requests are, in the OpenAI batch format.
-        summary: The batch in short.
     """
 
     rows: int = 0
@@ -256,20 +247,10 @@ def _samples(chunk: Chunk, answers: Any, texts: Sequence[str]) -> list[dict[str,
     ]
 
 
-def trial_of(output: Output) -> Output:
-    """Return the output of a trial: beside that of the whole batch, and replaced by every trial."""
-    place = Place.of(output.destination)
-    return replace(output, destination=_beside(place, TRIAL).url)
-
-
-def errors_place(destination: Place) -> Place:
-    """Return where the errors of an OpenAI batch go: `out.jsonl` has them in `out.errors.jsonl`."""
-    return _beside(destination, "errors")
-
-
-def _beside(place: Place, word: str) -> Place:
-    stem, _, suffix = place.name.rpartition(".")
-    return place.parent.child(f"{stem}.{word}.{suffix}")
+def place_beside(destination: str, word: str) -> str:
+    """Return where a further file of an output goes, the errors of `out.jsonl` in `out.errors.jsonl` for instance."""
+    stem, dot, suffix = destination.rpartition(".")
+    return f"{stem}.{word}{dot}{suffix}"
 
 
 def publish_output(
@@ -294,10 +275,9 @@ def publish_output(
         path = published.enter_context(place.published(replaceable))
         writer: AnswerTableWriter | OpenAIBatchWriter
         if job.table.format == "openai":
-            errors = errors_place(place)
-            publication.errors_destination = errors.url
+            publication.errors_destination = place_beside(place.url, "errors")
             # An earlier attempt may have published the errors and not yet the responses.
-            errors_path = published.enter_context(errors.published(True))
+            errors_path = published.enter_context(Place(publication.errors_destination).published(True))
             created = (journal.read_job() or {}).get("created", 0) if output.timings else 0
             writer = OpenAIBatchWriter(path, errors_path, job.key, int(created))
         else:
@@ -309,9 +289,7 @@ def publish_output(
         publication.summary = publication.summarize(output.destination, progress or Progress(0))
         owner.check()
         if chosen is None:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            record = {"sha256": digest, "size": path.stat().st_size, "summary": asdict(publication.summary)}
+            record = {"sha256": hash_file(path), "size": path.stat().st_size, "summary": asdict(publication.summary)}
             owner.write("published", {"call": job.call_key(output), **record})
     return publication
 
@@ -559,10 +537,7 @@ def publish_artifacts(publication: Publication, samples: Sequence[tuple[float, i
 
 
 def describe_batch(
-    summary: BatchSummary,
-    publication: Publication | None,
-    samples: Sequence[tuple[float, int]],
-    journal: Journal,
+    summary: BatchSummary, publication: Publication | None, samples: Sequence[tuple[float, int]], journal: Journal
 ) -> str:
     """Return the summary as Markdown."""
     parts = ["# Batch inference", markdown_table(("", ""), summary_lines(summary).items())]

@@ -72,8 +72,7 @@ class RowRequest:
 class Template:
     """An f-string template over columns, with the rules of `langchain_core`, rendered fast.
 
-    Args:
-        text: Template such as "What is the capital of {country}?". Braces that are no field are doubled.
+    "What is the capital of {country}?" is one. Braces that are no field are doubled.
 
     Raises:
         BatchError: If it is no template.
@@ -242,11 +241,7 @@ class ChainStep(BaseModel):
 
 
 def check_chain(steps: Sequence[ChainStep], inputs: Iterable[str]) -> None:
-    """Check that every prompt can be filled in when its turn comes.
-
-    Args:
-        steps: Steps in their order.
-        inputs: Names of the inputs, or of the columns of a table.
+    """Check that every prompt can be filled in when its turn comes, from the inputs, or columns, and earlier steps.
 
     Raises:
         ChainError: If there is no step, a name occurs twice, a template is broken, or it uses a name that is neither
@@ -330,16 +325,6 @@ class ChainRows:
             PromptRows(_template_of(step), system, options=every.merged(step.options), greedy=is_greedy)
             for step, is_greedy in zip(steps, greedy or [True] * len(steps), strict=True)
         ]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names that the prompts use and that no earlier step gives."""
-        known: dict[str, Parser | None] = {}
-        needed: dict[str, None] = {}
-        for step, prompt in zip(self.steps, self._prompts, strict=True):
-            needed |= dict.fromkeys(name for name in prompt.columns if not _is_known(name, known))
-            known[step.name] = step.parser
-        return tuple(needed)
 
     def __call__(self, number: int, row: Mapping[str, Any], step: int = 0) -> RowRequest:
         """Return the request of a step, given the columns of a row and the outputs of its earlier steps.

@@ -62,14 +62,7 @@ def find_commits(journal: Journal, job: BatchJob) -> Sequence[Commits]:
 
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """One run of a batch.
-
-    Attributes:
-        owner: The run as the owner of the journal.
-        counts: What was finished before it.
-        rows: Number of rows that it is about.
-        shards: Parts of it that have rows left.
-    """
+    """One run of a batch: what was finished before it, the number of its rows, and its shards that have rows left."""
 
     owner: JournalOwner
     counts: JournalCounts
@@ -165,17 +158,14 @@ def _count(rows: Any) -> JournalCounts:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a batch is.
+    """How far a batch is, with the current rates.
 
     Attributes:
-        rows: Number of rows of the batch.
+        seconds: Time since the run began, or from the first request to the last answer of one that has ended.
         finished: Number of rows that are committed, by this run or an earlier one.
         resumed: Number of those that an earlier run had committed.
         failed: Number of committed rows that failed, in all runs.
         tokens: Number of tokens that this run has generated and committed.
-        seconds: Time since the run began.
-        rows_per_second: Current rate.
-        tokens_per_second: Current rate.
         invalid: Number of committed rows whose answer does not have the form that was asked for.
     """
 
@@ -314,16 +304,7 @@ class CancelWatch:
 
 @dataclass(frozen=True, slots=True)
 class BatchStatus:
-    """How far a batch is.
-
-    Attributes:
-        source: Its input.
-        rows: Number of its rows.
-        finished: Number of rows in its journal.
-        failed: Number of those that failed.
-        statuses: Number of finished rows by status.
-        running: Whether a run works on it now.
-    """
+    """How far a batch is: the rows in its journal, by their status, and whether a run works on it now."""
 
     source: str
     rows: int

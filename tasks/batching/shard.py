@@ -45,10 +45,9 @@ FeedChunk = tuple[Chunk, set[int], list[ResultRow]]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Some rows of a batch. How it goes through them does not change the output.
+    """Some rows of a batch, at least one. How it goes through them does not change the output.
 
     Attributes:
-        rows: Its rows. At least one.
         owner: Random name of the run that it belongs to.
         epoch: Number of that run.
         retry_before: Rows that failed in a run before this one are generated again.

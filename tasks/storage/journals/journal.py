@@ -59,20 +59,12 @@ class SegmentError(Exception):
 
 
 class ResultRow(NamedTuple):
-    """A finished step of one row: the output columns, and what the journal needs besides.
+    """A finished step of one row: the columns of the output, see `Completion`, and what the journal needs besides.
 
     The journal keeps one for each step of each row; of two with the same row and step, that of the later epoch counts.
 
     Attributes:
-        row: Number of the row in the input, from 0.
         step: Number of the step in the chain, from 0. A batch without steps has the step 0 only.
-        completion: Text that was generated.
-        status: "ok", "length", or the kind of the error.
-        finish_reason: Why the text ends.
-        prompt_tokens: Number of tokens of the prompt.
-        generated_tokens: Number of tokens of the text.
-        seconds: Time that the step took.
-        error: What went wrong, or None.
         details: JSON of what else belongs to the step (structured values, further answers), or None.
         shared: Whether the text was generated for another row with the same prompt.
         digest: Hash of the prompt and its options, where the text may be shared with other rows.

@@ -45,7 +45,6 @@ class JournalOwner:
     """A run that owns a journal, until another run succeeds it.
 
     Attributes:
-        journal: What it owns.
         epoch: Its number.
         id: Its random name.
         base: Number under which the journal was cleared last, 0 if it never was. What is older is void.

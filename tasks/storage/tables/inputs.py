@@ -83,8 +83,6 @@ class TableFile:
     """One file of a table.
 
     Attributes:
-        url: Where it is.
-        rows: Number of rows.
         digest: Hash of its content.
         layout: How it is read where that is not the usual way: compression, encoding, delimiter, partition and so on.
         marks: Row number, line number and byte offset of some rows, to start reading there.
@@ -127,7 +125,6 @@ class Chunk:
 
     Attributes:
         first: Number of the first row in the table, from 0.
-        size: Number of rows.
         make: Makes the rows when they are asked for.
         batch: The rows as a `pyarrow.RecordBatch`, where the format has types.
         lines: Line of each row in its file, where the format has lines.
@@ -342,11 +339,7 @@ def find_duplicates(table: Table, column: str) -> Iterator[tuple[int, str, Any]]
 def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess: bool = True) -> dict[str, Any]:
     """Return how a file is read where that is not the usual way, from its first bytes; guesses are logged.
 
-    Args:
-        place: The file.
-        format: Format that was given, or that the name tells.
-        options: What was given.
-        guess: Whether a JSON file may turn out to be an array or indented objects.
+    With `guess`, what is called JSON lines may turn out to be an array or indented objects, and the other way round.
 
     Raises:
         TableError: If the file is something else.

@@ -321,8 +321,6 @@ def parse_json(line: bytes) -> Any:
 class CsvReader(TextReader):
     """Cells with a header. Every cell is text, exactly as it is written."""
 
-    kinds = "text"
-
     @override
     def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")

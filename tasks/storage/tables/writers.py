@@ -33,6 +33,8 @@ class TableWriter(AbstractContextManager["TableWriter"]):
     `kept` are the columns of the input to write, in order, or None for all that a row has; `added` the further ones.
     """
 
+    _file: IO[Any]
+
     def __init__(self, kept: Sequence[str] | None, added: Sequence[str]) -> None:
         self.kept, self.added = kept, tuple(added)
 
@@ -42,7 +44,7 @@ class TableWriter(AbstractContextManager["TableWriter"]):
 
     def close(self) -> None:
         """Finish the file."""
-        raise NotImplementedError
+        self._file.close()
 
     @override
     def __exit__(self, *_: object) -> None:
@@ -57,7 +59,7 @@ class JsonLinesWriter(TableWriter):
 
     def __init__(self, path: Path, kept: Sequence[str] | None, added: Sequence[str]) -> None:
         super().__init__(kept, added)
-        self._file: IO[bytes] = open(path, "wb")
+        self._file = open(path, "wb")
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
@@ -72,10 +74,6 @@ class JsonLinesWriter(TableWriter):
         # An object without a quote has no key.
         lines = [row[:-1] + b"," + tail if b'"' in row else b"{" + tail for row, tail in zip(rows, tails, strict=True)]
         self._file.write(b"\n".join([*lines, b""]))
-
-    @override
-    def close(self) -> None:
-        self._file.close()
 
 
 def to_json(value: Any) -> bytes:
@@ -122,10 +120,6 @@ class CsvWriter(TableWriter):
         columns = [_to_cells([row.get(name) for row in chunk.rows]) for name in self._columns]
         columns += [_to_cells((further or {})[name].to_pylist()) for name in self.added]
         self._writer.writerows(zip(*columns, strict=True))
-
-    @override
-    def close(self) -> None:
-        self._file.close()
 
 
 def _to_cells(values: list[Any]) -> list[Any]:

@@ -180,8 +180,8 @@ def test_steps_name_other_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([{"name": "a", "prompt": "{town}"}], "no column 'town'"),
-        ([{"name": "a", "prompt": "{b}"}, {"name": "b", "prompt": "x"}], "no column 'b'"),
+        ([{"name": "a", "prompt": "{town}"}], r"Step 'a' uses \{town\}"),
+        ([{"name": "a", "prompt": "{b}"}, {"name": "b", "prompt": "x"}], r"Step 'a' uses \{b\}"),
         ([{"name": "text", "prompt": "x"}], "'text' is used twice"),
         ([{"name": "status", "prompt": "x"}], "columns .'status'. that the output adds"),
         ([{"name": "a", "prompt": "{text"}], "not a prompt template"),
