@@ -205,7 +205,7 @@ def _run(
 ) -> Publication:
     """Generate what is left and publish the output."""
     run = open_run(owner, plan.job, more, plan.chosen)
-    monitor = BatchMonitor(run.journal, run.rows, run.counts)
+    monitor = BatchMonitor(owner.journal, run.rows, run.counts)
     if run.counts.rows:
         left = run.rows - run.counts.rows
         run_log().info("%d of %d rows are finished already, %d are left.", run.counts.rows, run.rows, left)
@@ -215,7 +215,7 @@ def _run(
     progress = replace(monitor.measure(), seconds=seconds)
     check_failures(progress, more.max_failures, more.min_valid)
     publication: Publication = publish_batch(plan, owner, replaceable, progress, list_upstream(plan, models))
-    publish_artifacts(publication, monitor.samples, run.journal)
+    publish_artifacts(publication, monitor.samples, owner.journal)
     return publication
 
 
@@ -224,11 +224,11 @@ def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: Cancel
 
     Whatever happens, they end and commit what is finished.
     """
-    report = ProgressReport("batch-progress", f"{run.rows:,} rows")
+    journal, report = run.owner.journal, ProgressReport("batch-progress", f"{run.rows:,} rows")
     what = f"No shard has begun: waiting for a free worker, or for the concurrency limit on the tag {ENGINE_TAG!r}"
     waits: WaitNotice | None = WaitNotice(run_log(), what, START_SECONDS)
     finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
-    futures = [run_shard.submit(models, run.journal, shard) for shard in run.shards]
+    futures = [run_shard.submit(models, journal, shard) for shard in run.shards]
     for future in futures:
         future.add_done_callback(finished.put)
     begins: list[float] = []
@@ -245,7 +245,7 @@ def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: Cancel
         try:
             while len(ends) < len(futures):
                 try:
-                    result = finished.get(timeout=run.journal.poll_seconds).result()
+                    result = finished.get(timeout=journal.poll_seconds).result()
                     ends.append(time.monotonic())  # the clocks of other machines may differ
                     begins.append(ends[-1] - result.seconds)
                     is_complete = is_complete and result.complete
@@ -261,9 +261,7 @@ def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: Cancel
         finally:
             tell(final=True)
     if not is_complete:
-        raise BatchError(
-            f"The batch was stopped, or taken over by another run. {run.journal.place.url!r} keeps its rows."
-        )
+        raise BatchError(f"The batch was stopped, or taken over by another run. {journal.place.url!r} keeps its rows.")
     return max(ends, default=0.0) - min(begins, default=0.0)
 
 

@@ -77,13 +77,10 @@ class FormFlow(Flow[P, R]):
             ParameterTypeError: If a block cannot be loaded or is of another type, if rows are given in place of a
                 file, or if a value does not fit its parameter.
         """
-        annotations = {
-            name: parameter.annotation
-            for name, parameter in inspect.signature(self.fn, eval_str=True).parameters.items()
-        }
+        own = inspect.signature(self.fn, eval_str=True).parameters
         loaded = {name: load_references(name, value) for name, value in parameters.items()}
         for name, value in loaded.items():
-            kinds = list(_parts(annotations.get(name)))
+            kinds = list(_parts(own[name].annotation)) if name in own else []
             _check_block(name, value, tuple(kind for kind in kinds if Block.is_block_class(kind)))
             _check_rows(name, value, kinds)
         return super().validate_parameters(loaded)

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import task
@@ -131,11 +131,11 @@ def _extrapolate(job: BatchJob, results: list[ResultRow], ends: list[float], mem
 
 def describe_estimate(estimate: BatchEstimate) -> str:
     """Return an estimate as Markdown."""
-    values = asdict(estimate)
     lines = [
         ("Rows", f"{estimate.rows:,}, of which {estimate.measured_rows:,} were measured"),
         ("Time", format_seconds(estimate.seconds)),
-        *((name.replace("_", " ").capitalize(), f"{values[name]:,}") for name in ("prompt_tokens", "generated_tokens")),
+        ("Prompt tokens", f"{estimate.prompt_tokens:,}"),
+        ("Generated tokens", f"{estimate.generated_tokens:,}"),
         ("Memory", f"{estimate.memory_bytes / 1e9:.2f} GB"),
         ("Disk", f"{estimate.disk_bytes / 1e6:.1f} MB"),
     ]

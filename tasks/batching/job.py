@@ -236,6 +236,8 @@ def check_same_job(job: BatchJob, record: Mapping[str, Any], journal: str) -> No
         return
     theirs, ours = record.get("fingerprint", {}), json.loads(json.dumps(job.fingerprint()))
     different = list(_differences(theirs, ours))
+    if theirs.get("journal version") != JOURNAL_VERSION:  # what follows may have had other names
+        different = different[:1]
     remedy = "Start again with the same settings, choose another destination, or delete the journal."
     if any(each.startswith("model, tuned settings") for each in different):
         remedy += " Settings that were found by tuning are left out with `engine.tuned` off."

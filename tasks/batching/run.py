@@ -69,11 +69,6 @@ class BatchRun:
     rows: int
     shards: tuple[Shard, ...]
 
-    @property
-    def journal(self) -> Journal:
-        """Its journal."""
-        return self.owner.journal
-
 
 def choose_rows(table_rows: int, rows: int | None, options: BatchOptions) -> Rows | None:
     """Return the rows of a trial, None where all rows are to be answered.
@@ -240,7 +235,7 @@ def check_failures(progress: Progress, max_failures: float | None, min_valid: fl
     whole = progress.finished >= progress.rows
     if max_failures is not None:
         seen = progress.finished if progress.finished >= LEAST_ROWS_FOR_SHARES else progress.rows
-        limit = max_failures if max_failures >= 1 else max_failures * (progress.rows if whole else seen)
+        limit = max_failures if max_failures >= 1 else max_failures * seen
         if progress.failed > limit:
             raise BatchError(
                 f"{progress.failed} of {progress.finished} rows failed, more than `max_failures` ({max_failures:g}) "

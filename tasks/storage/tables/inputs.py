@@ -150,10 +150,6 @@ class Chunk:
         """The rows as dictionaries. One that could not be read holds what could be read of it."""
         return self.make()
 
-    def where(self, place: int) -> str:
-        """Return where a row of the chunk is, for a message."""
-        return f"line {self.lines[place]}" if self.lines else f"row {self.first + place + 1}"
-
     def part(self, start: int, stop: int) -> Chunk:
         """Return the chunk without the rows before `start` and from `stop` on, numbered as the chunk is."""
         low, high = max(start - self.first, 0), min(stop - self.first, self.size)
@@ -333,7 +329,8 @@ def find_duplicates(table: Table, column: str) -> Iterator[tuple[int, str, Any]]
                     continue
                 text = f"{type(value).__name__} {value}".encode("utf-8", "surrogatepass")
                 if base.execute("INSERT OR IGNORE INTO ids VALUES (?)", (text,)).rowcount == 0:
-                    yield chunk.first + place, chunk.where(place), value
+                    where = f"line {chunk.lines[place]}" if chunk.lines else f"row {chunk.first + place + 1}"
+                    yield chunk.first + place, where, value
 
 
 def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess: bool = True) -> dict[str, Any]:
