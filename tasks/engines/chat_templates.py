@@ -68,11 +68,6 @@ class ChatTemplate:
         sources = read_templates(folder)
         return cls(sources, read_special_tokens(folder), *read_added_texts(folder)) if sources else None
 
-    @property
-    def source(self) -> str:
-        """Text of all templates, to look for what they can do."""
-        return "\n".join(self.sources.values())
-
     def choose(self, tools: Sequence[Any] = (), name: str | None = None) -> str:
         """Return the text of the template for a conversation, chosen as Transformers does.
 

@@ -45,19 +45,21 @@ TOOLS_INTRODUCTION = (
 
 
 @dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """The prompt that a conversation comes to.
+class Prompt:
+    """The final text of a prompt.
 
     Attributes:
         segments: Texts to be tokenized one by one, with the special tokens in them. The cuts lie within what looks
             like a special token in the text of a message, so that it is text.
+        add_special_tokens: Whether the tokenizer puts its start token before it. False where the text has it already.
     """
 
     segments: tuple[str, ...]
+    add_special_tokens: bool = False
 
     @property
     def text(self) -> str:
-        """The whole prompt."""
+        """The whole text."""
         return "".join(self.segments)
 
 
@@ -69,7 +71,7 @@ def write_conversation(
     options: Mapping[str, Any] | None = None,
     trusted_text: bool = False,
     answer: bool = True,
-) -> ChatPrompt:
+) -> Prompt:
     """Return the prompt for a conversation.
 
     Args:
@@ -85,17 +87,18 @@ def write_conversation(
             writing it, or if the text of a message has marks of turns that are no tokens.
     """
     template.check_options(options or {}, tools)
-    cutter = _Cutter(template, messages, tools, trusted_text)
-    names = [str(tool.get("function", tool).get("name")) for tool in cutter.tools]
+    marked, marked_tools, mark = _mark_special(
+        [dict(message) for message in messages], [dict(tool) for tool in tools], None if trusted_text else template
+    )
     problem: ChatTemplateError | None = None
-    for written, shown in _ways_to_write(cutter.messages, cutter.tools):
+    for written, shown in _ways_to_write(marked, marked_tools):
         try:
             text = template.render(written, shown, options=options, answer=answer)
-            check_complete(template, text, written, names, bool(shown))
+            check_complete(template, text, written, marked_tools, bool(shown))
         except ChatTemplateError as exc:
             problem = problem or exc  # the first way is that of the caller
         else:
-            return ChatPrompt(cutter.cut(text))
+            return Prompt(tuple(text.split(mark)) if mark else (text,))
     assert problem is not None
     raise problem
 
@@ -134,45 +137,38 @@ def check_untrusted(template: ChatTemplate, messages: Sequence[Message]) -> None
     Raises:
         ChatTemplateError: With the first one.
     """
-    everything = "\n".join(_texts_of([message.get("content") for message in messages]))
-    found = template.special_pattern.search(everything)
-    marks = [found[0]] if found else [mark for mark in template.plain_marks if mark in everything]
-    if marks:
+    found = _find_special(template, "\n".join(_texts_of([message.get("content") for message in messages])))
+    if found is not None:
         raise ChatTemplateError(
-            f"The text of a message beside images must not contain {marks[0]!r}: it is special to this model. "
+            f"The text of a message beside images must not contain {found!r}: it is special to this model. "
             "Remove it, or set `trusted_text`."
         )
 
 
-class _Cutter:
-    """Marks what looks like a special token in the texts of a conversation, and cuts the prompt there."""
+def _mark_special(messages: Messages, tools: Tools, template: ChatTemplate | None) -> tuple[Messages, Tools, str]:
+    """Return messages and tools with a mark within all that looks like a special token, and the mark, "" for none."""
+    everything = "\n".join(_texts_of([*messages, *tools]))
+    if template is None or (found := _find_special(template, everything)) is None:
+        return messages, tools, ""
+    if found in template.plain_marks:
+        raise ChatTemplateError(
+            f"The text of a message must not contain {found!r}: it begins or ends a turn of this model, whose "
+            "tokenizer has no token for it. Remove it, or set `trusted_text`."
+        )
+    pattern = template.special_pattern
+    mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in everything)
 
-    def __init__(
-        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], trusted: bool
-    ) -> None:
-        self.messages: Messages = [dict(message) for message in messages]
-        self.tools: Tools = [dict(tool) for tool in tools]
-        self._mark = ""
-        everything = "\n".join(_texts_of([*messages, *tools]))
-        if trusted:
-            return
-        for mark in template.plain_marks:
-            if mark in everything:
-                raise ChatTemplateError(
-                    f"The text of a message must not contain {mark!r}: it begins or ends a turn of this model, whose "
-                    "tokenizer has no token for it. Remove it, or set `trusted_text`."
-                )
-        pattern = template.special_pattern
-        if pattern.search(everything):
-            self._mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in everything)
-            self.messages = [_map_texts(message, lambda text: self._break(pattern, text)) for message in messages]
-            self.tools = [_map_texts(tool, lambda text: self._break(pattern, text)) for tool in tools]
+    def split(text: str) -> str:
+        return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
 
-    def cut(self, text: str) -> tuple[str, ...]:
-        return tuple(text.split(self._mark)) if self._mark else (text,)
+    return [_map_texts(one, split) for one in messages], [_map_texts(one, split) for one in tools], mark
 
-    def _break(self, pattern: re.Pattern[str], text: str) -> str:
-        return pattern.sub(lambda found: found[0][0] + self._mark + found[0][1:], text)
+
+def _find_special(template: ChatTemplate, text: str) -> str | None:
+    """Return the first mark of turns in a text that is no token, or else what looks like a special token."""
+    plain = next((mark for mark in template.plain_marks if mark in text), None)
+    found = template.special_pattern.search(text)
+    return plain or (found[0] if found else None)
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -343,7 +339,7 @@ def text_of(message: Message) -> str:
 
 
 def check_complete(
-    template: ChatTemplate, prompt: str, messages: Messages, names: Sequence[str], as_variable: bool
+    template: ChatTemplate, prompt: str, messages: Messages, tools: Sequence[Tool], as_variable: bool
 ) -> None:
     """Refuse a prompt that lacks a message, a call or a tool.
 
@@ -363,10 +359,11 @@ def check_complete(
             raise LostTextError(
                 "The chat template of the model leaves out tool calls. Write them as text of the message."
             )
+    names = [str(tool.get("function", tool).get("name")) for tool in tools]
     in_message = any("tools" in message for message in messages)
     # A name may also stand in the text of a message, which says nothing about the tools.
     hidden = (as_variable and not _writes_tools(template)) or (in_message and not _writes_tools(template, True))
-    missing = list(names) if hidden else [name for name in names if name not in prompt]
+    missing = names if hidden else [name for name in names if name not in prompt]
     if missing:
         raise LostTextError(f"The chat template of the model leaves out the tools {missing!r}. Remove them.")
 

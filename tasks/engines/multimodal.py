@@ -22,8 +22,8 @@ from urllib.request import url2pathname
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
-from prefect_huggingface.tasks.engines.conversations import check_complete, check_untrusted
-from prefect_huggingface.tasks.engines.inputs import InputProcessor, Prompt, check_messages, check_text
+from prefect_huggingface.tasks.engines.conversations import Prompt, check_complete, check_untrusted
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_messages, check_prompt, refuse_options
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
@@ -77,10 +77,8 @@ class MultimodalInputProcessor(InputProcessor):
             if not self._closed and state.abort_reason is None:
                 messages, sources = read_conversation(state.request)
                 state.multimodal = MultimodalInput(messages, [read_image(source) for source in sources])
-        except RequestError as exc:
-            state.fail(exc.code, str(exc))
         except Exception as exc:
-            state.fail("engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its images.")
+            state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
 
     @abstractmethod
@@ -89,9 +87,8 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _check_options(self, options: GenerationOptions) -> None:
         super()._check_options(options)
-        for name in ("max_reasoning_tokens", "choice_probabilities"):
-            if (value := getattr(options, name)) not in (None, False):
-                raise RequestError("invalid_option", f"`{name}` does not work with images, got {value}. Leave it out.")
+        names = [name for name in ("max_reasoning_tokens", "choice_probabilities") if getattr(options, name)]
+        refuse_options(options, names, "does not work with images", "Leave it out.")
 
     def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
         request = state.request
@@ -102,8 +99,7 @@ class MultimodalInputProcessor(InputProcessor):
             if not options.trusted_text:
                 check_untrusted(template, messages)
             text = self.render(template, messages, request, options=options.template_options)
-            names = [str(tool.get("function", tool).get("name")) for tool in request.tools]
-            check_complete(template, text, list(_pieces_of(messages)), names, bool(request.tools))
+            check_complete(template, text, list(_pieces_of(messages)), request.tools, bool(request.tools))
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt((text,), add_special_tokens=False)
@@ -219,13 +215,8 @@ def read_conversation(request: Request) -> tuple[list[dict[str, Any]], list[str]
     Raises:
         RequestError: If there is no prompt, or images are missing.
     """
-    if (request.prompt is None) == (request.messages is None):
-        raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
-    if request.messages is None:
-        check_text(request.prompt)
-        messages: Any = [{"role": "user", "content": request.prompt}]
-    else:
-        messages = request.messages
+    check_prompt(request)
+    messages: Any = [{"role": "user", "content": request.prompt}] if request.messages is None else request.messages
     # Roles and texts are checked without the images.
     check_messages([_without_images(message) for message in messages] if _is_list(messages) else messages)
     given = iter(request.images)

@@ -23,10 +23,10 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
 from prefect_huggingface.tasks.engines.inputs import (
     InputProcessor,
-    Prompt,
     context_length_of,
     longrope_border,
     read_end_tokens,
@@ -171,7 +171,7 @@ class OpenVINOTextEngine(EngineWorker):
     def _submit(self, request: ScheduledRequest, sequence: Sequence) -> Any:
         """Put a sequence into the pipeline, from where it is, and return its handle."""
         state = request.state
-        sequence.resubmit()
+        sequence.must_resubmit = False
         config = generation_config(
             state.options,
             state.end_ids,

@@ -19,8 +19,8 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ResponseFormat
-from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.inputs import refuse_options
 from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
 from prefect_huggingface.tasks.errors import EngineError
@@ -126,41 +126,22 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
     Raises:
         RequestError: With the option and what to do instead.
     """
-    if options.no_repeat_ngram_size and options.num_beams == 1:
-        raise RequestError(
-            "invalid_option",
-            f"`no_repeat_ngram_size` works with beam search only on OpenVINO, got {options.no_repeat_ngram_size}. "
-            "Use `repetition_penalty`, `num_beams`, or the torch backend.",
-        )
-    if options.min_new_tokens and options.num_beams > 1:
-        raise RequestError(
-            "invalid_option",
-            f"`min_new_tokens` does not work with beam search on OpenVINO, got {options.min_new_tokens}. "
-            "Use `ignore_eos`, one beam, or the torch backend.",
-        )
+    if options.num_beams > 1:
+        remedy = "Use `ignore_eos`, one beam, or the torch backend."
+        refuse_options(options, ["min_new_tokens"], "does not work with beam search on OpenVINO", remedy)
+    else:
+        remedy = "Use `repetition_penalty`, `num_beams`, or the torch backend."
+        refuse_options(options, ["no_repeat_ngram_size"], "works with beam search only on OpenVINO", remedy)
     # OpenVINO GenAI 2026.4 adds these to scores below zero instead of taking them off.
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(options, name) < 0:
-            raise RequestError(
-                "invalid_option",
-                f"`{name}` below zero does not work on OpenVINO, got {getattr(options, name)}. "
-                "Use `repetition_penalty` below 1, or the torch backend.",
-            )
-    if engine.draft_model is None:
-        return
-    # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
-    # https://github.com/openvinotoolkit/openvino.genai/issues/4190 and 4081
-    for name, is_given in (
-        ("do_sample", options.do_sample),
-        ("response_format", options.response_format is not None),
-        ("num_beams", options.num_beams > 1),
-    ):
-        if is_given:
-            raise RequestError(
-                "invalid_option",
-                f"`{name}` does not work with a `draft_model`, got {getattr(options, name)!r}. "
-                "Load the model without the draft, or with `prompt_lookup_tokens`.",
-            )
+    names = [name for name in ("presence_penalty", "frequency_penalty") if getattr(options, name) < 0]
+    remedy = "Use `repetition_penalty` below 1, or the torch backend."
+    refuse_options(options, names, "below zero does not work on OpenVINO", remedy)
+    if engine.draft_model is not None:
+        # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
+        # https://github.com/openvinotoolkit/openvino.genai/issues/4190 and 4081
+        remedy = "Load the model without the draft, or with `prompt_lookup_tokens`."
+        names = ["do_sample", "response_format", "num_beams"]
+        refuse_options(options, names, "does not work with a `draft_model`", remedy)
 
 
 def generation_config(

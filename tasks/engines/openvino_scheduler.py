@@ -136,7 +136,8 @@ class ScheduledRequest:
     @property
     def reserved_tokens(self) -> int:
         """Number of tokens of the KV cache that it can come to need. Every sequence may leave a block unfilled."""
-        return self.state.most_tokens + self.state.num_seqs * BLOCK_TOKENS
+        state = self.state
+        return state.num_seqs * (len(state.prompt_ids) + state.options.max_new_tokens + BLOCK_TOKENS)
 
     def cancel(self) -> None:
         """Take it out of the pipeline, which frees its room in the next step."""

@@ -136,7 +136,7 @@ class TorchEngine(EngineWorker):
 
     def _enqueue_sequence(self, sequence: Sequence) -> None:
         """Let a sequence wait, from where it is, with a sampler for what comes next."""
-        sequence.resubmit()
+        sequence.must_resubmit = False
         state, form = sequence.state, sequence.response_format
         sequence.sampler = Sampler(
             state.options,

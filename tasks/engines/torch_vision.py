@@ -8,7 +8,8 @@ from typing import Any
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
-from prefect_huggingface.tasks.engines.inputs import InputProcessor, Prompt
+from prefect_huggingface.tasks.engines.conversations import Prompt
+from prefect_huggingface.tasks.engines.inputs import InputProcessor
 from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor, check_pillow
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.torch_engine import TorchEngine
