@@ -52,9 +52,18 @@ class MultimodalInput:
 
 
 class MultimodalInputProcessor(InputProcessor):
-    """Input processor of a model for images and text. Images are read before a request reaches its engine."""
+    """Input processor of a model for images and text. Images are read before a request reaches its engine.
+
+    Raises:
+        EngineError: If Pillow is not installed.
+    """
 
     def __init__(self, *arguments: Any) -> None:
+        if importlib.util.find_spec("PIL") is None:
+            raise EngineError(
+                "Models with images need Pillow, which is not installed. "
+                'Install it with pip install "prefect-huggingface[vision]".'
+            )
         super().__init__(*arguments)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="images")
         self._closed = False
@@ -114,19 +123,6 @@ def _pieces_of(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         for text in texts if texts or not message.get("tool_calls") else [""]:
             yield {**message, "content": text}
-
-
-def check_pillow() -> None:
-    """Check that images can be read at all.
-
-    Raises:
-        EngineError: If Pillow is not installed.
-    """
-    if importlib.util.find_spec("PIL") is None:
-        raise EngineError(
-            "Models with images need Pillow, which is not installed. "
-            'Install it with pip install "prefect-huggingface[vision]".'
-        )
 
 
 def read_image(source: Any) -> Any:

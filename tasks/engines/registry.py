@@ -56,7 +56,7 @@ ENGINE_CLASSES = {
     ("openvino", "text-generation"): "openvino_engine:OpenVINOTextEngine",
     ("openvino", "image-text-to-text"): "openvino_engine:OpenVINOVisionEngine",
     ("torch", "text-generation"): "torch_engine:TorchTextEngine",
-    ("torch", "image-text-to-text"): "torch_vision:TorchVisionEngine",
+    ("torch", "image-text-to-text"): "torch_engine:TorchVisionEngine",
     **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{

@@ -1,4 +1,4 @@
-"""Text generation with a causal language model of Transformers, on the CPU or on GPUs.
+"""Text generation with models of Transformers, from text and from images, on the CPU or on GPUs.
 
 Requests join a running batch as soon as there is room and leave it when they end: a long answer holds up nobody.
 Models whose state is more than keys and values run in whole batches, and beam search runs request by request.
@@ -14,7 +14,6 @@ and on an H200 in bfloat16 0.48. It has no options, grammars, beams or seeds of 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import deque
 from pathlib import Path
 from typing import Any, Self
@@ -23,8 +22,11 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
+from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
+from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.structured import GrammarCompiler
 from prefect_huggingface.tasks.engines.torch_batch import (
@@ -42,6 +44,7 @@ from prefect_huggingface.tasks.engines.torch_batch import (
 from prefect_huggingface.tasks.engines.torch_loading import (
     avoid_attention_plans,
     end_tokens,
+    input_device,
     load_tokenizer,
     load_torch_model,
     pad_token,
@@ -49,6 +52,7 @@ from prefect_huggingface.tasks.engines.torch_loading import (
 from prefect_huggingface.tasks.engines.torch_sampling import Sampler, advance
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.errors import SettingsError
+from prefect_huggingface.tasks.records import Request
 
 logger = get_logger(__name__)
 
@@ -59,7 +63,17 @@ OUT_OF_MEMORY = (
 
 
 class TorchEngine(EngineWorker):
-    """What the engines on Transformers have in common: sequences and beam searches that wait, and their samplers."""
+    """What the engines on Transformers have in common: sequences and beam searches that wait, and their samplers.
+
+    Attributes:
+        auto_class: Class of Transformers that loads the model.
+        processor_class: Class of Transformers that loads its tokenizer or processor.
+        inputs_class: Makes the prompts.
+    """
+
+    auto_class: str
+    processor_class = "AutoTokenizer"
+    inputs_class: type[InputProcessor] = InputProcessor
 
     def __init__(self, path: Path, model: LocalModel) -> None:
         """Load a model.
@@ -72,8 +86,9 @@ class TorchEngine(EngineWorker):
             ModelSourceError: If the folder holds no weights that may be loaded.
             EngineError: If the settings do not fit this machine or this model.
         """
-        loaded, tokenizer = self._load(path, model)
-        self._start(loaded, tokenizer, self._make_inputs(path, model), model)
+        inputs = self.inputs_class.of_folder(path, model.chat_template, model.options)
+        loaded = self._load(path, model)
+        self._start(loaded, load_tokenizer(path, model, self.processor_class), inputs, model)
 
     @classmethod
     def of_loaded(cls, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> Self:
@@ -83,12 +98,8 @@ class TorchEngine(EngineWorker):
         engine._start(loaded, tokenizer, inputs, model)
         return engine
 
-    @abstractmethod
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        """Return the model and its tokenizer or processor."""
-
-    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
-        return InputProcessor.of_folder(path, model.chat_template, model.options)
+    def _load(self, path: Path, model: LocalModel) -> Any:
+        return load_torch_model(path, model, self.auto_class)
 
     def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
         """Take what is loaded, and start the thread."""
@@ -209,12 +220,10 @@ class TorchEngine(EngineWorker):
 class TorchTextEngine(TorchEngine):
     """Causal language model in one thread, with a batch that requests join and leave."""
 
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        return load_torch_model(path, model, "AutoModelForCausalLM"), load_tokenizer(path, model)
+    auto_class = "AutoModelForCausalLM"
 
     def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
-        ends = end_tokens(loaded, tokenizer)
-        self._batch = DenseBatch(loaded, pad_token(tokenizer, ends))
+        self._batch = DenseBatch(loaded)
         self._joinable = can_join(loaded)
         self._border = longrope_border(loaded.config.to_dict())
         self._at_once = 0
@@ -327,6 +336,75 @@ class TorchTextEngine(TorchEngine):
             )
 
 
+class TorchVisionInputs(MultimodalInputProcessor):
+    """Inputs that the processor of a model makes of text and images.
+
+    Attributes:
+        processor: Processor of Transformers.
+        place: Device and data type of the model.
+    """
+
+    processor: Any
+    place: tuple[Any, Any]
+
+    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
+        """Put messages and tools into the template, with parts for the images."""
+        return template.render(messages, request.tools, **more)
+
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        images = state.multimodal.images
+        place = getattr(self.processor, "image_token", None)
+        if place and prompt.text.count(place) != len(images):
+            # The model would fail in the middle of its work.
+            raise RequestError(
+                "invalid_prompt",
+                f"The prompt has {prompt.text.count(place)} places for images ({place!r}), and there are "
+                f"{len(images)} images. Give each a place, or send messages.",
+            )
+        try:
+            inputs = self.processor(
+                text=[prompt.text],
+                images=images or None,
+                add_special_tokens=prompt.add_special_tokens,
+                return_tensors="pt",
+            )
+        except Exception as exc:
+            raise RequestError(
+                "invalid_prompt",
+                f"The processor of the model refuses the text with {len(images)} images: "
+                f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
+            ) from exc
+        state.multimodal.prepared = dict(inputs.to(*self.place))
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        return ids
+
+
+class TorchVisionEngine(TorchEngine):
+    """Model for images and text in one thread. Requests run one by one."""
+
+    auto_class, processor_class = "AutoModelForImageTextToText", "AutoProcessor"
+    inputs_class = TorchVisionInputs
+
+    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
+        assert isinstance(inputs, TorchVisionInputs)
+        inputs.processor = tokenizer
+        inputs.place = (input_device(loaded), loaded.dtype)
+        super()._start(loaded, tokenizer, inputs, model)
+        self.in_flight = 8
+
+    def step(self) -> None:
+        """Run the sequence that waits longest, or a beam search."""
+        if self._searches:
+            self._search()
+        if self._waiting:
+            sequence = self._waiting.popleft()
+            self._run_whole([sequence], self._inputs_of(sequence.state))
+
+    def _inputs_of(self, state: RequestState) -> dict[str, Any]:
+        inputs: dict[str, Any] = state.multimodal.prepared
+        return inputs
+
+
 def engine_of_pipeline(pipeline: Any) -> Engine:
     """Return an engine that runs the model of a pipeline object, with its tokenizer and on its device.
 
@@ -351,12 +429,10 @@ def engine_of_pipeline(pipeline: Any) -> Engine:
     model = LocalModel.model_construct(model_id=name or "pipeline", backend="torch", task=pipeline.task)
     processor = getattr(pipeline, "processor", None)
     if pipeline.task == "image-text-to-text" and processor is not None:
-        from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine, TorchVisionInputs
-
         return TorchVisionEngine.of_loaded(loaded, processor, TorchVisionInputs.of_tokenizer(processor), model)
     inputs = InputProcessor.of_tokenizer(tokenizer)
     if loaded.config.is_encoder_decoder:
-        from prefect_huggingface.tasks.engines.torch_seq2seq import Seq2SeqEngine
+        from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine
 
-        return Seq2SeqEngine.of_loaded(loaded, tokenizer, inputs, model)
+        return TorchSeq2SeqEngine.of_loaded(loaded, tokenizer, inputs, model)
     return TorchTextEngine.of_loaded(loaded, tokenizer, inputs, model)

@@ -39,13 +39,16 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
     try:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(path, **_source(model))
+        source = _source(model)
+        config = transformers.AutoConfig.from_pretrained(path, **source)
+        if not model.allow_pickle:
+            source["use_safetensors"] = True
         arguments["dtype"] = _data_type(model, config, arguments)
         if model.attn_implementation is not None:
             arguments["attn_implementation"] = model.attn_implementation
         device = arguments.pop("device", None)
         loaded, found = getattr(transformers, auto_class).from_pretrained(
-            path, output_loading_info=True, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
+            path, output_loading_info=True, **source, **{**arguments, **model.model_kwargs}
         )
         if found["missing_keys"]:
             # Transformers would make them up.
@@ -69,17 +72,8 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
     return loaded.eval()
 
 
-def load_tokenizer(path: Path, model: LocalModel) -> Any:
-    """Load the tokenizer of a snapshot.
-
-    Raises:
-        EngineError: If there is none that can be loaded.
-    """
-    return load_processor(path, model, "AutoTokenizer")
-
-
-def load_processor(path: Path, model: LocalModel, auto_class: str) -> Any:
-    """Load a tokenizer or a processor with a class of Transformers.
+def load_tokenizer(path: Path, model: LocalModel, auto_class: str = "AutoTokenizer") -> Any:
+    """Load the tokenizer of a snapshot, or its processor with another class of Transformers.
 
     Raises:
         EngineError: If there is none that can be loaded.
@@ -222,10 +216,6 @@ def _merge(loaded: Any, adapter: LoraAdapter) -> None:
 def _source(model: LocalModel) -> dict[str, Any]:
     # The files are here already; nothing may be asked of the Hub.
     return {"local_files_only": True, "trust_remote_code": model.trust_remote_code}
-
-
-def _weights(model: LocalModel) -> dict[str, Any]:
-    return {} if model.allow_pickle else {"use_safetensors": True}
 
 
 def _placement(model: LocalModel) -> dict[str, Any]:

@@ -16,17 +16,14 @@ from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.inputs import InputProcessor
 from prefect_huggingface.tasks.engines.torch_batch import padded_inputs
 from prefect_huggingface.tasks.engines.torch_engine import TorchEngine
-from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
-from prefect_huggingface.tasks.errors import EngineError
 
 LANGUAGE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 
 
-class Seq2SeqEngine(TorchEngine):
-    """Encoder-decoder model in one thread."""
+class TorchSeq2SeqEngine(TorchEngine):
+    """Encoder-decoder model of Transformers in one thread."""
 
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        raise EngineError("A pipeline brings its own model. Use `of_loaded`.")
+    auto_class = "AutoModelForSeq2SeqLM"
 
     def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
         inputs.is_continued = False
@@ -45,20 +42,13 @@ class Seq2SeqEngine(TorchEngine):
         self._run_whole(sequences, inputs)
 
 
-class TorchSeq2SeqEngine(Seq2SeqEngine):
-    """Encoder-decoder model of Transformers."""
-
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        return load_torch_model(path, model, "AutoModelForSeq2SeqLM"), load_tokenizer(path, model)
-
-
-class OpenVINOSeq2SeqEngine(Seq2SeqEngine):
+class OpenVINOSeq2SeqEngine(TorchSeq2SeqEngine):
     """Encoder-decoder model of Optimum on OpenVINO."""
 
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
+    def _load(self, path: Path, model: LocalModel) -> Any:
         from prefect_huggingface.tasks.engines.openvino_runtime import load_optimum_model
 
-        return load_optimum_model(path, model, "OVModelForSeq2SeqLM"), load_tokenizer(path, model)
+        return load_optimum_model(path, model, "OVModelForSeq2SeqLM")
 
 
 class Languages:
