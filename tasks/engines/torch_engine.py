@@ -21,7 +21,7 @@ from typing import Any, Self
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
@@ -405,7 +405,7 @@ class TorchVisionEngine(TorchEngine):
         return inputs
 
 
-def engine_of_pipeline(pipeline: Any) -> Engine:
+def engine_of_pipeline(pipeline: Any) -> TorchEngine:
     """Return an engine that runs the model of a pipeline object, with its tokenizer and on its device.
 
     The weights are shared. The pipeline itself is neither used nor changed; its settings for generation are not taken
