@@ -49,16 +49,23 @@ class Tokenizer(Protocol):
 
 
 class RustTokenizer:
-    """Tokenizer of a `tokenizer.json`: many times faster than the one of OpenVINO GenAI."""
+    """Tokenizer of a `tokenizer.json`: many times faster than the one of OpenVINO GenAI.
+
+    Attributes:
+        rust: Tokenizer of the `tokenizers` library.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.rust = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: place for place, token in added.items() if token.special}
 
     @classmethod
     def of_folder(cls, folder: Path) -> RustTokenizer | None:
-        """Return the tokenizer of a model folder, or None where there is none that can be read."""
+        """Return the tokenizer of a model folder, or None where there is none that can be read.
+
+        It neither cuts nor fills up.
+        """
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
@@ -75,15 +82,15 @@ class RustTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text, with or without a start token and the like."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens and without any clean-up of spaces."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self.rust.decode(list(token_ids), skip_special_tokens=True))
 
     def open_stream(self) -> Detokenizer:
         """Return a detokenizer for a new sequence."""
-        return RustDetokenizer(self._tokenizer)
+        return RustDetokenizer(self.rust)
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
@@ -91,7 +98,7 @@ class RustTokenizer:
 
     def entry(self, token: int) -> str:
         """Return what stands for a token in the vocabulary, empty where that is not known."""
-        return str(self._tokenizer.id_to_token(token) or "")
+        return str(self.rust.id_to_token(token) or "")
 
 
 class GenaiTokenizer:

@@ -385,10 +385,13 @@ def fit_context(
     if options.context_overflow == "skip":
         return None
     if options.context_overflow == "error" or room < 1 or not can_cut:
+        more, lower = (
+            (f", and with {new_tokens} new ones it", " lower `max_new_tokens`,") if new_tokens else (" and", "")
+        )
         raise RequestError(
             "too_long",
-            f"The prompt has {len(token_ids)} tokens, and with {new_tokens} new ones it does not fit the "
-            f"context of {context_length} tokens. Shorten it, lower `max_new_tokens`, or set `context_overflow`.",
+            f"The prompt has {len(token_ids)} tokens{more} does not fit the context of {context_length} tokens. "
+            f"Shorten it,{lower} or set `context_overflow`.",
             prompt_tokens=len(token_ids),
         )
     return list(token_ids[-room:] if options.context_overflow == "truncate_left" else token_ids[:room])
