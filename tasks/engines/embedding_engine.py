@@ -18,12 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.detokenizer import RustTokenizer
-from prefect_huggingface.tasks.engines.embedding_inputs import (
-    EmbeddingInputs,
-    EncodedText,
-    ModelFiles,
-)
-from prefect_huggingface.tasks.engines.openvino_runtime import choose_device, compile_properties, last_line
+from prefect_huggingface.tasks.engines.embedding_inputs import EmbeddingInputs, EncodedText, ModelFiles
+from prefect_huggingface.tasks.engines.openvino_runtime import choose_device, compile_properties, loading_error
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.errors import EngineError
@@ -70,10 +66,7 @@ class OpenVINONetwork:
             core = openvino.Core()
             compiled = core.compile_model(core.read_model(folder / "openvino_model.xml"), device, properties)
         except Exception as exc:
-            raise EngineError(
-                f"OpenVINO cannot load {str(folder)!r} on {device}: {last_line(exc)} "
-                "Check the folder, `device` and `ov_config`."
-            ) from exc
+            raise loading_error(folder, device, exc) from exc
         self._names = {port.get_any_name() for port in compiled.inputs}
         unknown = self._names - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         if unknown:
@@ -150,11 +143,7 @@ class EmbeddingEngine(EngineWorker):
     in_flight = WINDOW
 
     def __init__(self, folder: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            folder: Folder of a checkpoint or an OpenVINO model.
-            model: Task, backend, device and their settings.
+        """Load a checkpoint or an OpenVINO model.
 
         Raises:
             EngineError: If it cannot be loaded, or is none for its task.

@@ -78,14 +78,7 @@ class InputProcessor:
         use: TemplateUse = "auto",
         defaults: GenerationOptions | None = None,
     ) -> None:
-        """Take the template of a model.
-
-        Args:
-            template: Chat template, or None where the model has none.
-            tokens: Special tokens by their names, where they are not in the template.
-            use: Whether plain prompts are put into the template.
-            defaults: Options of the model.
-        """
+        """Take the template of a model, or its special tokens by their names where it has no template."""
         self.template = template
         self._use = use
         self.defaults = defaults or GenerationOptions()

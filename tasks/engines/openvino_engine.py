@@ -25,12 +25,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
-from prefect_huggingface.tasks.engines.inputs import (
-    InputProcessor,
-    context_length_of,
-    longrope_border,
-    read_end_tokens,
-)
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border, read_end_tokens
 from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     GenaiPipeline,
@@ -61,13 +56,10 @@ class OpenVINOTextEngine(EngineWorker):
     """Causal language model in one continuous batch."""
 
     inputs_class: type[InputProcessor] = InputProcessor
+    tuned = staticmethod(apply_tuning)
 
     def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            path: Folder of the OpenVINO model.
-            model: Settings.
+        """Load the OpenVINO model of a folder.
 
         Raises:
             EngineError: If OpenVINO cannot load the model with these settings.
@@ -95,11 +87,6 @@ class OpenVINOTextEngine(EngineWorker):
         # More than fit, so that a place that gets free is taken in the same step.
         self.in_flight = self.sizes.sequences + max(self.sizes.sequences // 2, 8)
         super().__init__(inputs)
-
-    @staticmethod
-    def tuned(model: LocalModel, folder: Path) -> LocalModel:
-        """Return the model with the settings that were found for it on this machine."""
-        return apply_tuning(model, folder)
 
     @property
     def cache_usage(self) -> float:
@@ -338,15 +325,6 @@ class OpenVINOVisionEngine(OpenVINOTextEngine):
     inputs_class = OpenVINOVisionInputs
 
     def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            path: Folder of the OpenVINO model.
-            model: Settings.
-
-        Raises:
-            EngineError: If OpenVINO cannot load the model with these settings, or Pillow is missing.
-        """
         self._view = link_preprocessor(path)
         try:
             super().__init__(self._view or path, model)

@@ -114,10 +114,7 @@ def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
             compile=True,
         )
     except Exception as exc:
-        raise EngineError(
-            f"The OpenVINO model in {str(path)!r} could not be loaded for task {model.task!r}: "
-            f"{type(exc).__name__}: {exc}. Check the device, `ov_config`, and that the folder is complete."
-        ) from exc
+        raise loading_error(path, device, exc) from exc
 
 
 def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
@@ -236,15 +233,7 @@ class GenaiPipeline:
         options: EngineOptions,
         adapters: Sequence[LoraAdapter] = (),
     ) -> None:
-        """Load a model.
-
-        Args:
-            folder: Folder of the OpenVINO model.
-            device: Device of OpenVINO.
-            properties: Properties to compile the model with.
-            sizes: Sizes of the batch.
-            options: Further options of the engine.
-            adapters: LoRA adapters that fit the model.
+        """Load the OpenVINO model of a folder, with LoRA adapters that fit it.
 
         Raises:
             EngineError: If OpenVINO cannot load the model.
@@ -312,10 +301,7 @@ class GenaiPipeline:
         try:
             return ContinuousBatchingPipeline(self._folder, config, self._device, self._all_properties())
         except Exception as exc:
-            raise EngineError(
-                f"OpenVINO cannot load {str(self._folder)!r} on {self._device}: {last_line(exc)} "
-                "Check the folder, `device` and `ov_config`."
-            ) from exc
+            raise loading_error(self._folder, self._device, exc) from exc
 
     def _all_properties(self) -> dict[str, Any]:
         properties = dict(self._properties)
@@ -349,6 +335,14 @@ class GenaiPipeline:
                 tensors[f"base_model.model.{name}.lora_B.weight"] = layer.b * np.float32(layer.scaling)
             config.add(Adapter(Tensor(np.frombuffer(save(tensors), dtype=np.uint8))), 1.0)
         return config
+
+
+def loading_error(folder: Path, device: str, error: Exception) -> EngineError:
+    """Return the error for a model that OpenVINO cannot load."""
+    return EngineError(
+        f"OpenVINO cannot load {str(folder)!r} on {device}: {last_line(error)} "
+        "Check that the folder is complete and holds a model for this task, `device` and `ov_config`."
+    )
 
 
 def last_line(error: Exception) -> str:

@@ -142,13 +142,7 @@ class Scheduler:
     """
 
     def __init__(self, max_num_seqs: int, cache_tokens: int | None = None, shares_prefixes: bool = True) -> None:
-        """Start empty.
-
-        Args:
-            max_num_seqs: Number of sequences that may run side by side.
-            cache_tokens: Number of tokens that the KV cache holds, or None where it is not known.
-            shares_prefixes: Whether the pipeline keeps prefixes that it has computed.
-        """
+        """Start empty, for a KV cache of so many tokens, None where that is not known."""
         self._max_num_seqs = max_num_seqs
         self._cache_tokens = cache_tokens
         self._shares_prefixes = shares_prefixes

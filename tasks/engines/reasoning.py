@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from prefect_huggingface.tasks.engines.detokenizer import partial_length
+
 HARMONY_FINAL = "<|start|>assistant<|channel|>final<|message|>"
 
 
@@ -163,6 +165,6 @@ class ReasoningSplitter:
 
 def _held_back(text: str, tag: str) -> int:
     """Return the length of the end of a text that may be whitespace before a tag, or the beginning of the tag."""
-    length = next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+    length = partial_length(text, [tag])
     before = text[: len(text) - length]
     return length + len(before) - len(before.rstrip())

@@ -240,14 +240,7 @@ def prepare_model(loaded: Any, pad_token: int) -> Any:
 
 
 def run_whole_batch(model: Any, sequences: Items[Sequence], inputs: dict[str, Any], abort: Abort) -> None:
-    """Generate sequences, one per row, until none of them runs. A row that ends early is filled up.
-
-    Args:
-        model: Model of `prepare_model`.
-        sequences: One per row of the inputs.
-        inputs: Arguments of `generate`: token ids, attention mask, images.
-        abort: Ends a request that must end.
-    """
+    """Generate sequences, one per row of the inputs of `generate`. A row that ends early is filled up."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -301,15 +294,7 @@ class _Rows:
 
 
 def run_beams(model: Any, state: RequestState, inputs: dict[str, Any], tokenizer: Tokenizer, abort: Abort) -> None:
-    """Generate the sequences of one request by beam search. Their text comes at the end, in one piece.
-
-    Args:
-        model: Model of `prepare_model`.
-        state: Request with its sequences, the best one first.
-        inputs: Arguments of `generate` for one row.
-        tokenizer: Gives the text of tokens.
-        abort: Ends a request that must end.
-    """
+    """Generate the sequences of one request by beam search, the best one first. Their text comes at the end, whole."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -394,11 +379,7 @@ def score_continuations(
 ) -> list[float]:
     """Return the log probability (nats) of each continuation of a context: the sum over its tokens.
 
-    Args:
-        model: Model of `prepare_model`.
-        context: Tokens before the continuations, at least one.
-        continuations: Tokens of each.
-        step_tokens: Number of tokens, with padding, that are computed at once where more than one row is.
+    No more than `step_tokens` tokens, with padding, are computed at once where more than one row is.
     """
     import torch
 

@@ -76,11 +76,7 @@ class TorchEngine(EngineWorker):
     inputs_class: type[InputProcessor] = InputProcessor
 
     def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            path: Folder of the snapshot.
-            model: Settings.
+        """Load the model of a snapshot.
 
         Raises:
             ModelSourceError: If the folder holds no weights that may be loaded.

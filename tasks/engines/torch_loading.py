@@ -218,25 +218,25 @@ def _source(model: LocalModel) -> dict[str, Any]:
     return {"local_files_only": True, "trust_remote_code": model.trust_remote_code}
 
 
+def _require(package: str, setting: str, way_out: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        text = (
+            f"{setting} needs {package}, which is not installed. Install it with pip install {package}, or {way_out}."
+        )
+        raise EngineError(text)
+
+
 def _placement(model: LocalModel) -> dict[str, Any]:
     if model.device_map is None:
         return {"device": resolve_device(model.device)}
-    if importlib.util.find_spec("accelerate") is None:
-        raise EngineError(
-            f"`device_map` ({model.device_map!r}) needs Accelerate, which is not installed. "
-            "Install it with pip install accelerate, or use `device`."
-        )
+    _require("accelerate", f"`device_map` ({model.device_map!r})", "use `device`")
     return {"device_map": model.device_map}
 
 
 def _quantization(model: LocalModel) -> dict[str, Any]:
     if model.load_in is None:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineError(
-            f"`load_in` ({model.load_in!r}) needs bitsandbytes, which is not installed. "
-            "Install it with pip install bitsandbytes, or leave `load_in` out."
-        )
+    _require("bitsandbytes", f"`load_in` ({model.load_in!r})", "leave `load_in` out")
     from transformers import BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(load_in_4bit=model.load_in == "4bit", load_in_8bit=model.load_in == "8bit")
