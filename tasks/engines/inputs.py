@@ -184,11 +184,11 @@ class InputProcessor:
 
     def _check_options(self, options: GenerationOptions) -> None:
         if self.is_continued:
-            names = ("src_lang", "tgt_lang", "forced_bos_token_id")
-            refuse_options(options, names, "is for encoder-decoder models", "Leave it out.")
+            languages = ("src_lang", "tgt_lang", "forced_bos_token_id")
+            refuse_options(options, languages, "is for encoder-decoder models", "Leave it out.")
         if options.num_beams > 1:
-            names = ("presence_penalty", "frequency_penalty")
-            refuse_options(options, names, "does not work with beam search", "Use `repetition_penalty`.")
+            penalties = ("presence_penalty", "frequency_penalty")
+            refuse_options(options, penalties, "does not work with beam search", "Use `repetition_penalty`.")
         for name in ("response_format", "max_reasoning_tokens"):
             if is_set(options, name):
                 refuse_options(options, ["num_beams"], f"must be 1 with `{name}`", "Choose one of the two.")

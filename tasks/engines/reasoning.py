@@ -74,7 +74,7 @@ def find_reasoning_format(
         tags: Opening and closing tag in place of what the templates show. An empty sequence means no reasoning.
     """
     if tags is not None:
-        found = ReasoningFormat(*tags) if tags else None
+        found = ReasoningFormat(tags[0], tags[1]) if tags else None
     else:
         source = "\n".join(templates)
         found = next((known for known in FORMATS if all(part in source for part in _signature(known))), None)
