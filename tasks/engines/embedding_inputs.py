@@ -39,11 +39,6 @@ POOLINGS = {
     "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max", "pooling_mode_lasttoken": "last_token",
 }  # fmt: skip
 DENSE_ACTIVATIONS = ("Identity", "Tanh")
-LENGTH_FILES = (
-    "sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json",
-    "sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
-)  # fmt: skip
 # Their positions begin after the padding token, so that the last ones of the table are not to be had.
 SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "longformer")
 QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")
@@ -130,7 +125,8 @@ class ModelFiles:
 
     @cached_property
     def _lengths(self) -> dict[str, Any]:
-        return next((found for name in LENGTH_FILES if (found := read_json(self.folder / name))), {})
+        # The file is named after the first family that it was for, sentence_bert_config.json for instance.
+        return next((found for path in self.folder.glob("sentence_*_config.json") if (found := read_json(path))), {})
 
     def _read_modules(self) -> dict[str, Any]:
         """Return what the steps after the model say."""
