@@ -156,7 +156,7 @@ class EmbeddingEngine(EngineWorker):
                 "Use a reranker, or set `task='feature-extraction'`."
             )
         inputs = EmbeddingInputs(folder, files, _tokenizer_of(folder, model), is_ranker)
-        self._network: Network | None
+        self._network: Network
         if model.backend == "openvino":
             self._network = OpenVINONetwork(folder, model)
         else:
@@ -188,9 +188,8 @@ class EmbeddingEngine(EngineWorker):
 
     def step(self) -> None:
         """Keep the model busy, and finish the oldest batch."""
-        assert self._network is not None
         while self._waiting and len(self._batches) < self._network.slots:
-            self._start(self._next_states(), self._network)
+            self._start(self._next_states())
         if self._batches:
             self._finish(self._batches.popleft())
 
@@ -202,7 +201,7 @@ class EmbeddingEngine(EngineWorker):
     def release(self) -> None:
         """Let go of the model."""
         self.reset()
-        self._network = None
+        del self._network
 
     def leftovers(self) -> list[str]:
         """Return what the engine still holds though no request is active. For tests."""
@@ -233,7 +232,7 @@ class EmbeddingEngine(EngineWorker):
             del self._waiting[state]
         return taken
 
-    def _start(self, states: list[RequestState], network: Network) -> None:
+    def _start(self, states: list[RequestState]) -> None:
         import numpy as np
 
         rows, length = len(states), max(len(state.encoded.ids) for state in states)
@@ -244,7 +243,7 @@ class EmbeddingEngine(EngineWorker):
             size = len(encoded.ids)
             ids[row, :size], mask[row, :size], types[row, :size] = encoded.ids, 1, encoded.type_ids
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        self._batches.append(Batch(list(states), mask, network.start(inputs)))
+        self._batches.append(Batch(list(states), mask, self._network.start(inputs)))
 
     def _finish(self, batch: Batch) -> None:
         import numpy as np

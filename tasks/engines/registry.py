@@ -166,24 +166,21 @@ class RegistryEntry:
 
 
 class EngineHandle(Engine):
-    """One caller's handle of an engine: with the caller's default options, and not to be closed by it."""
+    """One caller's handle of an engine: with the caller's default options, and not to be closed by it.
+
+    Attributes:
+        unshared: The engine itself.
+    """
 
     def __init__(self, entry: RegistryEntry, defaults: GenerationOptions, chat_template: TemplateUse | None) -> None:
-        self._entry = entry
-        self._defaults = defaults
-        self._chat_template = chat_template
-        self.in_flight = entry.engine.in_flight
-        self.inputs = entry.engine.inputs
-
-    @property
-    def unshared(self) -> Engine:
-        """The engine itself."""
-        return self._entry.engine
+        self._entry, self._defaults, self._chat_template = entry, defaults, chat_template
+        self.unshared = entry.engine
+        self.in_flight, self.inputs = entry.engine.in_flight, entry.engine.inputs
 
     @property
     def failure(self) -> str | None:  # type: ignore[override]
         """Why the engine can be used no more, or None."""
-        return self._entry.engine.failure
+        return self.unshared.failure
 
     def submit(
         self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
@@ -206,17 +203,17 @@ class EngineHandle(Engine):
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""
-        return self._entry.engine.count_tokens(text)
+        return self.unshared.count_tokens(text)
 
     @property
     def context_length(self) -> int | None:
         """Number of tokens that prompt and answer may have together, or None where it is not known."""
-        return self._entry.engine.context_length
+        return self.unshared.context_length
 
     @property
     def cache_usage(self) -> float:
         """Share of the KV cache that is in use, 0 to 1; 0 where the engine does not tell."""
-        return self._entry.engine.cache_usage
+        return self.unshared.cache_usage
 
 
 @dataclass(eq=False)

@@ -95,9 +95,9 @@ class Sampler:
             (options.presence_penalty != 0.0 or options.frequency_penalty != 0.0, self._penalise_presence),
             (options.no_repeat_ngram_size > 0, self._forbid_repeated_ngrams),
             (self._least_tokens > 0, self._forbid_an_early_end),
-            (self._grammar is not None, self._keep_to_the_grammar),
         ]
-        return [adjustment for is_needed, adjustment in needed if is_needed]
+        grammar = [] if self._grammar is None else [self._grammar.mask]
+        return [adjustment for is_needed, adjustment in needed if is_needed] + grammar
 
     def _penalise_repetition(self, scores: Tensor) -> Tensor:
         import torch
@@ -134,10 +134,6 @@ class Sampler:
         if len(self._tokens) - self._prompt_length < self._least_tokens:
             scores[[token for token in self._end_ids if token < len(scores)]] = float("-inf")
         return scores
-
-    def _keep_to_the_grammar(self, scores: Tensor) -> Tensor:
-        assert self._grammar is not None
-        return self._grammar.mask(scores)
 
 
 def advance(sequences: Items[Sequence], scores: Tensor) -> None:
