@@ -237,8 +237,12 @@ def _with_arguments(messages: Messages, *, as_text: bool) -> Messages:
         function = {**function, "arguments": arguments}
         return {**call, "function": function} if "function" in call else function
 
+    return _with_calls(messages, convert)
+
+
+def _with_calls(messages: Messages, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Messages:
     return [
-        {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
         if message.get("tool_calls")
         else message
         for message in messages
@@ -256,23 +260,13 @@ def _parse(arguments: str) -> Any:
 def _with_short_ids(messages: Messages) -> Messages:
     """Return the messages with ids of nine letters and digits, which every template accepts."""
 
-    def shorten(message: dict[str, Any]) -> dict[str, Any]:
-        changed = dict(message)
-        if message.get("tool_calls"):
-            calls = message["tool_calls"]
-            changed["tool_calls"] = [{**call, "id": short_id(call["id"])} if call.get("id") else call for call in calls]
-        if message.get("tool_call_id"):
-            changed["tool_call_id"] = short_id(str(message["tool_call_id"]))
-        return changed
+    def shorten(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
+        given = str(holder.get(name) or "")
+        is_short = not given or re.fullmatch(r"[a-zA-Z0-9]{9}", given)
+        return dict(holder) if is_short else {**holder, name: hashlib.sha256(given.encode()).hexdigest()[:9]}
 
-    return [shorten(message) for message in messages]
-
-
-def short_id(given: str) -> str:
-    """Return an id of nine letters and digits, the same one for the same id."""
-    if re.fullmatch(r"[a-zA-Z0-9]{9}", given):
-        return given
-    return hashlib.sha256(given.encode()).hexdigest()[:9]
+    shortened = _with_calls(messages, lambda call: shorten(call, "id"))
+    return [shorten(message, "tool_call_id") for message in shortened]
 
 
 def _with_tools_in_message(messages: Messages, tools: Tools) -> Messages:

@@ -224,26 +224,13 @@ class RequestState:
 
     def _failed(self) -> Completion:
         assert self.error is not None
-        return Completion(
-            "",
-            "error",
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            seconds=self.seconds,
-            error=str(self.error),
-            error_code=self.error.code,
-            request_id=self.request.id,
-        )
+        return self._completion("", "error", error=str(self.error), error_code=self.error.code)
 
     def _completed(self) -> Completion:
         first = self.sequences[0] if self.sequences else None
-        return Completion(
-            text=self.echo + first.text if first else "",
-            finish_reason=(first.finish_reason if first else self._ended) or "stop",
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            seconds=self.seconds,
-            request_id=self.request.id,
+        return self._completion(
+            self.echo + first.text if first else "",
+            (first.finish_reason if first else self._ended) or "stop",
             alternatives=tuple(self.echo + sequence.text for sequence in self.sequences[1:]),
             logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
             tokens=tuple(first.token_texts) if first and self.options.logprobs else None,
@@ -252,6 +239,10 @@ class RequestState:
             choice_probabilities=self._choice_probabilities,
             vector=self.vector,
         )
+
+    def _completion(self, text: str, reason: FinishReason, **more: Any) -> Completion:
+        counts = (self.prompt_tokens, self.generated_tokens, self.seconds)
+        return Completion(text, reason, *counts, request_id=self.request.id, **more)
 
     def _parse(self) -> Any:
         """Check the form of the answers, and return the value of the first where it is JSON."""
