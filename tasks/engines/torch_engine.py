@@ -178,25 +178,37 @@ class TorchEngine(EngineWorker):
                 except RequestError as exc:
                     sequence.state.fail(exc.code, str(exc))
 
-    def _inputs_of(self, state: RequestState) -> dict[str, Any]:
-        """Return the arguments of `generate` for one request."""
-        return padded_inputs([state.prompt_ids], self._model, left=self.inputs.is_continued)
+    def step(self) -> None:
+        """Run the beam search that waits longest, and a whole batch of what waits."""
+        if self._searches:
+            self._search()
+        if self._waiting:
+            self._run_whole(self._next_group())
+
+    def _next_group(self) -> list[Sequence]:
+        """Take out the sequences that run next, side by side."""
+        return [self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))]
+
+    def _inputs_of(self, sequences: list[Sequence]) -> dict[str, Any]:
+        """Return the arguments of `generate`, one row for each sequence."""
+        rows = [sequence.context_ids for sequence in sequences]
+        return padded_inputs(rows, self._model, left=self.inputs.is_continued)
 
     def _search(self) -> None:
-        """Run the beam search that waits longest."""
         state = self._searches.popleft()
         try:
-            run_beams(self._model, state, self._inputs_of(state), self.tokenizer, self.abort_if_due)
+            inputs = self._inputs_of(state.sequences[:1])
+            run_beams(self._model, state, inputs, self.tokenizer, self.abort_if_due)
         except RuntimeError as exc:
             if not is_out_of_memory(exc):
                 raise
             free_cached_memory()
             state.fail("out_of_cache", OUT_OF_MEMORY)
 
-    def _run_whole(self, sequences: list[Sequence], inputs: dict[str, Any]) -> None:
+    def _run_whole(self, sequences: list[Sequence]) -> None:
         """Run sequences to their ends; after the memory ran out, those that have no token yet run with fewer others."""
         try:
-            run_whole_batch(self._model, sequences, inputs, self.abort_if_due)
+            run_whole_batch(self._model, sequences, self._inputs_of(sequences), self.abort_if_due)
         except RuntimeError as exc:
             if not is_out_of_memory(exc):
                 raise
@@ -271,7 +283,7 @@ class TorchTextEngine(TorchEngine):
         """Let as many sequences join as there is room for."""
         while self._waiting:
             if not self._joinable:
-                self._run_group()
+                self._run_whole(self._next_group())
                 continue
             self._sizes.bytes_per_token = self._batch.bytes_per_token or self._sizes.bytes_per_token
             room = self._sizes.room(self._batch.sequences, self._waiting)
@@ -293,14 +305,12 @@ class TorchTextEngine(TorchEngine):
         self._batch.leave(gone)
         self._resubmit(list(gone.values()))
 
-    def _run_group(self) -> None:
-        """Run a whole batch of the first sequence that waits and those that can run beside it."""
+    def _next_group(self) -> list[Sequence]:
         first = self._waiting[0]
         group = [one for one in self._waiting if one is first or self._goes_with(first, one)]
         group = group[: self._sizes.room([], group)]
         self._waiting = deque(one for one in self._waiting if one not in group)
-        self._at_once = len(group)
-        self._run_whole(group, padded_inputs([one.context_ids for one in group], self._model, left=True))
+        return group
 
     def _goes_with(self, first: Sequence, other: Sequence) -> bool:
         """Return whether two sequences stay on the same side of the border of a longrope model."""
@@ -388,16 +398,11 @@ class TorchVisionEngine(TorchEngine):
         super()._start(loaded, tokenizer, inputs, model)
         self.in_flight = 8
 
-    def step(self) -> None:
-        """Run the sequence that waits longest, or a beam search."""
-        if self._searches:
-            self._search()
-        if self._waiting:
-            sequence = self._waiting.popleft()
-            self._run_whole([sequence], self._inputs_of(sequence.state))
+    def _next_group(self) -> list[Sequence]:
+        return [self._waiting.popleft()]
 
-    def _inputs_of(self, state: RequestState) -> dict[str, Any]:
-        inputs: dict[str, Any] = state.multimodal.prepared
+    def _inputs_of(self, sequences: list[Sequence]) -> dict[str, Any]:
+        inputs: dict[str, Any] = sequences[0].state.multimodal.prepared
         return inputs
 
 

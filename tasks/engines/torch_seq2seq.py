@@ -14,7 +14,6 @@ from typing import Any
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.inputs import InputProcessor
-from prefect_huggingface.tasks.engines.torch_batch import padded_inputs
 from prefect_huggingface.tasks.engines.torch_engine import TorchEngine
 
 LANGUAGE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
@@ -30,16 +29,6 @@ class TorchSeq2SeqEngine(TorchEngine):
         inputs.prefix = task_prefix(loaded.config, model.task)
         inputs.languages = Languages(tokenizer)
         super()._start(loaded, tokenizer, inputs, model)
-
-    def step(self) -> None:
-        """Run a beam search, and a whole batch of what waits."""
-        if self._searches:
-            self._search()
-        if not self._waiting:
-            return
-        sequences = [self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))]
-        inputs = padded_inputs([sequence.state.prompt_ids for sequence in sequences], self._model, left=False)
-        self._run_whole(sequences, inputs)
 
 
 class OpenVINOSeq2SeqEngine(TorchSeq2SeqEngine):
