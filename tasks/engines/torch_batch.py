@@ -20,7 +20,7 @@ from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
 from prefect_huggingface.tasks.engines.memory import available_bytes, kv_bytes_per_token
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.torch_loading import input_device
-from prefect_huggingface.tasks.engines.torch_sampling import advance
+from prefect_huggingface.tasks.engines.torch_sampling import advance, log_probabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -333,9 +333,8 @@ def _beam_logprobs(model: Any, inputs: dict[str, Any], row: Tensor, start: int) 
         logits = model(**inputs, decoder_input_ids=ids).logits
     else:
         logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
-    logs = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1)
-    values: list[float] = logs.gather(-1, ids[0, start:, None])[:, 0].tolist()
-    return values
+    tokens = ids[0, start:].tolist()
+    return log_probabilities(logits[0, start - 1 : -1], range(len(tokens)), tokens)
 
 
 class _Interrupt:
