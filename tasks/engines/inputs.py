@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -35,16 +35,6 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len
 CHARACTERS_PER_TOKEN = 64
 
 
-class Languages(Protocol):
-    """The languages that an encoder-decoder model marks with tokens."""
-
-    def adapt(self, options: GenerationOptions) -> GenerationOptions:
-        """Return the options with the first token of the answer."""
-
-    def mark_source(self, ids: list[int], options: GenerationOptions) -> list[int]:
-        """Return the tokens of a prompt with that of its language."""
-
-
 class InputProcessor:
     """Makes the prompts of one model.
 
@@ -56,20 +46,16 @@ class InputProcessor:
         tokenizer: Tokenizer of the model, set by `bind`.
         end_ids: Tokens that end an answer, that of the tokenizer and what the template writes after a turn among them.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
-        prefix: Words that the model wants before a prompt.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
-        languages: Marks the languages of prompt and answer, for an encoder-decoder model.
         defaults: Options of the model.
     """
 
     tokenizer: Tokenizer
     end_ids: frozenset[int] = frozenset()
     context_length: int | None = None
-    prefix: str = ""
     is_continued: bool = True
     check: Callable[[GenerationOptions], None] | None = None
-    languages: Languages | None = None
 
     def __init__(
         self,
@@ -125,16 +111,11 @@ class InputProcessor:
         Raises:
             RequestError: If the request cannot be worked on.
         """
-        options = resolve_options(self.defaults, state.request)
-        self._check_options(options)
-        if self.languages is not None:
-            options = self.languages.adapt(options)
-        prompt = self._write(state, options)
+        options = state.options = self._resolve(state.request)
+        prompt = self._write(state)
         if options.context_overflow == "error":
             check_characters(prompt.text, self.context_length)
         ids = self._tokenize(state, prompt)
-        if self.languages is not None:
-            ids = self.languages.mark_source(ids, options)
         new_tokens = options.max_new_tokens if self.is_continued else 0
         fitting = fit_context(ids, options, self.context_length, new_tokens, can_cut=state.multimodal is None)
         if fitting is None:
@@ -144,9 +125,9 @@ class InputProcessor:
             options,
             fitting,
             self.tokenizer,
-            self._end_ids_of(state.request, options),
+            self._end_ids_of(state),
             echo=prompt.text if options.echo else "",
-            reasoning=self._reasoning_of(state.request, prompt, options),
+            reasoning=self._reasoning_of(state, prompt),
             visible_marks=TOOL_MARKS if state.request.tools else (),
         )
 
@@ -162,18 +143,20 @@ class InputProcessor:
             return self._from_messages(request, check_messages(request.messages), options)
         return self._from_text(request, options)
 
-    def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
+    def _resolve(self, request: Request) -> GenerationOptions:
+        """Return the options of a request, which the model can honour."""
+        options = resolve_options(self.defaults, request)
+        self._check_options(options)
+        return options
+
+    def _write(self, state: RequestState) -> Prompt:
         if state.request.images:
             raise RequestError(
                 "invalid_prompt",
                 f"The model takes no images, got {len(state.request.images)}. Leave them out, or set "
                 "task='image-text-to-text'.",
             )
-        prompt = self.write(state.request, options)
-        if not self.prefix or prompt.text.startswith(self.prefix):
-            return prompt
-        first, *rest = prompt.segments
-        return Prompt((self.prefix + first, *rest), prompt.add_special_tokens)
+        return self.write(state.request, state.options)
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         first, *rest = prompt.segments
@@ -197,18 +180,17 @@ class InputProcessor:
         if self.check is not None:
             self.check(options)
 
-    def _end_ids_of(self, request: Request, options: GenerationOptions) -> frozenset[int]:
+    def _end_ids_of(self, state: RequestState) -> frozenset[int]:
+        request, options = state.request, state.options
         # A stop string that is one special token is never seen in the text.
         ends = (*options.stop, request.template and self._template_of(request).end_text)
         stops = {token for text in ends if text and (token := self.tokenizer.special_id(text)) is not None}
         return self.end_ids.union(stops, options.stop_token_ids)
 
-    def _reasoning_of(self, request: Request, prompt: Prompt, options: GenerationOptions) -> ReasoningFormat | None:
-        if not self.is_continued:
-            return None
-        template = self.template if request.template is None else self._template_of(request)
+    def _reasoning_of(self, state: RequestState, prompt: Prompt) -> ReasoningFormat | None:
+        template = self.template if state.request.template is None else self._template_of(state.request)
         sources = template.sources.values() if template is not None else ()
-        return find_reasoning_format(sources, prompt.text, options.reasoning_tags)
+        return find_reasoning_format(sources, prompt.text, state.options.reasoning_tags)
 
     def _from_messages(self, request: Request, messages: list[dict[str, Any]], options: GenerationOptions) -> Prompt:
         template = self._template_of(request)

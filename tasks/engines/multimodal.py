@@ -99,8 +99,8 @@ class MultimodalInputProcessor(InputProcessor):
         names = [name for name in ("max_reasoning_tokens", "choice_probabilities") if getattr(options, name)]
         refuse_options(options, names, "does not work with images", "Leave it out.")
 
-    def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
-        request = state.request
+    def _write(self, state: RequestState) -> Prompt:
+        request, options = state.request, state.options
         if request.prompt is not None and not self._takes_template(request):
             return self._from_text(request, options)
         template, messages = self._template_of(request), state.multimodal.messages
@@ -113,7 +113,7 @@ class MultimodalInputProcessor(InputProcessor):
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt((text,), add_special_tokens=False)
 
-    def _reasoning_of(self, request: Request, prompt: Prompt, options: GenerationOptions) -> None:
+    def _reasoning_of(self, state: RequestState, prompt: Prompt) -> None:
         return None
 
 

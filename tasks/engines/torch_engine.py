@@ -87,11 +87,11 @@ class TorchEngine(EngineWorker):
         self._start(loaded, load_tokenizer(path, model, self.processor_class), inputs, model)
 
     @classmethod
-    def of_loaded(cls, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> Self:
+    def of_loaded(cls, loaded: Any, tokenizer: Any, model: LocalModel) -> Self:
         """Return an engine of a model and a tokenizer or processor that are loaded already. They are not changed."""
         avoid_attention_plans(loaded)
         engine = cls.__new__(cls)
-        engine._start(loaded, tokenizer, inputs, model)
+        engine._start(loaded, tokenizer, cls.inputs_class.of_tokenizer(tokenizer), model)
         return engine
 
     def _load(self, path: Path, model: LocalModel) -> Any:
@@ -430,10 +430,9 @@ def engine_of_pipeline(pipeline: Any) -> TorchEngine:
     model = LocalModel.model_construct(model_id=name or "pipeline", backend="torch", task=pipeline.task)
     processor = getattr(pipeline, "processor", None)
     if pipeline.task == "image-text-to-text" and processor is not None:
-        return TorchVisionEngine.of_loaded(loaded, processor, TorchVisionInputs.of_tokenizer(processor), model)
-    inputs = InputProcessor.of_tokenizer(tokenizer)
+        return TorchVisionEngine.of_loaded(loaded, processor, model)
     if loaded.config.is_encoder_decoder:
         from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine
 
-        return TorchSeq2SeqEngine.of_loaded(loaded, tokenizer, inputs, model)
-    return TorchTextEngine.of_loaded(loaded, tokenizer, inputs, model)
+        return TorchSeq2SeqEngine.of_loaded(loaded, tokenizer, model)
+    return TorchTextEngine.of_loaded(loaded, tokenizer, model)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.inputs import InputProcessor
 from prefect_huggingface.tasks.engines.torch_seq2seq import (
     OpenVINOSeq2SeqEngine,
     TorchSeq2SeqEngine,
@@ -191,7 +190,6 @@ def test_memory_that_runs_out_only_makes_the_batch_smaller(tiny_t5, expected):
 def test_a_loaded_model_is_used_and_not_changed(reference, expected):
     before = reference.model.generation_config.to_dict()
     block = LocalModel.model_construct(model_id="x", options=GenerationOptions(max_new_tokens=NEW_TOKENS))
-    writer = InputProcessor.of_tokenizer(reference.tokenizer)
-    with TorchSeq2SeqEngine.of_loaded(reference.model, reference.tokenizer, writer, block) as engine:
+    with TorchSeq2SeqEngine.of_loaded(reference.model, reference.tokenizer, block) as engine:
         assert run(engine, PROMPTS[:2])[1].text == expected[1]
     assert reference.model.generation_config.to_dict() == before
