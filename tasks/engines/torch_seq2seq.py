@@ -34,8 +34,8 @@ class Seq2SeqInputs(InputProcessor):
     def learn(self, tokenizer: Any, prefix: str) -> None:
         """Take the languages of a tokenizer of Transformers, and the words that stand before a prompt."""
         self._prefix = prefix
-        self._ids = language_ids(tokenizer)
-        self._tokens = frozenset(self._ids.values())
+        self._languages = language_ids(tokenizer)
+        self._language_tokens = frozenset(self._languages.values())
 
     def _resolve(self, request: Request) -> GenerationOptions:
         options = super()._resolve(request)
@@ -43,7 +43,7 @@ class Seq2SeqInputs(InputProcessor):
             self._check(name, getattr(options, name))
         if options.tgt_lang is None:
             return options
-        first = self._ids[options.tgt_lang]
+        first = self._languages[options.tgt_lang]
         if options.forced_bos_token_id not in (None, first):
             raise RequestError(
                 "invalid_option",
@@ -63,9 +63,9 @@ class Seq2SeqInputs(InputProcessor):
         ids, language = super()._tokenize(state, prompt), state.options.src_lang
         if language is None:
             return ids
-        token = self._ids[language]
+        token = self._languages[language]
         for place in (0, -1):
-            if ids and ids[place] in self._tokens:
+            if ids and ids[place] in self._language_tokens:
                 return [token, *ids[1:]] if place == 0 else [*ids[:-1], token]
         return [token, *ids]
 
@@ -73,15 +73,15 @@ class Seq2SeqInputs(InputProcessor):
         return None
 
     def _check(self, name: str, code: str | None) -> None:
-        if code is None or code in self._ids:
+        if code is None or code in self._languages:
             return
-        if not self._ids:
+        if not self._languages:
             text = f"The tokenizer of this model has no languages, got `{name}` {code!r}. Leave it out."
             raise RequestError("invalid_option", text)
-        near = get_close_matches(code, self._ids, n=3, cutoff=0.3) or sorted(self._ids)[:3]
+        near = get_close_matches(code, self._languages, n=3, cutoff=0.3) or sorted(self._languages)[:3]
         raise RequestError(
             "invalid_option",
-            f"`{name}` must be one of the {len(self._ids)} languages of the tokenizer, got {code!r}. "
+            f"`{name}` must be one of the {len(self._languages)} languages of the tokenizer, got {code!r}. "
             f"Use {', '.join(map(repr, near))} for instance.",
         )
 
