@@ -20,12 +20,7 @@ PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
-    """Load a model in evaluation mode.
-
-    Args:
-        path: Folder of the snapshot.
-        model: Device, data type and the other settings.
-        auto_class: Name of the class of Transformers that loads it, `AutoModelForCausalLM` for instance.
+    """Load the model of a snapshot, in evaluation mode, with a class of Transformers (`AutoModelForCausalLM`).
 
     Raises:
         ModelSourceError: If the folder holds no weights that may be loaded.
