@@ -7,6 +7,7 @@ by the clock and of the processor.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -118,6 +119,28 @@ def langchain_huggingface(folder: str, backend: str) -> Run:
     return run
 
 
+def llama_cpp(file: str) -> Run:
+    """Return llama.cpp with continuous batching in 64 slots, all prompts at once."""
+    from xllamacpp import CommonParams, Server
+
+    settings = CommonParams()
+    settings.model.path, settings.n_parallel, settings.n_ctx = file, 64, 64 * 512
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count() or 1
+    server = Server(settings)
+
+    def complete(row: tuple[str, int]) -> int:
+        prompt, tokens = row
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+        answer: Any = server.handle_completions(body)
+        return int(answer["usage"]["completion_tokens"])
+
+    def run(job: Job) -> int:
+        with ThreadPoolExecutor(64) as pool:
+            return sum(pool.map(complete, zip(job["prompts"], job["new_tokens"], strict=True)))
+
+    return run
+
+
 def transformers_pipeline(folder: str) -> Run:
     """Return Transformers' pipeline on torch."""
     from transformers import pipeline
@@ -150,6 +173,7 @@ CONTENDERS: dict[str, Callable[..., Run]] = {
     "langchain-huggingface, openvino": lambda folder: langchain_huggingface(folder, "openvino"),
     "langchain-huggingface, torch": lambda folder: langchain_huggingface(folder, "pt"),
     "transformers pipeline": transformers_pipeline,
+    "llama.cpp": llama_cpp,
 }
 
 
