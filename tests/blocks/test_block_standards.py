@@ -15,6 +15,7 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from prefect.utilities.dispatch import get_registry_for_type
 from prefect.utilities.importtools import to_qualified_name
 from pydantic import SecretStr, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 import prefect_huggingface.blocks
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
@@ -82,6 +83,20 @@ def test_nested_blocks_round_trip_and_refer():
     assert loaded.get_credentials().get_token() == "hf_canary"
     assert loaded.ref() == {"$ref": {"block_document_slug": f"hugging-face-local-model/{name}"}}
     assert "hf_canary" not in repr(loaded) + loaded.model_dump_json()
+
+
+def test_a_schema_is_made_once_and_its_caller_may_change_it():
+    made = []
+
+    class Counting(GenerateJsonSchema):
+        def generate(self, *args, **kwargs):
+            made.append(args)
+            return super().generate(*args, **kwargs)
+
+    for _ in range(3):
+        schema = LocalModel.model_json_schema(schema_generator=Counting)
+        assert schema.pop("properties")["model_id"]["title"]
+    assert len(made) == 1
 
 
 def test_a_reference_needs_a_saved_block():

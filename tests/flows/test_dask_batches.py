@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel
-from prefect_huggingface.flows.batches import batch_inference
+from prefect_huggingface.flows.batches import batch_embedding, batch_inference
 from prefect_huggingface.tasks.batching.run import cut_shards
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from support.vector_models import TEXTS, make_embedder
 
 pytest.importorskip("prefect_dask", reason='needs pip install "prefect-huggingface[dask]"')
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
@@ -91,3 +94,28 @@ def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> 
     print(f"{len(found)} attempts at {len({start for start, _ in found})} shards")
     assert len({start for start, _ in found}) == SHARDS
     assert len(found) >= SHARDS
+
+
+def test_vectors_are_computed_over_workers(tmp_path: Path, session_folder: Path) -> None:
+    from distributed import LocalCluster
+    from prefect_dask import DaskTaskRunner
+
+    folder = make_embedder(session_folder / "dask" / "embedder", "xlm-roberta")
+    model = LocalModel(model_id=str(folder), task="feature-extraction", backend="torch", dtype="float32")
+    source, whole, destination = tmp_path / "in.jsonl", tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    source.write_text(
+        "".join(json.dumps({"id": number, "text": f"{number} {TEXTS[number % 6]}"}) + "\n" for number in range(ROWS))
+    )
+    batch_embedding(model, str(source), str(whole), "{text}")
+
+    kwargs = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None,
+              "local_directory": str(tmp_path / "dask")}  # fmt: skip
+    with LocalCluster(host="127.0.0.1", **kwargs) as cluster:
+        on_dask = batch_embedding.with_options(task_runner=DaskTaskRunner(address=cluster.scheduler_address))
+        summary = on_dask(model, str(source), str(destination), "{text}", shards=SHARDS, keep_journal="always")
+
+    assert summary.rows == summary.succeeded == ROWS
+    assert len(attempts(Journal.beside(str(destination)))) == SHARDS
+    one, other = pq.read_table(destination), pq.read_table(whole)
+    assert one["id"].to_pylist() == other["id"].to_pylist()
+    assert np.allclose(one["embedding"].to_pylist(), other["embedding"].to_pylist(), atol=1e-5)

@@ -109,6 +109,7 @@ def stop_process(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
             process.wait(seconds)
             return
         except ProcessLookupError:
+            assert process.poll() is not None, f"{process.args} runs on: it has no process group of its own."
             return
         except subprocess.TimeoutExpired:
             continue
