@@ -29,20 +29,14 @@ from prefect_huggingface.tasks.batches import (
     run_shard,
 )
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
-from prefect_huggingface.tasks.batching.job import (
-    BatchOptions,
-    InputType,
-    Model,
-    add_models,
-    check_free,
-    list_models,
-    pin_model,
-)
+from prefect_huggingface.tasks.batching.job import BatchOptions, InputType, Model, add_models, list_models, pin_model
 from prefect_huggingface.tasks.batching.output import (
     Publication,
-    RunFigures,
+    check_free,
     describe_batch,
-    errors_place,
+    find_finished,
+    is_published,
+    place_beside,
     publish_artifacts,
 )
 from prefect_huggingface.tasks.batching.run import (
@@ -52,19 +46,15 @@ from prefect_huggingface.tasks.batching.run import (
     Progress,
     check_failures,
     find_commits,
-    find_finished,
-    is_published,
     open_run,
-    own_journal,
 )
-from prefect_huggingface.tasks.batching.shard import ShardResult, ShardSettings
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
 from prefect_huggingface.tasks.parent_processes import end_with_parent
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
-from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, hold_journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.waiting import WaitNotice
 
@@ -112,7 +102,7 @@ def batch_inference(
         BatchError: If the batch cannot start or go on.
         TableError: If the input cannot be read or the output cannot be written.
     """
-    return _put_through(model, source, destination, prompt, options, system, rows, more or BatchOptions())
+    return _put_through(model, source, destination, more, prompt=prompt, options=options, system=system, rows=rows)
 
 
 @form_flow(name="batch-embedding", task_runner=_runner)
@@ -149,67 +139,50 @@ def batch_embedding(
         BatchError: If the batch cannot start or go on.
         TableError: If the input cannot be read or the output cannot be written.
     """
-    return _put_through(model, source, destination, text, options, None, rows, more or BatchOptions(), input_type)
+    return _put_through(
+        model, source, destination, more, prompt=text, options=options, rows=rows, input_type=input_type
+    )
 
 
-def _put_through(
-    model: Model,
-    source: str,
-    destination: str,
-    prompt: str | None,
-    options: GenerationOptions | None,
-    system: str | None,
-    rows: int | None,
-    more: BatchOptions,
-    input_type: InputType | None = None,
-) -> BatchSummary:
+def _put_through(model: Model, source: str, destination: str, more: BatchOptions | None, **asked: Any) -> BatchSummary:
     """Plan a batch and run it, in the journal that is beside its output."""
-    start, template = find_start(more.time_zone), destination
+    more = more or BatchOptions()
     end_with_parent()
+    start, template = find_start(more.time_zone), destination
     source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
     warn_of_unfinished(template, destination)
     with hub_of(model):
         journal = Journal.beside(destination)
         check_free(destination, replaceable=bool(journal.read_published()))
-        plan = plan_batch(model, source, destination, prompt, options, system, rows, more, input_type)
-        with own_journal(journal, more.if_running) as owner:
-            outcome = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
-    if isinstance(outcome, BatchSummary) and more.show_progress:
-        print_summary(outcome)
-    return outcome
+        plan = plan_batch(model, source, destination, more=more, **asked)
+        with hold_journal(journal, more.if_running) as owner:
+            summary = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
+    if isinstance(summary, BatchSummary) and more.show_progress:  # and was not cancelled
+        print_summary(summary)
+    return summary
 
 
 def _answer(
     plan: BatchPlan, models: Sequence[Model], destination: str, owner: JournalOwner, more: BatchOptions
 ) -> BatchSummary:
     """Resolve the models and run the batch, unless the same call has published its output before."""
-    finished = find_finished(owner.journal, plan.job, plan.output) if plan.chosen is None else None
-    if finished is not None and not (more.retry_failed and finished.failed):
-        return _end_again(finished, owner, more)
-    replaceable = _check_places(plan, owner.journal, destination, more)
-    resolved = resolve_models(models, find_commits(owner.journal, plan.job))
-    plan = replace(plan, job=add_models(plan.job, models, resolved))
-    pinned = [pin_model(each, found.commits) for each, found in zip(models, resolved, strict=True)]
-    try:
-        publication = _run(plan, pinned, owner, more, replaceable)
-    except BatchCancelledError as exc:
-        return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
-    if plan.chosen is None and not _is_kept(more, publication.summary):
-        owner.clear()
-    return publication.summary
-
-
-def _end_again(summary: BatchSummary, owner: JournalOwner, more: BatchOptions) -> BatchSummary:
-    """End a batch whose output was published before."""
-    run_log().info("The batch is finished already: its output is %s.", summary.destination)
-    publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
-    if not _is_kept(more, summary):
+    summary = find_finished(owner.journal, plan.job, plan.output) if plan.chosen is None else None
+    if summary is not None and not (more.retry_failed and summary.failed):
+        run_log().info("The batch is finished already: its output is %s.", summary.destination)
+        publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
+    else:
+        replaceable = _check_places(plan, owner.journal, destination, more)
+        resolved = resolve_models(models, find_commits(owner.journal, plan.job))
+        plan = replace(plan, job=add_models(plan.job, models, resolved))
+        pinned = [pin_model(each, found.commits) for each, found in zip(models, resolved, strict=True)]
+        try:
+            summary = _run(plan, pinned, owner, more, replaceable).summary
+        except BatchCancelledError as exc:
+            return Cancelled(message=exc.message)  # type: ignore[return-value]  # as it is on the server
+    is_kept = more.keep_journal == "always" or (more.keep_journal == "failed" and summary.failed > 0)
+    if plan.chosen is None and not is_kept:
         owner.clear()
     return summary
-
-
-def _is_kept(more: BatchOptions, summary: BatchSummary) -> bool:
-    return more.keep_journal == "always" or (more.keep_journal == "failed" and summary.failed > 0)
 
 
 def _check_places(plan: BatchPlan, journal: Journal, destination: str, more: BatchOptions) -> bool:
@@ -218,12 +191,12 @@ def _check_places(plan: BatchPlan, journal: Journal, destination: str, more: Bat
     Raises:
         BatchError: If there is something else than the output of this very batch.
     """
-    began = journal.read_job() is not None
-    replaceable = more.retry_failed and began and is_published(journal.read_published(), Place.of(destination))
-    check_free(Place.of(destination).url, replaceable)
+    began, place = journal.read_job() is not None, Place.of(destination)
+    replaceable = more.retry_failed and began and is_published(journal.read_published(), place)
+    check_free(place.url, replaceable)
     if plan.job.table.format == "openai" and plan.chosen is None:
         # With a journal, they are from an attempt of this job that ended between the two files.
-        check_free(errors_place(Place.of(destination)).url, replaceable or began)
+        check_free(place_beside(place.url, "errors"), replaceable or began)
     return replaceable
 
 
@@ -231,21 +204,18 @@ def _run(
     plan: BatchPlan, models: Sequence[Model], owner: JournalOwner, more: BatchOptions, replaceable: bool
 ) -> Publication:
     """Generate what is left and publish the output."""
-    settings = ShardSettings(more.max_concurrency, more.deduplicate, more.group_by_prefix)
-    run = open_run(owner, plan.job, more.shards, more.retry_failed, settings, plan.chosen)
-    key = plan.job.key if more.min_valid is not None else None
-    monitor = BatchMonitor(run.journal, run.rows, run.counts, key)
-    if run.counts.finished:
-        left = run.rows - run.counts.finished
-        run_log().info("%d of %d rows are finished already, %d are left.", run.counts.finished, run.rows, left)
+    run = open_run(owner, plan.job, more, plan.chosen)
+    monitor = BatchMonitor(owner.journal, run.rows, run.counts)
+    if run.counts.rows:
+        left = run.rows - run.counts.rows
+        run_log().info("%d of %d rows are finished already, %d are left.", run.counts.rows, run.rows, left)
     check_failures(monitor.measure(), more.max_failures, more.min_valid)
     with lent_models(models) as lent, CancelWatch() as watch:
         seconds = _run_shards(lent, run, monitor, watch, more)
-    progress = monitor.measure()
+    progress = replace(monitor.measure(), seconds=seconds)
     check_failures(progress, more.max_failures, more.min_valid)
-    figures = RunFigures(progress.tokens, seconds, run.counts.finished)
-    publication: Publication = publish_batch(plan, owner, replaceable, figures, list_upstream(plan, models))
-    publish_artifacts(publication, monitor.samples, run.journal)
+    publication: Publication = publish_batch(plan, owner, replaceable, progress, list_upstream(plan, models))
+    publish_artifacts(publication, monitor.samples, owner.journal)
     return publication
 
 
@@ -254,13 +224,16 @@ def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: Cancel
 
     Whatever happens, they end and commit what is finished.
     """
-    report = ProgressReport("batch-progress", f"{run.rows:,} rows")
+    journal, report = run.owner.journal, ProgressReport("batch-progress", f"{run.rows:,} rows")
+    what = f"No shard has begun: waiting for a free worker, or for the concurrency limit on the tag {ENGINE_TAG!r}"
+    waits: WaitNotice | None = WaitNotice(run_log(), what, START_SECONDS)
     finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
-    futures = [run_shard.submit(models, run.journal.place.url, shard) for shard in run.shards]
+    futures = [run_shard.submit(models, journal, shard) for shard in run.shards]
     for future in futures:
         future.add_done_callback(finished.put)
-    results: list[tuple[float, ShardResult]] = []
-    start = _StartWatch(futures)
+    begins: list[float] = []
+    ends: list[float] = []
+    is_complete = True
     with ProgressBar("rows", run.rows, more.show_progress) as bar:
 
         def tell(final: bool = False) -> Progress:
@@ -270,49 +243,33 @@ def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: Cancel
             return progress
 
         try:
-            while len(results) < len(futures):
+            while len(ends) < len(futures):
                 try:
-                    result = finished.get(timeout=run.journal.poll_seconds).result()
-                    # By the clock of this process, since those of other machines may differ.
-                    results.append((time.monotonic(), result))
+                    result = finished.get(timeout=journal.poll_seconds).result()
+                    ends.append(time.monotonic())  # the clocks of other machines may differ
+                    begins.append(ends[-1] - result.seconds)
+                    is_complete = is_complete and result.complete
                 except queue.Empty:
-                    start.look()
+                    waits = waits if waits and _is_waiting(futures[0], waits) else None
                 watch.check()
                 check_failures(tell(), more.max_failures, more.min_valid)
         except BaseException as exc:
-            _end_shards(run, futures, type(exc).__name__)
+            run.owner.request_stop(type(exc).__name__)
+            for future in futures:  # they commit what is finished
+                future.wait()
             raise
         finally:
             tell(final=True)
-    if not all(result.complete for _, result in results):
-        raise BatchError(
-            f"The batch was stopped, or taken over by another run. {run.journal.place.url!r} keeps its rows."
-        )
-    return max((end for end, _ in results), default=0) - min((end - each.seconds for end, each in results), default=0)
+    if not is_complete:
+        raise BatchError(f"The batch was stopped, or taken over by another run. {journal.place.url!r} keeps its rows.")
+    return max(ends, default=0.0) - min(begins, default=0.0)
 
 
-def _end_shards(run: BatchRun, futures: Sequence[PrefectFuture[Any]], cause: str) -> None:
-    """Ask the shards to end, and wait until they have committed what is finished."""
-    run.owner.request_stop(cause)
-    for future in futures:
-        future.wait()
-
-
-class _StartWatch:
-    """Says so in the log as long as no shard has begun."""
-
-    def __init__(self, futures: Sequence[PrefectFuture[Any]]) -> None:
-        self._first = futures[0] if futures else None
-        what = f"No shard has begun: waiting for a free worker, or for the concurrency limit on the tag {ENGINE_TAG!r}"
-        self._notice = WaitNotice(run_log(), what, START_SECONDS)
-
-    def look(self) -> None:
-        """Ask Prefect for the first shard, until it has begun."""
-        if self._first is None:
-            return
-        with suppress(Exception):  # a server that is busy answers the next time
-            state = self._first.state  # each look at it is a request to the server
-            if state.is_pending() or state.is_scheduled():
-                self._notice.tell()
-            else:
-                self._first = None
+def _is_waiting(first: PrefectFuture[Any], notice: WaitNotice) -> bool:
+    """Return whether the first shard has not begun, and say so in the log."""
+    with suppress(Exception):  # a server that is busy answers the next time
+        state = first.state  # each look at it is a request to the server
+        if not state.is_pending() and not state.is_scheduled():
+            return False
+        notice.tell()
+    return True

@@ -26,10 +26,7 @@ def titled(title: str, **limits: Any) -> Any:
     """Return the annotation that gives a parameter a title in the form, and limits.
 
     Prefect sets the title of a field to the name of the parameter; only the extra part of its schema is left alone.
-
-    Args:
-        title: Title of the field.
-        limits: Limits as for `pydantic.Field`, such as `ge`.
+    The limits are those of `pydantic.Field`, such as `ge`.
     """
     return Field(json_schema_extra={"title": title}, **limits)
 
@@ -80,13 +77,10 @@ class FormFlow(Flow[P, R]):
             ParameterTypeError: If a block cannot be loaded or is of another type, if rows are given in place of a
                 file, or if a value does not fit its parameter.
         """
-        annotations = {
-            name: parameter.annotation
-            for name, parameter in inspect.signature(self.fn, eval_str=True).parameters.items()
-        }
+        own = inspect.signature(self.fn, eval_str=True).parameters
         loaded = {name: load_references(name, value) for name, value in parameters.items()}
         for name, value in loaded.items():
-            kinds = list(_parts(annotations.get(name)))
+            kinds = list(_parts(own[name].annotation)) if name in own else []
             _check_block(name, value, tuple(kind for kind in kinds if Block.is_block_class(kind)))
             _check_rows(name, value, kinds)
         return super().validate_parameters(loaded)
@@ -100,11 +94,7 @@ def _group_of(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str]:
 
 
 def form_flow(**settings: Any) -> Callable[[Callable[P, R]], FormFlow[P, R]]:
-    """Return a decorator like `prefect.flow` whose flow explains wrong parameters.
-
-    Args:
-        settings: Settings of the flow, as for `prefect.flow`.
-    """
+    """Return a decorator like `prefect.flow`, with its settings, whose flow explains wrong parameters."""
     return lambda function: FormFlow(function, **settings)
 
 
@@ -122,10 +112,7 @@ def load_references(name: str, value: Any) -> Any:
 
 
 def _load_block(name: str, reference: Any) -> Block:
-    if isinstance(reference, Mapping):
-        shown = next(iter(reference.values()), reference)
-    else:
-        shown = reference
+    shown = next(iter(reference.values()), reference) if isinstance(reference, Mapping) else reference
     try:
         return Block.load_from_ref(reference, _sync=True)  # type: ignore[call-arg, return-value]
     except ValueError as exc:

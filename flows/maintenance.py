@@ -48,13 +48,8 @@ def prune_models(
         len(report.removed), report.freed_bytes / 1e9, report.kept_bytes / 1e9,
     )  # fmt: skip
     rows = [
-        {
-            "kind": model.kind,
-            "model": model.source or model.name,
-            "commit": model.commit,
-            "MB": model.size_bytes // 10**6,
-        }
-        for model in report.removed
+        {"kind": each.kind, "model": each.source or each.name, "commit": each.commit, "MB": each.size_bytes // 10**6}
+        for each in report.removed
     ]
     publish_table("pruned-models", rows, "What was removed from the store, the least recently used first.")
     return report
@@ -76,13 +71,7 @@ def report_failure(flow_run_id: Annotated[UUID, titled("Flow run")]) -> None:
 
 
 def describe_failure(flow_name: str, run: FlowRun, logs: list[Log]) -> str:
-    """Return what is known of a failed run as Markdown.
-
-    Args:
-        flow_name: Name of its flow.
-        run: The run.
-        logs: Its last warnings and errors, in order.
-    """
+    """Return what is known of a failed run as Markdown, with its last warnings and errors, which come in order."""
     state = run.state
     lines = [
         ("Run", run.name),

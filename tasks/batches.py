@@ -26,20 +26,24 @@ from prefect_huggingface.tasks.batching.job import (
     Output,
     ResolvedModel,
     check_ids,
-    choose_columns,
     describe_models,
     list_models,
     plan_job,
-    plan_output,
     resolve_model,
 )
-from prefect_huggingface.tasks.batching.output import Publication, RunFigures, get_fields, publish_output, trial_of
-from prefect_huggingface.tasks.batching.run import choose_rows, get_status
-from prefect_huggingface.tasks.batching.shard import Chosen, Shard, ShardResult, process_shard
-from prefect_huggingface.tasks.batching.vectors import plan_vectors
+from prefect_huggingface.tasks.batching.output import (
+    Publication,
+    choose_columns,
+    place_beside,
+    plan_output,
+    publish_output,
+)
+from prefect_huggingface.tasks.batching.run import Progress, choose_rows, get_status
+from prefect_huggingface.tasks.batching.shard import Rows, Shard, ShardResult, process_shard
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import library_logs
+from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.places import reach_hub
 
@@ -49,17 +53,11 @@ ENGINE_TAG = "hugging-face-engine"
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What a batch will do, all checked.
-
-    Attributes:
-        job: Its job.
-        output: Its output, that of the trial where it is one.
-        chosen: Rows of a trial, None for all.
-    """
+    """What a batch will do, all checked. `chosen` are the rows of a trial, None for all."""
 
     job: BatchJob
     output: Output
-    chosen: Chosen | None = None
+    chosen: Rows | None = None
 
 
 def check_batch(
@@ -81,30 +79,26 @@ def check_batch(
         TableError: If the input cannot be read.
     """
     more = more or BatchOptions()
-    output = plan_output(source, destination, more.output_prefix, more.timings)
-    job = plan_job(source, prompt, system, options, more)
+    output = plan_output(source, destination)
+    job = plan_job(source, prompt, system, options, more, input_type)
     if more.id_column:
         check_ids(job.table, more.id_column)
     models = list_models(model, more.steps or ())
-    output, job = plan_vectors(job, output, models, input_type), replace(job, input_type=input_type)
-    fields = {} if output.vectors else get_fields([model.options.model_dump(mode="json"), job.options])
-    output = choose_columns(job, output, more.columns, fields)
-    job = describe_models(job, models, options, more.served_names)
+    job = describe_models(job, models, more.served_names)
+    output = choose_columns(job, output, more, model)
     chosen = choose_rows(job.table.rows, rows, more)
-    return BatchPlan(job, output if chosen is None else trial_of(output), chosen)
+    if chosen is not None:  # a trial has a file of its own, which every trial replaces
+        output = replace(output, destination=place_beside(output.destination, "trial"))
+    return BatchPlan(job, output, chosen)
 
 
 def prepare_models(models: Sequence[Model], commits: Sequence[Commits]) -> list[ResolvedModel]:
     """Resolve each model to one content for the whole job: its commit is found, it is downloaded and exported.
 
-    Args:
-        models: Models of the job.
-        commits: Commits of each that an earlier run of the job has found, or none.
+    `commits` are those of each model that an earlier run of the job has found, or none.
 
     Raises:
-        ModelSourceError: If there is no model.
-        HubError: If it cannot be had.
-        ExportError: If its export failed.
+        HuggingFaceTaskError: If there is no model, it cannot be had, or its export failed.
     """
     with library_logs():
         return [resolve_model(model, found) for model, found in zip(models, commits, strict=True)]
@@ -118,13 +112,13 @@ class ShardModel:
     hold them.
 
     Attributes:
-        kind: Name of its class.
+        kind: Its class.
         fields: Its fields, without secrets.
         key: What the process that lends it knows it by.
         secrets: For each field that holds a secret, the reference to a saved block with it, None where there is none.
     """
 
-    kind: str
+    kind: type[Model]
     fields: Mapping[str, Any]
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     secrets: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
@@ -140,7 +134,7 @@ class ShardModel:
             secrets["credentials"] = _reference(model.credentials)
         if isinstance(model, InferenceEndpoint) and model.headers is not None:
             secrets["headers"] = _reference(model)
-        return cls(type(model).__name__, fields, secrets=secrets)
+        return cls(type(model), fields, secrets=secrets)
 
     def borrow(self) -> Model:
         """Return the model.
@@ -150,13 +144,12 @@ class ShardModel:
         """
         if self.key in _lent:
             return _lent[self.key]
-        kind = {each.__name__: each for each in (LocalModel, InferenceEndpoint)}[self.kind]
-        model: Any = kind(**self.fields)
+        model: Any = self.kind(**self.fields)
         for name, reference in self.secrets.items():
             if reference is not None:
                 block: Any = Block.load_from_ref(dict(reference), _sync=True)  # type: ignore[call-arg]
                 model = model.model_copy(update={name: block.headers if name == "headers" else block})
-            elif kind is InferenceEndpoint:  # a local model is here already, and needs no token any more
+            elif self.kind is InferenceEndpoint:  # a local model is here already, and needs no token any more
                 raise BatchError(
                     f"The {name} of the endpoint {model.base_url!r} are not saved, and no token travels to another "
                     "process. Save the block, `.save('name')`, and use the saved one."
@@ -212,47 +205,37 @@ def hub_of(model: Model) -> Iterator[None]:
         yield
 
 
-def infer_shard(models: Sequence[ShardModel], journal: str, shard: Shard) -> ShardResult:
-    """Generate the rows of a shard with the engines of this process.
-
-    Args:
-        models: Models of the job, pinned to their commits.
-        journal: Path or URL of the journal.
-        shard: Rows to generate; those that are in the journal are left out.
+def infer_shard(models: Sequence[ShardModel], journal: Journal, shard: Shard) -> ShardResult:
+    """Generate the rows of a shard that are not in the journal yet, with the engines of this process.
 
     Raises:
         BatchError: If a model in a folder has changed since the batch began.
     """
     from prefect_huggingface.tasks.engines.registry import load_engine
-    from prefect_huggingface.tasks.storage.journals.journal import Journal
-    from prefect_huggingface.tasks.storage.places import Place
 
-    place = Journal(Place.of(journal))
     here = [model.borrow() for model in models]
     with library_logs(), hub_of(here[0]):
         engines = [load_engine(model) for model in here]
-        identities = (place.read_job() or {}).get("models", ())
+        identities = (journal.read_job() or {}).get("models", ())
         for model, identity in zip(here, identities, strict=True):
             # What is pinned to a commit cannot change.
-            loose = isinstance(model, LocalModel) and (
-                model.is_local or any(adapter.is_local for adapter in model.adapters)
-            )
-            if loose and resolve_model(model).identity != identity:
+            parts: list[Any] = [model, *model.adapters] if isinstance(model, LocalModel) else []
+            if any(part.is_local for part in parts) and resolve_model(model).identity != identity:
                 raise BatchError(f"{model.model_id!r} has changed since the batch began. Put it back, or start anew.")
-        return process_shard(engines, place, shard)
+        return process_shard(engines, journal, shard)
 
 
 def publish_rows(
     plan: BatchPlan,
     owner: JournalOwner,
     replaceable: bool = False,
-    figures: RunFigures | None = None,
+    progress: Progress | None = None,
     upstream: Sequence[str] = (),
 ) -> Publication:
     """Write the output of a finished batch and publish it."""
-    trial = plan.chosen is not None
-    publication = publish_output(plan.job, owner, plan.output, replaceable or trial, figures, plan.chosen)
-    facts = {"rows": publication.rows, "failed": publication.failed, "generated_tokens": publication.generated_tokens}
+    replaceable = replaceable or plan.chosen is not None
+    publication = publish_output(plan.job, owner, plan.output, replaceable, progress, plan.chosen)
+    facts = {name: getattr(publication, name) for name in ("rows", "failed", "generated_tokens")}
     for place in filter(None, (plan.output.destination, publication.errors_destination)):
         note_asset(place_key(place), upstream, facts)
     return publication

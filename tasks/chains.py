@@ -10,8 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
-from prefect_huggingface.tasks.batching.chains import ChainRows, ChainStep, check_chain, parse_output
-from prefect_huggingface.tasks.batching.requests import RowRequest
+from prefect_huggingface.tasks.batching.requests import ChainRows, ChainStep, check_chain, parse_output
 from prefect_huggingface.tasks.errors import ChainError
 from prefect_huggingface.tasks.run_logs import library_logs
 
@@ -25,12 +24,6 @@ def answer_chain(
     options: GenerationOptions | None = None,
 ) -> dict[str, Any]:
     """Run named prompts one after the other, and return the output of each step by its name.
-
-    Args:
-        model: Model or endpoint of the steps that name no other.
-        steps: Steps in their order.
-        inputs: Values for the names in the prompts.
-        options: Generation options of all steps, put over the defaults of their models.
 
     Raises:
         ChainError: If the chain cannot be filled in, a step fails, or an output is not of its form.
@@ -46,8 +39,7 @@ def answer_chain(
     outputs: dict[str, Any] = {}
     rows = []
     for number, (step, result) in enumerate(zip(steps, results, strict=False)):
-        asked = chain.make(0, number, {**inputs, **outputs})
-        prompt = asked.prompt if isinstance(asked, RowRequest) else None
+        prompt = None if result.status == "missing_value" else chain(0, {**inputs, **outputs}, number).prompt
         rows.append({"step": step.name, "prompt": prompt, "output": result.completion, "error": result.error})
         if result.error is None:
             outputs[step.name] = parse_output(step, result.completion or "")

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import task
@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import markdown_table, publish_markdown
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, describe_models, list_models, plan_job
-from prefect_huggingface.tasks.batching.shard import RowFeed, run_requests
+from prefect_huggingface.tasks.batching.shard import FeedChunk, RowFeed, run_requests
 from prefect_huggingface.tasks.progress import format_seconds
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import ResultRow
@@ -32,10 +32,7 @@ class BatchEstimate:
     """What a batch would take.
 
     Attributes:
-        rows: Number of its rows.
         measured_rows: Number of rows that were measured.
-        prompt_tokens: Tokens of all prompts.
-        generated_tokens: Tokens of all answers.
         seconds: Time from the first request to the last answer, on one machine like this.
         memory_bytes: Resident memory of the process with the loaded model.
         disk_bytes: Size of the journal and the output together.
@@ -63,15 +60,7 @@ def measure_batch(
 
     Rows drawn at random are generated, several times as many as the engine has at once, so that its batch is full while
     the time is taken. Their answers are not kept; a trial, `rows=200`, keeps them. Equal prompts are not looked for.
-
-    Args:
-        model: Model or endpoint. It is downloaded, exported and loaded where it is not yet.
-        source: Input of the batch.
-        prompt: Template over the columns.
-        options: Generation options, put over those of the model.
-        system: Template of a system message.
-        more: Options of the batch.
-        max_seconds: After so many seconds no more rows begin; those that have begun are finished.
+    After `max_seconds` no more rows begin; those that have begun are finished.
 
     Raises:
         BatchError: If the parts do not go together.
@@ -82,7 +71,7 @@ def measure_batch(
 
     more = more or BatchOptions()
     models = list_models(model, more.steps or ())
-    job = describe_models(plan_job(source, prompt, system, options, more), models, options, more.served_names)
+    job = describe_models(plan_job(source, prompt, system, options, more), models, more.served_names)
     with library_logs():
         engines = [load_engine(each) for each in models]
     limit = more.max_concurrency or sum(engine.in_flight for engine in engines)
@@ -95,7 +84,7 @@ def measure_batch(
         ends.extend(time.monotonic() for row in rows if row.is_last)
 
     began = time.monotonic()
-    feed = RowFeed(job.make_chain() or job.make_requests(), _draw_rows(job, number), commit, group_by_prefix=False)
+    feed = RowFeed(job.make_requests(), _draw_rows(job, number), commit, group_by_prefix=False)
     with closing(run_requests(engines, feed, limit, lambda: False)) as finished:
         for completions in finished:
             feed.finish(completions)
@@ -107,7 +96,7 @@ def measure_batch(
     return estimate
 
 
-def _draw_rows(job: BatchJob, number: int) -> Iterator[tuple[Chunk, set[int], list[ResultRow]]]:
+def _draw_rows(job: BatchJob, number: int) -> Iterator[FeedChunk]:
     """Yield rows that are drawn at random, in random order: they would come by length else, or by topic."""
     drawn = frozenset(random.Random(0).sample(range(job.table.rows), number))
     rows: list[tuple[dict[str, Any], str | None]] = []
@@ -142,11 +131,11 @@ def _extrapolate(job: BatchJob, results: list[ResultRow], ends: list[float], mem
 
 def describe_estimate(estimate: BatchEstimate) -> str:
     """Return an estimate as Markdown."""
-    values = asdict(estimate)
     lines = [
         ("Rows", f"{estimate.rows:,}, of which {estimate.measured_rows:,} were measured"),
         ("Time", format_seconds(estimate.seconds)),
-        *((name.replace("_", " ").capitalize(), f"{values[name]:,}") for name in ("prompt_tokens", "generated_tokens")),
+        ("Prompt tokens", f"{estimate.prompt_tokens:,}"),
+        ("Generated tokens", f"{estimate.generated_tokens:,}"),
         ("Memory", f"{estimate.memory_bytes / 1e9:.2f} GB"),
         ("Disk", f"{estimate.disk_bytes / 1e6:.1f} MB"),
     ]

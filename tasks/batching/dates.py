@@ -73,11 +73,6 @@ def _scheduled_start() -> datetime | None:
 def fill_dates(name: str, location: str, start: datetime) -> str:
     """Return a path or URL with its placeholders filled in. Doubled braces become single ones.
 
-    Args:
-        name: Parameter that the location was given as, for the message.
-        location: Path or URL, such as "answers-{date}.jsonl".
-        start: Time to fill in.
-
     Raises:
         BatchError: If a placeholder is not known, or a brace stands alone.
     """
@@ -123,9 +118,7 @@ def warn_of_unfinished(template: str, destination: str) -> None:
 def find_unfinished(template: str, destination: str) -> list[str]:
     """Return the outputs of other dates whose batch began and neither ended nor runs now, the earliest first.
 
-    Args:
-        template: Destination with its placeholders.
-        destination: Destination of this run, which is left out.
+    `destination` is that of this run, which is left out.
     """
     location = Place.of(template).url
     parts = _parse("destination", location)

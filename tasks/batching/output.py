@@ -1,66 +1,205 @@
-"""From the journal to the output table: rows in input order, checked to be complete, published by a rename.
+"""The output of a batch: where it may go, and how it is made of the journal.
 
-What is about to be published is noted in the journal first. A run that is killed right after finds there that it was
-finished, whatever it had still to do.
+Rows come in input order, are checked to be complete, and are published by a rename. What is about to be published is
+noted in the journal first. A run that is killed right after finds there that it was finished, whatever it had still to
+do.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import os
+import re
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from typing_extensions import override
 
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
-from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, Output
-from prefect_huggingface.tasks.batching.requests import NO_VECTORS, read_line
-from prefect_huggingface.tasks.batching.run import STATUSES
-from prefect_huggingface.tasks.batching.shard import Chosen
-from prefect_huggingface.tasks.batching.vectors import dimensions_of, read_vector, vector_column, vector_type
+from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, BatchOptions, Model, Output
+from prefect_huggingface.tasks.batching.requests import NO_VECTORS, ChainRows, parse_output, read_line
+from prefect_huggingface.tasks.batching.run import STATUSES, Progress
+from prefect_huggingface.tasks.batching.shard import Rows
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
-from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
+from prefect_huggingface.tasks.storage.files import hash_file
+from prefect_huggingface.tasks.storage.journals.journal import SUFFIX, Journal, JournalRows
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
-from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.storage.tables.inputs import Chunk, check_unchanged, get_schema, read_chunks
-from prefect_huggingface.tasks.storage.tables.writers import open_writer, to_json
+from prefect_huggingface.tasks.storage.places import Place, is_pattern
+from prefect_huggingface.tasks.storage.tables.inputs import Chunk, check_unchanged, get_format, get_schema, read_chunks
+from prefect_huggingface.tasks.storage.tables.writers import check_types, open_writer, to_json
 from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL
 
+VECTOR_FORMATS = ("parquet", "arrow", "jsonl")
+BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "r2", "oss")
+TEMPORARY_CHARACTERS = 32  # what a temporary file's name has besides that of the output
+LEAST_FREE_BYTES = 16 * 2**20
 SAMPLE_ROWS = 20
 LENGTH_BOUNDS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-TRIAL = "trial"
 
 
-@dataclass(frozen=True, slots=True)
-class RunFigures:
-    """What a run knows of itself before its output is written: tokens it generated, its time, rows from before."""
+def plan_output(source: str, destination: str) -> Output:
+    """Check where the output goes, before the input is read.
 
-    generated_tokens: int = 0
-    seconds: float = 0.0
-    resumed: int = 0
+    Raises:
+        BatchError: If the destination is a part of the input, is a folder, or cannot be written.
+        TableError: If its format is not known.
+    """
+    place = Place.of(destination)
+    format, compression = get_format(place.name)
+    if compression:
+        raise BatchError(f"`destination` must not be compressed, got {destination!r}. Use Parquet for a small output.")
+    if format == "json":
+        raise BatchError(f"`destination` cannot be a JSON array, got {destination!r}. Use .jsonl, .csv or .parquet.")
+    if place.is_folder():
+        raise BatchError(f"`destination` must be a file, got the folder {destination!r}. Add a file name.")
+    _check_apart(source, place)
+    check_writable(place)
+    return Output(place.url, format)
+
+
+def check_writable(place: Place) -> None:
+    """Check that a file can be written at a place, without writing it.
+
+    Raises:
+        BatchError: If it cannot.
+    """
+    if not place.is_local:
+        protocol, _, path = place.url.partition("://")
+        bucket = Place(f"{protocol}://{path.partition('/')[0]}")
+        if protocol in BUCKET_PROTOCOLS and not bucket.exists():
+            raise BatchError(f"`destination` {place.url!r} cannot be written: there is no {bucket.url!r}. Create it.")
+        return
+    folder = next(each for each in Path(place.url).parents if os.path.lexists(each))
+    longest_name = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    reason = None
+    if not folder.is_dir():
+        reason = f"{str(folder)!r} is not a folder. Choose another one."
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"the folder {str(folder)!r} is read-only. Choose another one, or change its rights."
+    elif len(os.fsencode(place.name)) + TEMPORARY_CHARACTERS > longest_name:
+        reason = f"its name has {len(place.name)} characters. Choose a shorter one."
+    elif (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
+        reason = f"the disk has {free / 1e6:.1f} MB left. Make room, or choose another disk."
+    if reason:
+        raise BatchError(f"`destination` {place.url!r} cannot be written: {reason}")
+
+
+def _check_apart(source: str, destination: Place) -> None:
+    """Refuse an output that the next run would read as input, whatever links lead to it."""
+    from fsspec.utils import glob_translate
+
+    place = Place.of(source)
+    given, target = (os.path.realpath(each.url) if each.is_local else each.url for each in (place, destination))
+    if is_pattern(source):
+        inside = bool(re.fullmatch(glob_translate(given), target))
+    else:
+        inside = given == target or (place.is_folder() and f"{target}/".startswith(f"{given}/"))
+    if inside:
+        raise BatchError(
+            f"`destination` {destination.url!r} is within the input {place.url!r}, so the next run would read it. "
+            "Choose another folder."
+        )
+
+
+def choose_columns(
+    job: BatchJob, output: Output, more: BatchOptions | None = None, model: Model | None = None
+) -> Output:
+    """Return the output with its columns: those of the input that are kept, and those that are added.
+
+    The options of the batch, and those of the model, may ask for structured answers.
+
+    Raises:
+        BatchError: If a column is not there, or would be there twice, or if the format cannot hold the output.
+    """
+    more = more or BatchOptions()
+    columns = more.columns
+    table = job.table
+    if table.format == "openai" and output.format != "jsonl":
+        raise BatchError(
+            f"The answers to requests in the OpenAI format are JSON lines, got `destination` {output.destination!r}. "
+            "Give it the ending .jsonl."
+        )
+    missing = [name for name in columns or () if name not in table.columns]
+    if missing:
+        raise BatchError(f"`columns` names {missing!r}, but the input has {list(table.columns)!r}. Correct them.")
+    if columns and len(set(columns)) < len(columns):
+        repeated = sorted({name for name in columns if list(columns).count(name) > 1})
+        raise BatchError(f"`columns` names {', '.join(map(repr, repeated))} twice. Name each column once.")
+    steps, is_vectors = tuple(step["name"] for step in job.steps), job.input_type is not None
+    if is_vectors and output.format not in VECTOR_FORMATS:
+        raise BatchError(
+            f"`destination` must be a table that holds vectors, got {output.destination!r}. End it with .parquet."
+        )
+    asked = [model.options.model_dump(mode="json") if model else None, job.options]
+    fields = {} if steps or is_vectors else get_fields(asked)
+    kept_columns = None if columns is None else tuple(columns)
+    chosen = Output(
+        output.destination, output.format, kept_columns, more.output_prefix, more.timings, fields, steps, is_vectors
+    )
+    kept = table.columns if columns is None else columns
+    twice = sorted(set(kept) & set(chosen.added) | {name for name in steps if name in OUTPUT_COLUMNS[1:]})
+    if twice:
+        raise BatchError(
+            f"The input has columns {twice!r} that the output adds. Set `output_prefix`, 'new_' for instance, "
+            "or leave them out with `columns`."
+        )
+    if output.format in ("parquet", "arrow") and table.format != "openai":
+        schema = get_schema(table)
+        if unfit := check_types([schema.field(name) for name in kept], output.format):
+            raise BatchError(
+                f"The columns {unfit!r} have types that {output.format} cannot hold. Leave them out with `columns`, or "
+                "write JSONL."
+            )
+    return chosen
+
+
+def check_free(destination: str, replaceable: bool = False) -> None:
+    """Check that there is nothing where the output goes, unless it may be replaced.
+
+    Raises:
+        BatchError: If there is something.
+    """
+    if not replaceable and Place.of(destination).exists():
+        raise BatchError(
+            f"`destination` {destination!r} exists already, and nothing is overwritten. "
+            f"Choose another name, or move it away (and {SUFFIX!r} beside it)."
+        )
+
+
+def find_finished(journal: Journal, job: BatchJob, output: Output) -> BatchSummary | None:
+    """Return the summary of a call that has published its output already, also if it was killed right after."""
+    record = journal.read_published()
+    if record.get("call") != job.call_key(output) or not is_published(record, Place.of(output.destination)):
+        return None
+    return BatchSummary(**record["summary"])
+
+
+def is_published(record: Mapping[str, Any], place: Place) -> bool:
+    """Return whether the output at a place is the one of a record, which is written right before it is published."""
+    if not record or not place.exists() or place.is_folder() or place.info()["size"] != record["size"]:
+        return False
+    return not place.is_local or place.digest() == record["sha256"]
 
 
 @dataclass(slots=True)
 class Publication:
-    """What was published.
+    """What was published: counts over all rows, the first of them, and the first that failed.
 
     Attributes:
-        rows: Number of rows.
-        statuses: Number of rows by status.
-        failed: Number of rows with an error.
         generated_tokens: Number of tokens in all answers.
         shared: Number of rows that took the answer of another row.
         lengths: Number of rows by the number of their tokens, see `LENGTH_BOUNDS`.
-        samples: First rows.
-        failures: First rows that failed.
         errors_destination: Where the failed requests are, in the OpenAI batch format.
-        summary: The batch in short.
     """
 
     rows: int = 0
@@ -92,20 +231,12 @@ class Publication:
             failed = answers.filter(pc.is_valid(answers["error"])).slice(0, SAMPLE_ROWS - len(self.failures))
             self.failures += _samples(chunk, failed, texts)
 
-    def summarize(self, destination: str, figures: RunFigures) -> BatchSummary:
+    def summarize(self, destination: str, progress: Progress) -> BatchSummary:
         """Return the summary of the batch."""
         return BatchSummary(
-            rows=self.rows,
-            succeeded=self.rows - self.failed,
-            failed=self.failed,
-            destination=destination,
-            generated_tokens=figures.generated_tokens,
-            seconds=figures.seconds,
-            statuses=dict(sorted(self.statuses.items())),
-            resumed=figures.resumed,
-            shared=self.shared,
-            errors_destination=self.errors_destination,
-        )
+            self.rows, self.rows - self.failed, self.failed, destination, progress.tokens, progress.seconds,
+            dict(sorted(self.statuses.items())), progress.resumed, self.shared, self.errors_destination,
+        )  # fmt: skip
 
 
 def _samples(chunk: Chunk, answers: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -116,20 +247,10 @@ def _samples(chunk: Chunk, answers: Any, texts: Sequence[str]) -> list[dict[str,
     ]
 
 
-def trial_of(output: Output) -> Output:
-    """Return the output of a trial: beside that of the whole batch, and replaced by every trial."""
-    place = Place.of(output.destination)
-    return replace(output, destination=_beside(place, TRIAL).url)
-
-
-def errors_place(destination: Place) -> Place:
-    """Return where the errors of an OpenAI batch go: `out.jsonl` has them in `out.errors.jsonl`."""
-    return _beside(destination, "errors")
-
-
-def _beside(place: Place, word: str) -> Place:
-    stem, _, suffix = place.name.rpartition(".")
-    return place.parent.child(f"{stem}.{word}.{suffix}")
+def place_beside(destination: str, word: str) -> str:
+    """Return where a further file of an output goes, the errors of `out.jsonl` in `out.errors.jsonl` for instance."""
+    stem, dot, suffix = destination.rpartition(".")
+    return f"{stem}.{word}{dot}{suffix}"
 
 
 def publish_output(
@@ -137,18 +258,12 @@ def publish_output(
     owner: JournalOwner,
     output: Output,
     replaceable: bool = False,
-    figures: RunFigures | None = None,
-    chosen: Chosen | None = None,
+    progress: Progress | None = None,
+    chosen: Rows | None = None,
 ) -> Publication:
-    """Write the output table from the input and the journal.
+    """Write the output table from the input and the journal, which has all rows of the job, or those of a trial.
 
-    Args:
-        job: Job of the journal.
-        owner: Owner of the journal, which has all rows of the job.
-        output: Where and how to write it.
-        replaceable: Whether an output that is there may be replaced.
-        figures: What the run knows of itself.
-        chosen: Rows of a trial, None for all. A trial is not noted as the end of the batch.
+    A trial, with its `chosen` rows, is not noted as the end of the batch.
 
     Raises:
         BatchError: If the journal lacks a row, or another run has taken over.
@@ -156,89 +271,44 @@ def publish_output(
     """
     check_unchanged(job.table)
     journal, publication, place = owner.journal, Publication(), Place.of(output.destination)
-    if output.vectors:
-        output = replace(output, dimensions=dimensions_of(job, journal))
-    elif job.table.format != "openai":
-        output = replace(output, reasoning=_reasoning_columns(job, journal, output))
     with ExitStack() as published:
         path = published.enter_context(place.published(replaceable))
-        with ExitStack() as stack:
-            if job.table.format == "openai":
-                errors = errors_place(place)
-                publication.errors_destination = errors.url
-                # An earlier attempt may have published the errors and not yet the responses.
-                errors_path = published.enter_context(errors.published(True))
-                write = _openai_writer(stack, path, errors_path, job, journal, output)
-            else:
-                write = _table_writer(stack, path, job, output)
+        writer: AnswerTableWriter | OpenAIBatchWriter
+        if job.table.format == "openai":
+            publication.errors_destination = place_beside(place.url, "errors")
+            # An earlier attempt may have published the errors and not yet the responses.
+            errors_path = published.enter_context(Place(publication.errors_destination).published(True))
+            created = (journal.read_job() or {}).get("created", 0) if output.timings else 0
+            writer = OpenAIBatchWriter(path, errors_path, job.key, int(created))
+        else:
+            writer = AnswerTableWriter(path, job, journal, output)
+        with writer:
             for chunk, answers in _answered(job, journal, chosen):
                 publication.count(chunk, answers, output.steps)
-                write(chunk, answers)
-        publication.summary = publication.summarize(output.destination, figures or RunFigures())
+                writer.write(chunk, answers)
+        publication.summary = publication.summarize(output.destination, progress or Progress(0))
         owner.check()
         if chosen is None:
-            owner.write_published(_record(path, job.call_key(output), publication.summary))
+            record = {"sha256": hash_file(path), "size": path.stat().st_size, "summary": asdict(publication.summary)}
+            owner.write("published", {"call": job.call_key(output), **record})
     return publication
 
 
-def _record(path: Path, call: str, summary: BatchSummary) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"call": call, "sha256": digest, "size": path.stat().st_size, "summary": asdict(summary)}
-
-
-def _reasoning_columns(job: BatchJob, journal: Journal, output: Output) -> dict[str, str]:
-    """Return the columns for the reasoning of those steps that have any, looking at one segment at a time."""
-    import pyarrow.compute as pc
-
-    found: set[int] = set()
-    for name in journal.names():
-        table = journal.load(name, job.key)
-        found |= set(table.filter(pc.match_substring(table["details"], '"reasoning": '))["step"].to_pylist())
-    kept = job.table.columns if output.columns is None else output.columns
-    taken, columns = {*kept, *output.added}, {}
-    for step in sorted(found):
-        prefix, source = (
-            (f"{output.steps[step]}_", _details_of(output.steps[step])) if output.steps else ("", "details")
-        )
-        names = (f"{prefix}reasoning", f"{prefix}completion_reasoning")
-        columns[next(name for name in names if output.prefix + name not in taken)] = source
-    return columns
-
-
-def _details_of(step: str) -> str:
-    return f"{step} details"
-
-
-def _answered(job: BatchJob, journal: Journal, chosen: Chosen | None) -> Iterator[tuple[Chunk, Any]]:
+def _answered(job: BatchJob, journal: Journal, chosen: Rows | None) -> Iterator[tuple[Chunk, Any]]:
     """Yield the rows in parts, each with a table of its answers."""
     sweep = JournalRows(journal, job.key)
-    wanted = range(job.table.rows) if chosen is None else chosen
-    if not len(wanted):
-        return
-    for chunk in read_chunks(job.table, wanted[0], wanted[-1] + 1):
-        table = sweep.take(chunk.first, chunk.first + len(chunk))
-        answers = _fold(table, job) if job.steps else table.filter(table["is_last"])
-        if isinstance(wanted, range):
-            yield chunk, _whole(answers, len(chunk), chunk, journal)
-            continue
-        for row in (row for row in wanted if chunk.first <= row < chunk.first + len(chunk)):
-            yield chunk.part(row, row + 1), _whole(_row_of(answers, row), 1, chunk, journal)
-
-
-def _row_of(answers: Any, row: int) -> Any:
-    import pyarrow.compute as pc
-
-    return answers.filter(pc.equal(answers["row"], row))
-
-
-def _whole(answers: Any, rows: int, chunk: Chunk, journal: Journal) -> Any:
-    if answers.num_rows != rows:
-        raise BatchError(
-            f"The journal {journal.place.url!r} lacks {rows - answers.num_rows} rows from row {chunk.first + 1} on. "
-            "Start again."
-        )
-    return answers
+    rows = range(job.table.rows) if chosen is None else chosen
+    for chunk in read_chunks(job.table, rows[0], rows[-1] + 1):
+        last = chunk.first + len(chunk)
+        drawn = [] if isinstance(rows, range) else [row for row in rows if chunk.first <= row < last]
+        for part in [chunk] if isinstance(rows, range) else [chunk.part(row, row + 1) for row in drawn]:
+            table = sweep.take(part.first, part.first + len(part))
+            answers = _fold(table, job) if job.steps else table.filter(table["is_last"])
+            if (lacking := len(part) - answers.num_rows) != 0:
+                raise BatchError(
+                    f"The journal {journal.place.url!r} lacks {lacking} rows from row {part.first + 1} on. Start again."
+                )
+            yield part, answers
 
 
 def _fold(table: Any, job: BatchJob) -> Any:
@@ -262,6 +332,10 @@ def _fold(table: Any, job: BatchJob) -> Any:
     return last
 
 
+def _details_of(step: str) -> str:
+    return f"{step} details"
+
+
 def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
     """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
     fields: dict[str, str] = {}
@@ -280,80 +354,116 @@ def _json_type(schema: Any) -> str:
     return names[0] if len(names) == 1 else "string"
 
 
-def _table_writer(stack: ExitStack, path: Path, job: BatchJob, output: Output) -> Callable[[Chunk, Any], None]:
-    schema = get_schema(job.table) if output.format != "jsonl" else None
-    parsers = {step["name"]: step.get("parser", "text") for step in job.steps}
-    writer = stack.enter_context(
-        open_writer(path, output.format, output.columns, output.added, schema, _added_schema(output))
-    )
-    return lambda chunk, answers: writer.write(chunk, _added_columns(answers, output, parsers))
+class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
+    """Writes the rows of the input with the columns that are added: answers, values in them, reasoning, vectors.
+
+    The journal, which has all rows, is looked through for reasoning, or for the first vector.
+    """
+
+    def __init__(self, path: Path, job: BatchJob, journal: Journal, output: Output) -> None:
+        import pyarrow as pa
+
+        self._output, maker = output, job.make_requests()
+        steps = maker.steps if isinstance(maker, ChainRows) else ()
+        self._parsed = {step.name: step for step in steps if step.parser != "text"}
+        self._vector_type = pa.list_(pa.float32(), _dimensions_of(job, journal) if output.vectors else 0)
+        # Columns for the reasoning of the model, each with the column of the journal's rows that holds it.
+        self._reasoning = {} if output.vectors else _reasoning_columns(job, journal, output)
+        kinds = {
+            "prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64(),
+            "embedding": self._vector_type if output.vectors else pa.string(),
+        }  # fmt: skip
+        json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+        self._fields = {name: json_kinds.get(kind, pa.string()) for name, kind in output.fields.items()}
+        own = [(name, kinds.get(name, pa.string())) for name in (*output.own, *self._reasoning)]
+        added = pa.schema([(output.prefix + name, kind) for name, kind in (*own, *self._fields.items())])
+        schema = get_schema(job.table) if output.format != "jsonl" else None
+        self._writer = open_writer(path, output.format, output.columns, added.names, schema, added)
+
+    def write(self, chunk: Chunk, answers: Any) -> None:
+        """Write the rows of a chunk. `answers` is a `pyarrow.Table` of the journal's rows."""
+        self._writer.write(chunk, {self._output.prefix + name: values for name, values in self._added(answers).items()})
+
+    @override
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def _added(self, answers: Any) -> dict[str, Any]:
+        import pyarrow as pa
+
+        columns = {name: answers[name].combine_chunks() for name in self._output.own if name in answers.column_names}
+        if self._output.vectors:
+            columns["embedding"] = _vector_column(answers, self._vector_type)
+        if not self._output.timings:
+            columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
+        for name, step in self._parsed.items():
+            values = [None if text is None else parse_output(step, text) for text in answers[name].to_pylist()]
+            if self._output.format != "jsonl":
+                values = pa.array([None if value is None else to_json(value).decode() for value in values], pa.string())
+            columns[name] = values
+        for name, source in self._reasoning.items():
+            thoughts = [_read_details(one).get("reasoning") for one in answers[source].to_pylist()]
+            columns[name] = pa.array(thoughts, pa.string())
+        if self._fields:
+            found = [_read_details(one).get("parsed") for one in answers["details"].to_pylist()]
+            objects = [value if isinstance(value, dict) else {} for value in found]
+            for name, kind in self._fields.items():
+                columns[name] = pa.array([_typed(value.get(name), kind) for value in objects], kind)
+        return columns
 
 
-def _added_schema(output: Output) -> Any:
-    import pyarrow as pa
+def _reasoning_columns(job: BatchJob, journal: Journal, output: Output) -> dict[str, str]:
+    """Return the columns for the reasoning of those steps that have any, looking at one segment at a time."""
+    import pyarrow.compute as pc
 
-    kinds = {"prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64()}
-    kinds |= {"embedding": vector_type(output.dimensions or 0)} if output.vectors else {}
-    json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
-    own = [(output.prefix + name, kinds.get(name, pa.string())) for name in output.own]
-    fields = [(output.prefix + name, json_kinds.get(kind, pa.string())) for name, kind in output.fields.items()]
-    return pa.schema([*own, *fields])
-
-
-class _Values(list[Any]):
-    """Values of any kind in place of an array, for JSON."""
-
-    def to_pylist(self) -> list[Any]:
-        return self
-
-
-def _added_columns(answers: Any, output: Output, parsers: Mapping[str, str]) -> dict[str, Any]:
-    import pyarrow as pa
-
-    names = [
-        name for name in output.own if name not in output.reasoning and not (output.vectors and name == "embedding")
-    ]
-    columns = {output.prefix + name: answers[name].combine_chunks() for name in names}
-    if output.vectors:
-        columns[f"{output.prefix}embedding"] = vector_column(answers, output.dimensions or 0)
-    for name in (name for name, parser in parsers.items() if parser != "text"):
-        texts = answers[name].to_pylist()
-        columns[output.prefix + name] = _parsed_column(texts, parsers[name], output.format == "jsonl")
-    if not output.timings:
-        columns[f"{output.prefix}seconds"] = pa.nulls(answers.num_rows, pa.float64())
-    for name, source in output.reasoning.items():
-        thoughts = [_read_details(one).get("reasoning") for one in answers[source].to_pylist()]
-        columns[output.prefix + name] = pa.array(thoughts, pa.string())
-    if output.fields:
-        values = [_parsed(_read_details(one)) for one in answers["details"].to_pylist()]
-        schema = _added_schema(output)
-        for name in output.fields:
-            kind = schema.field(output.prefix + name).type
-            columns[output.prefix + name] = pa.array([_typed(value.get(name), kind) for value in values], kind)
+    found: set[int] = set()
+    for name in journal.names():
+        table = journal.load(name, job.key)
+        found |= set(table.filter(pc.match_substring(table["details"], '"reasoning": '))["step"].to_pylist())
+    kept = job.table.columns if output.columns is None else output.columns
+    taken, columns = {*kept, *output.added}, {}
+    for step in sorted(found):
+        prefix = f"{output.steps[step]}_" if output.steps else ""
+        names = (f"{prefix}reasoning", f"{prefix}completion_reasoning")
+        source = _details_of(output.steps[step]) if output.steps else "details"
+        columns[next(name for name in names if output.prefix + name not in taken)] = source
     return columns
+
+
+def _dimensions_of(job: BatchJob, journal: Journal) -> int:
+    """Return the number of dimensions of the first vector, 0 where no row has one."""
+    for name in journal.names():
+        for details in journal.load(name, job.key)["details"].to_pylist():
+            if (vector := read_vector(details)) is not None:
+                return len(vector)
+    return 0
+
+
+def read_vector(details: str | None) -> Any | None:
+    """Return the vector in the details of a row, an array of float32, or None where it has none."""
+    import numpy as np
+
+    encoded = _read_details(details).get("vector")
+    return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
+
+
+def _vector_column(answers: Any, kind: Any) -> Any:
+    """Return the vectors as lists of a fixed size; those of rows that failed are null."""
+    import numpy as np
+    import pyarrow as pa
+
+    found = [read_vector(details) for details in answers["details"].to_pylist()]
+    values = np.zeros((len(found), kind.list_size), dtype=np.float32)
+    for place, vector in enumerate(found):
+        if vector is not None:
+            values[place] = vector
+    missing = pa.array([vector is None for vector in found], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=missing)
 
 
 def _read_details(text: str | None) -> dict[str, Any]:
     details: dict[str, Any] = json.loads(text) if text else {}
     return details
-
-
-def _parsed_column(texts: Sequence[str | None], parser: str, native: bool) -> Any:
-    """Return the outputs of a step that parses: values where the format holds any, else their JSON."""
-    import pyarrow as pa
-
-    from prefect_huggingface.tasks.batching.chains import ChainStep, parse_output
-
-    step = ChainStep(name="output", prompt="-", parser=parser)  # type: ignore[arg-type]
-    values = [None if text is None else parse_output(step, text) for text in texts]
-    if native:
-        return _Values(values)
-    return pa.array([None if value is None else to_json(value).decode() for value in values], pa.string())
-
-
-def _parsed(details: Mapping[str, Any]) -> Mapping[str, Any]:
-    parsed = details.get("parsed")
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def _typed(value: Any, kind: Any) -> Any:
@@ -369,32 +479,16 @@ def _typed(value: Any, kind: Any) -> Any:
         return None
 
 
-def _openai_writer(
-    stack: ExitStack, path: Path, errors: Path, job: BatchJob, journal: Journal, output: Output
-) -> Callable[[Chunk, Any], None]:
-    created = (journal.read_job() or {}).get("created", 0) if output.timings else 0
-    writer = OpenAIBatchWriter(path, errors, job.key, int(created))
-    stack.callback(writer.close)
-    return writer.write
-
-
-class OpenAIBatchWriter:
+class OpenAIBatchWriter(AbstractContextManager["OpenAIBatchWriter"]):
     """Writes the output of the OpenAI batch format: a file of responses and, beside it, a file of errors.
 
     Ids and times are made of the job and the line, so that the same batch gives the same bytes however often it was
-    interrupted.
-
-    Args:
-        responses: Local file for the lines with an answer.
-        errors: Local file for the others.
-        job: Key of the job.
-        created: Time of all answers, in seconds since 1970.
+    interrupted. `created` is the time of all answers, in seconds since 1970.
     """
 
     def __init__(self, responses: Path, errors: Path, job: str, created: int) -> None:
         self._job, self._created = job, created
-        self._responses: IO[bytes] = open(responses, "wb")
-        self._errors: IO[bytes] = open(errors, "wb")
+        self._responses, self._errors = open(responses, "wb"), open(errors, "wb")
 
     def write(self, chunk: Chunk, answers: Any) -> None:
         """Write the lines of a chunk. `answers` is a `pyarrow.Table` of the journal's rows."""
@@ -402,8 +496,8 @@ class OpenAIBatchWriter:
             file = self._responses if answer["error"] is None else self._errors
             file.write(to_json(self._line(line, answer)) + b"\n")
 
-    def close(self) -> None:
-        """Finish both files."""
+    @override
+    def __exit__(self, *_: object) -> None:
         self._responses.close()
         self._errors.close()
 
@@ -423,17 +517,11 @@ class OpenAIBatchWriter:
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
         call = read_line(line["url"], line["body"])
         details = _read_details(answer["details"])
+        kept: dict[str, Any] = {name: details.get(name) for name in ("logprobs", "tokens", "reasoning")}
         completion = Completion(
-            answer["completion"],
-            answer["finish_reason"],
-            answer["prompt_tokens"],
-            answer["generated_tokens"],
-            alternatives=tuple(details.get("alternatives", ())),
-            logprobs=details.get("logprobs"),
-            tokens=details.get("tokens"),
-            reasoning=details.get("reasoning"),
-            vector=read_vector(answer["details"]),
-        )
+            answer["completion"], answer["finish_reason"], answer["prompt_tokens"], answer["generated_tokens"],
+            alternatives=tuple(details.get("alternatives", ())), vector=read_vector(answer["details"]), **kept,
+        )  # fmt: skip
         body: dict[str, Any] = call.writer(name, self._created, call.model).write([completion])
         return body
 
@@ -449,10 +537,7 @@ def publish_artifacts(publication: Publication, samples: Sequence[tuple[float, i
 
 
 def describe_batch(
-    summary: BatchSummary,
-    publication: Publication | None,
-    samples: Sequence[tuple[float, int]],
-    journal: Journal,
+    summary: BatchSummary, publication: Publication | None, samples: Sequence[tuple[float, int]], journal: Journal
 ) -> str:
     """Return the summary as Markdown."""
     parts = ["# Batch inference", markdown_table(("", ""), summary_lines(summary).items())]

@@ -1,42 +1,44 @@
-"""Rows to requests: templates over the columns, columns of chat messages, and whole requests in OpenAI's format."""
+"""Rows to requests: templates over the columns, chat messages, chains of prompts, and whole requests as OpenAI's.
+
+In a chain, named steps use the columns of a row and the outputs of its earlier steps: each under its name, the fields
+of a JSON object also under `<step>_<field>`. Nothing is generated before the whole chain has been checked.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from string import Formatter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prefect_huggingface.blocks import GenerationOptions
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
-from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.errors import BatchError, ChainError
 from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, OpenAICall, read_call
-from prefect_huggingface.tasks.records import Request
+from prefect_huggingface.tasks.records import Message, Request
 from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL, VectorCall, read_embedding_call
 
 OPENAI_COLUMNS = ("custom_id", "url", "body")
-OPENAI_FIELDS = (
-    "messages",
-    "tools",
-    "chat_template",
-    "input_type",
-    "embedding",
-    "check_form",
-)  # of requests, besides the prompt
+# Fields of requests besides the prompt and the options.
+OPENAI_FIELDS = ("messages", "tools", "chat_template", "input_type", "embedding", "check_form")
 NO_VECTORS = "The model writes text and makes no vectors. Use a model for embeddings."
+MAX_KNOWN_OPTIONS = 10_000
+SHOWN_CHARACTERS = 200
+
+Parser = Literal["text", "json", "list"]
 
 
-@dataclass(frozen=True, slots=True)
-class RowProblem:
+class RowProblem(Exception):
     """Why a row cannot be asked: a status, and a sentence that says what to do."""
 
-    status: str
-    message: str
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
 
 
 @dataclass(slots=True)
@@ -67,15 +69,10 @@ class RowRequest:
         return Request(self.prompt, id=self.number, **self.values)
 
 
-RequestMaker = Callable[[int, Mapping[str, Any]], RowRequest | RowProblem]
-"""Makes the request of a row, given its number and its values."""
-
-
 class Template:
     """An f-string template over columns, with the rules of `langchain_core`, rendered fast.
 
-    Args:
-        text: Template such as "What is the capital of {country}?". Braces that are no field are doubled.
+    "What is the capital of {country}?" is one. Braces that are no field are doubled.
 
     Raises:
         BatchError: If it is no template.
@@ -94,19 +91,23 @@ class Template:
         self.columns = tuple(self._odd.get(name, name) for name in names)
         self._render = plain.format_map
 
-    def render(self, row: Mapping[str, Any]) -> str | RowProblem:
-        """Return the text for a row, or what the row lacks."""
+    def render(self, row: Mapping[str, Any]) -> str:
+        """Return the text for a row.
+
+        Raises:
+            RowProblem: With what the row lacks.
+        """
         for name in self.columns:
             value = row.get(name)
             if value is None or value != value:  # NaN is not equal to itself
                 what = "null" if value is None and name in row else "not there" if value is None else "NaN"
-                return RowProblem("missing_value", f"Column {name!r} is {what}. Fill it in, or leave the row out.")
+                raise RowProblem("missing_value", f"Column {name!r} is {what}. Fill it in, or leave the row out.")
+        values = {**row, **{name: row[column] for name, column in self._odd.items()}} if self._odd else row
         try:
-            return self._render(
-                {**row, **{name: row[column] for name, column in self._odd.items()}} if self._odd else row
-            )
+            return self._render(values)
         except (ValueError, TypeError) as exc:
-            return RowProblem("missing_value", f"The prompt cannot be made of the row: {exc}. Correct its value.")
+            message = f"The prompt cannot be made of the row: {exc}. Correct its value."
+            raise RowProblem("missing_value", message) from None
 
 
 def _names_in(text: str) -> list[str]:
@@ -137,101 +138,81 @@ def _replace_odd_names(text: str) -> tuple[str, dict[str, str]]:
 class PromptRows:
     """Makes requests of a template or of a column of messages.
 
-    Args:
-        prompt: Template over the columns, or None where a column holds messages.
-        system: Template of the system message, or None.
-        messages_column: Column with chat messages, or None.
-        option_columns: Columns that hold a generation option of the same name.
-        options: Options that were given for the batch.
-        greedy: Whether equal prompts have equal answers.
-        input_type: Whether the texts are queries or documents, for vectors.
+    `greedy` says whether equal prompts have equal answers; each of the `option_columns` holds the generation option of
+    the same name, put over the `options` of the batch.
     """
 
     def __init__(
         self,
-        prompt: str | None,
+        prompt: str | Template | None,
         system: str | None = None,
         messages_column: str | None = None,
         option_columns: tuple[str, ...] = (),
-        options: Mapping[str, Any] | None = None,
+        options: GenerationOptions | None = None,
         greedy: bool = True,
         input_type: Literal["query", "document"] | None = None,
     ) -> None:
-        self._prompt = Template(prompt) if prompt is not None else None
+        self._prompt = Template(prompt) if isinstance(prompt, str) else prompt
         self._system = Template(system) if system is not None else None
-        self._messages = messages_column
-        self._options = GenerationOptions(**options) if options else None
+        self._messages, self._option_columns, self._greedy = messages_column, option_columns, greedy
+        self._options = options or GenerationOptions()
         self._values = {"options": self._options, "input_type": input_type}
-        self._greedy = greedy
-        self._option_columns = option_columns
-        self._known: dict[str, GenerationOptions | None | RowProblem] = {}
+        self._known: dict[str, GenerationOptions] = {}
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that every row must have."""
-        templates = [template.columns for template in (self._prompt, self._system) if template]
+        templates = [name for template in (self._prompt, self._system) if template for name in template.columns]
         own = (self._messages,) if self._messages else ()
-        return tuple(dict.fromkeys([*(name for names in templates for name in names), *own, *self._option_columns]))
+        return tuple(dict.fromkeys([*templates, *own, *self._option_columns]))
 
-    def __call__(self, number: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
-        """Return the request of a row."""
+    def __call__(self, number: int, row: Mapping[str, Any], step: int = 0) -> RowRequest:
+        """Return the request of a row.
+
+        Raises:
+            RowProblem: If it cannot be asked.
+        """
         options, suffix = self._options, ""
         if self._option_columns:
             given = {name: row[name] for name in self._option_columns if row.get(name) not in (None, "")}
             suffix = json.dumps(given, sort_keys=True, default=str)
-            found = self._row_options(given, suffix)
-            if isinstance(found, RowProblem):
-                return found
-            options = found
-        greedy = self._greedy and not (options is not None and options.do_sample)
+            options = self._row_options(given, suffix)
+        greedy = self._greedy and not options.do_sample
         if self._prompt is not None and self._system is None:
             prompt = self._prompt.render(row)
-            if isinstance(prompt, RowProblem):
-                return prompt
             values = self._values if options is self._options else {**self._values, "options": options}
             return RowRequest(number, prompt + suffix, prompt, values, greedy)
         messages = self._conversation(row)
-        if isinstance(messages, RowProblem):
-            return messages
         text = json.dumps(messages, ensure_ascii=False, default=str) + suffix
         return RowRequest(number, text, None, {"messages": messages, "options": options}, greedy)
 
-    def _conversation(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]] | RowProblem:
-        messages: list[Mapping[str, Any]] = []
-        if self._system is not None:
-            system = self._system.render(row)
-            if isinstance(system, RowProblem):
-                return system
-            messages.append({"role": "system", "content": system})
+    def _conversation(self, row: Mapping[str, Any]) -> list[Message]:
+        system = [{"role": "system", "content": self._system.render(row)}] if self._system else []
         if self._prompt is not None:
-            prompt = self._prompt.render(row)
-            if isinstance(prompt, RowProblem):
-                return prompt
-            return [*messages, {"role": "user", "content": prompt}]
+            return [*system, {"role": "user", "content": self._prompt.render(row)}]
         given = _read_messages(row.get(self._messages or ""))
         if given is None:
-            return RowProblem(
+            raise RowProblem(
                 "invalid_prompt",
                 f"Column {self._messages!r} holds no list of messages. "
                 "Write [{'role': 'user', 'content': '...'}], or its JSON.",
             )
-        return [*messages, *given]
+        return [*system, *given]
 
-    def _row_options(self, given: dict[str, Any], key: str) -> GenerationOptions | None | RowProblem:
+    def _row_options(self, given: dict[str, Any], key: str) -> GenerationOptions:
         if key not in self._known:
-            if len(self._known) > 10_000:
+            if len(self._known) > MAX_KNOWN_OPTIONS:
                 self._known.clear()
             try:
-                own = GenerationOptions(**given)
-                self._known[key] = self._options.merged(own) if self._options else own
+                self._known[key] = self._options.merged(GenerationOptions(**given))
             except ValidationError as exc:
                 first = exc.errors(include_url=False)[0]
                 where = ".".join(map(str, first["loc"]))
-                self._known[key] = RowProblem("invalid_option", f"Option {where!r}: {first['msg']}. Correct the row.")
+                raise RowProblem("invalid_option", f"Option {where!r}: {first['msg']}. Correct the row.") from None
         return self._known[key]
 
 
-def _read_messages(value: Any) -> list[Mapping[str, Any]] | None:
+def _read_messages(value: Any) -> list[Message] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -242,56 +223,189 @@ def _read_messages(value: Any) -> list[Mapping[str, Any]] | None:
     return value if all(isinstance(item, dict) and "role" in item for item in value) else None
 
 
-class OpenAIRows:
-    """Makes requests of the lines of an OpenAI batch file: chat completions, completions and embeddings.
+class ChainStep(BaseModel):
+    """One step of a prompt chain."""
 
-    Args:
-        options: Options that were given for the batch.
-        served_names: Names under which the lines may call the model; any where there are none.
-        duplicate_rows: Rows whose id an earlier row has.
-        greedy: Whether equal prompts have equal answers.
-        task: What the model is for, where that is known.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(title="Name")
+    """Name of the step, under which later prompts can use its output."""
+    prompt: str = Field(min_length=1, title="Prompt")
+    """Prompt template with the names of inputs and of earlier steps in braces."""
+    parser: Parser = Field(default="text", title="Parser")
+    """What the output is: text, a JSON value, or a comma-separated list."""
+    options: GenerationOptions | None = Field(default=None, title="Generation")
+    """Options of this step, put over those of the chain."""
+    model: LocalModel | InferenceEndpoint | None = Field(default=None, title="Model of the step")
+    """Model or endpoint of this step, where it is another one."""
+
+
+def check_chain(steps: Sequence[ChainStep], inputs: Iterable[str]) -> None:
+    """Check that every prompt can be filled in when its turn comes, from the inputs, or columns, and earlier steps.
+
+    Raises:
+        ChainError: If there is no step, a name occurs twice, a template is broken, or it uses a name that is neither
+            an input nor an earlier step.
+    """
+    if not steps:
+        raise ChainError("`steps` must hold at least one step, got []. Add a step with a name and a prompt.")
+    known: dict[str, Parser | None] = dict.fromkeys(inputs)
+    for step in steps:
+        if step.name in known:
+            raise ChainError(f"The name {step.name!r} is used twice in the chain. Rename the step or the input.")
+        for name in _template_of(step).columns:
+            if not _is_known(name, known):
+                raise ChainError(
+                    f"Step {step.name!r} uses {{{name}}}, which is neither an input nor an earlier step. "
+                    f"Use one of {sorted(known)!r}, or write {{{{{name}}}}} for the braces themselves."
+                )
+        known[step.name] = step.parser
+
+
+def _is_known(name: str, known: Mapping[str, Parser | None]) -> bool:
+    # The fields of a JSON output are not known before it is there, so any `<step>_<field>` is accepted.
+    return name in known or any(
+        parser == "json" and name.startswith(f"{step}_") and len(name) > len(step) + 1 for step, parser in known.items()
+    )
+
+
+def _template_of(step: ChainStep) -> Template:
+    try:
+        return Template(step.prompt)
+    except BatchError as exc:
+        raise ChainError(
+            f"The prompt of step {step.name!r} is not a prompt template. {_shorten(exc.message)}"
+        ) from None
+
+
+def parse_output(step: ChainStep, text: str) -> Any:
+    """Return the output of a step as its parser says.
+
+    Raises:
+        ChainError: If the text is not of that form.
+    """
+    if step.parser == "text":
+        return text
+    from langchain_core.exceptions import OutputParserException
+    from langchain_core.output_parsers import CommaSeparatedListOutputParser, JsonOutputParser
+
+    parser: Any = JsonOutputParser() if step.parser == "json" else CommaSeparatedListOutputParser()
+    try:
+        return parser.parse(text.strip())
+    except OutputParserException:
+        raise ChainError(
+            f"The output of step {step.name!r} is not {step.parser}: {_shorten(repr(text))}. "
+            "Ask for the form in the prompt, or give the step a `response_format`."
+        ) from None
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+class ChainRows:
+    """Makes the requests of a chain, one step of one row at a time.
+
+    `greedy` says for each step whether equal prompts have equal answers, as they have if it is left out, and `engines`
+    the number of its engine, 0 if it is left out.
     """
 
     def __init__(
         self,
-        options: Mapping[str, Any],
+        steps: Sequence[ChainStep],
+        options: GenerationOptions | None = None,
+        system: str | None = None,
+        greedy: Sequence[bool] = (),
+        engines: Sequence[int] = (),
+    ) -> None:
+        self.steps = tuple(steps)
+        self._engines = engines or [0] * len(steps)
+        every = options or GenerationOptions()
+        self._prompts = [
+            PromptRows(_template_of(step), system, options=every.merged(step.options), greedy=is_greedy)
+            for step, is_greedy in zip(steps, greedy or [True] * len(steps), strict=True)
+        ]
+
+    def __call__(self, number: int, row: Mapping[str, Any], step: int = 0) -> RowRequest:
+        """Return the request of a step, given the columns of a row and the outputs of its earlier steps.
+
+        Raises:
+            RowProblem: If it cannot be asked.
+        """
+        fields = {
+            f"{name}_{field}": content
+            for name, value in row.items()
+            if isinstance(value, Mapping)
+            for field, content in value.items()
+        }
+        values = {**fields, **row}
+        try:
+            made = self._prompts[step](number * len(self.steps) + step, values)
+        except RowProblem as exc:
+            reason = self._lacking_field(step, values) or exc.message
+            raise RowProblem(exc.status, f"Step {self.steps[step].name!r}: {reason}") from None
+        # Steps share answers with nothing but the same step of other rows.
+        made.text, made.engine = f"{made.text}\0{step}", self._engines[step]
+        return made
+
+    def _lacking_field(self, step: int, values: Mapping[str, Any]) -> str | None:
+        json_steps = {each.name: each.parser for each in self.steps[:step] if each.parser == "json"}
+        for name in self._prompts[step].columns:
+            if name not in values and _is_known(name, json_steps):
+                return (
+                    f"{{{name}}} is not there, since the JSON of the step before has no such field. There are: "
+                    f"{sorted(values)!r}. Correct the prompt, or ask the model for the field."
+                )
+        return None
+
+
+class OpenAIRows:
+    """Makes requests of the lines of an OpenAI batch file: chat completions, completions and embeddings.
+
+    The lines may call the model by its `served_names`, or any where there are none. `duplicate_rows` have the id of an
+    earlier row, and `task` is what the model is for, where that is known.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions | None = None,
         served_names: tuple[str, ...] = (),
         duplicate_rows: tuple[int, ...] = (),
         greedy: bool = True,
         task: str | None = None,
     ) -> None:
+        self._options = options or GenerationOptions()
+        self._names, self._greedy, self._duplicates = served_names, greedy, frozenset(duplicate_rows)
         self._writes_text = task is not None and task not in VECTOR_TASKS
-        self._names, self._greedy = served_names, greedy
-        self._options = GenerationOptions(**options)
-        self._duplicates = frozenset(duplicate_rows)
 
-    def __call__(self, number: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
-        """Return the request of a line."""
+    def __call__(self, number: int, row: Mapping[str, Any], step: int = 0) -> RowRequest:
+        """Return the request of a line.
+
+        Raises:
+            RowProblem: If it cannot be asked.
+        """
         try:
             return self._make(number, row)
         except BodyError as exc:
-            return RowProblem(exc.code, str(exc))
+            raise RowProblem(exc.code, str(exc)) from None
 
     def _make(self, number: int, row: Mapping[str, Any]) -> RowRequest:
-        if not isinstance(row.get("custom_id"), str) or not row["custom_id"]:
-            raise BodyError("malformed", f"`custom_id` must be a text, got {row.get('custom_id')!r}. Give one.")
+        name, body = row.get("custom_id"), row.get("body")
+        if not isinstance(name, str) or not name:
+            raise RowProblem("malformed", f"`custom_id` must be a text, got {name!r}. Give one.")
         if number in self._duplicates:
-            raise BodyError("duplicate_id", f"`custom_id` {row['custom_id']!r} occurred before. Rename it.")
-        body = row.get("body")
+            raise RowProblem("duplicate_id", f"`custom_id` {name!r} occurred before. Rename it.")
         if row.get("method", "POST") != "POST" or not isinstance(body, Mapping):
-            raise BodyError("malformed", "The line must have the method POST and a body. Correct it.")
-        if self._names and body.get("model") not in self._names:
-            raise BodyError(
-                "unknown_model", f"The model {body.get('model')!r} is not here. Use {' or '.join(self._names)}."
-            )
+            raise RowProblem("malformed", "The line must have the method POST and a body. Correct it.")
+        if self._names and (model := body.get("model")) not in self._names:
+            raise RowProblem("unknown_model", f"The model {model!r} is not here. Use {' or '.join(self._names)}.")
         call = read_line(str(row.get("url")), body)
         if isinstance(call, VectorCall) and self._writes_text:
-            raise BodyError("invalid_option", NO_VECTORS, "model")
+            raise RowProblem("invalid_option", NO_VECTORS)
         if call.stream:
-            raise BodyError("invalid_option", "`stream` is not supported in a batch, got True. Leave it out.", "stream")
+            raise RowProblem("invalid_option", "`stream` is not supported in a batch, got True. Leave it out.")
         if len(call.requests) > 1:
-            raise BodyError("invalid_prompt", "`prompt` must be one text. Write a line for each prompt.", "prompt")
+            raise RowProblem("invalid_prompt", "`prompt` must be one text. Write a line for each prompt.")
         [asked] = call.requests
         options = asked.options or GenerationOptions()
         vector = [] if asked.input_type is None else [asked.input_type, repr(asked.embedding)]
@@ -299,6 +413,9 @@ class OpenAIRows:
         greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
         values = {name: getattr(asked, name) for name in OPENAI_FIELDS}
         return RowRequest(number, text, asked.prompt, {**values, "options": self._options.merged(options)}, greedy)
+
+
+RequestMaker = PromptRows | ChainRows | OpenAIRows
 
 
 def read_line(url: str, body: Mapping[str, Any]) -> OpenAICall | VectorCall:

@@ -1,4 +1,4 @@
-"""One run of a batch: owning its journal, cutting the rows into shards, watching them, and when to give up."""
+"""One run of a batch: cutting its rows into shards, watching them, and when to give up."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Commits, Output, check_same_job
-from prefect_huggingface.tasks.batching.shard import Chosen, Shard, ShardSettings, count_chosen
+from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Commits, check_same_job
+from prefect_huggingface.tasks.batching.shard import Rows, Shard
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
-from prefect_huggingface.tasks.records import BatchSummary
-from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows, SegmentName
-from prefect_huggingface.tasks.storage.journals.ownership import IfRunning, JournalOwner, hold_journal, is_held
-from prefect_huggingface.tasks.storage.places import Place
+from prefect_huggingface.tasks.storage.journals.journal import INVALID, Journal, JournalCounts, JournalRows
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, is_held
 
 LEAST_SHARD_ROWS = 16
 SWEEP_ROWS = 50_000
@@ -53,31 +51,6 @@ STATUSES = {
 """What each status means. "ok" and "length" are the statuses without an error."""
 
 
-@contextmanager
-def own_journal(journal: Journal, if_running: IfRunning) -> Iterator[JournalOwner]:
-    """Own a journal for the time of the block.
-
-    Raises:
-        BatchError: If another run owns it and is not to be waited for, or if it cannot be written.
-    """
-    with ExitStack() as stack:
-        try:
-            owner = stack.enter_context(hold_journal(journal, if_running))
-        except OSError as exc:
-            raise BatchError(
-                f"The journal {journal.place.url!r} cannot be written: {exc}. Correct `destination`, or its rights."
-            ) from None
-        yield owner
-
-
-def find_finished(journal: Journal, job: BatchJob, output: Output) -> BatchSummary | None:
-    """Return the summary of a call that has published its output already, also if it was killed right after."""
-    record = journal.read_published()
-    if record.get("call") != job.call_key(output) or not is_published(record, Place.of(output.destination)):
-        return None
-    return BatchSummary(**record["summary"])
-
-
 def find_commits(journal: Journal, job: BatchJob) -> Sequence[Commits]:
     """Return the commits of each model that an earlier run of the same job has found, whatever was pushed since."""
     record = journal.read_job() or {}
@@ -87,54 +60,17 @@ def find_commits(journal: Journal, job: BatchJob) -> Sequence[Commits]:
     return [()] * len(job.asked)
 
 
-def is_published(record: Mapping[str, Any], place: Place) -> bool:
-    """Return whether the output at a place is the one of a record, which is written right before it is published."""
-    if not record or not place.exists() or place.is_folder() or place.info()["size"] != record["size"]:
-        return False
-    return not place.is_local or place.digest() == record["sha256"]
-
-
-@dataclass(frozen=True, slots=True)
-class RowCounts:
-    """Counts of rows in a journal.
-
-    Attributes:
-        finished: Rows that are not to be generated again.
-        failed: Those of them that failed.
-        invalid: Those of them whose answer does not have the form that was asked for.
-    """
-
-    finished: int = 0
-    failed: int = 0
-    invalid: int = 0
-
-    def __add__(self, other: RowCounts) -> RowCounts:
-        return RowCounts(self.finished + other.finished, self.failed + other.failed, self.invalid + other.invalid)
-
-
 @dataclass(frozen=True, slots=True)
 class BatchRun:
-    """One run of a batch.
-
-    Attributes:
-        owner: The run as the owner of the journal.
-        counts: What was finished before it.
-        rows: Number of rows that it is about.
-        shards: Parts of it that have rows left.
-    """
+    """One run of a batch: what was finished before it, the number of its rows, and its shards that have rows left."""
 
     owner: JournalOwner
-    counts: RowCounts
+    counts: JournalCounts
     rows: int
     shards: tuple[Shard, ...]
 
-    @property
-    def journal(self) -> Journal:
-        """Its journal."""
-        return self.owner.journal
 
-
-def choose_rows(table_rows: int, rows: int | None, options: BatchOptions) -> Chosen | None:
+def choose_rows(table_rows: int, rows: int | None, options: BatchOptions) -> Rows | None:
     """Return the rows of a trial, None where all rows are to be answered.
 
     Raises:
@@ -151,120 +87,91 @@ def choose_rows(table_rows: int, rows: int | None, options: BatchOptions) -> Cho
 
 
 def open_run(
-    owner: JournalOwner,
-    job: BatchJob,
-    shards: int = 1,
-    retry_failed: bool = False,
-    settings: ShardSettings | None = None,
-    chosen: Chosen | None = None,
+    owner: JournalOwner, job: BatchJob, more: BatchOptions | None = None, chosen: Rows | None = None
 ) -> BatchRun:
-    """Take over a journal, or begin it, and cut the rows that are left into shards.
-
-    Args:
-        owner: This run, which owns the journal beside the destination.
-        job: Job to do.
-        shards: Number of shards.
-        retry_failed: Whether rows that failed in an earlier run are generated again.
-        settings: How the shards go through their rows.
-        chosen: Rows of a trial, None for all.
+    """Take over a journal, or begin it, and cut the rows that are left, of all or of a trial, into shards.
 
     Raises:
         BatchError: If the journal belongs to another job.
     """
-    journal = owner.journal
+    more, journal = more or BatchOptions(), owner.journal
     record = journal.read_job()
     if record is None:
-        owner.write_job({**job.as_dict(), "created": time.time()})
+        owner.write("job", {**job.as_dict(), "created": time.time()})
     else:
         check_same_job(job, record, journal.place.url)
-    retry_before = owner.epoch if retry_failed else 0
-    cut = cut_shards(job.table.rows, shards)
-    counts = count_rows(journal, job, cut, retry_before, chosen)
-    settings = settings or ShardSettings()
-    every = [
-        Shard(start, stop, owner.id, owner.epoch, retry_before, settings, part_of(chosen, start, stop))
-        for start, stop in cut
-    ]
-    left = tuple(shard for shard, count in zip(every, counts, strict=True) if count.finished < shard.rows)
-    return BatchRun(owner, sum(counts, RowCounts()), count_chosen(chosen, 0, job.table.rows), left)
+    retry_before = owner.epoch if more.retry_failed else 0
+    rows = range(job.table.rows) if chosen is None else chosen
+    parts = cut_shards(rows, more.shards)
+    counts = count_rows(journal, job, parts, retry_before)
+    settings = (retry_before, more.max_concurrency, more.deduplicate, more.group_by_prefix)
+    left = [part for part, count in zip(parts, counts, strict=True) if count.rows < len(part)]
+    shards = tuple(Shard(part, owner.id, owner.epoch, *settings) for part in left)
+    return BatchRun(owner, JournalCounts.sum(counts), len(rows), shards)
 
 
-def cut_shards(rows: int, shards: int) -> list[tuple[int, int]]:
-    """Return the ranges of rows of even shards; none is very small."""
-    number = max(1, min(shards, rows // LEAST_SHARD_ROWS))
-    bounds = [rows * index // number for index in range(number + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+def cut_shards(rows: Rows, shards: int) -> list[Rows]:
+    """Return the rows in even parts; none is very small."""
+    number = max(1, min(shards, len(rows) // LEAST_SHARD_ROWS))
+    bounds = [len(rows) * index // number for index in range(number + 1)]
+    return [rows[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def part_of(chosen: Chosen | None, start: int, stop: int) -> Chosen | None:
-    """Return those of the chosen rows that are in a range."""
-    if chosen is None:
-        return None
-    if isinstance(chosen, range):
-        return range(max(chosen.start, start), max(min(chosen.stop, stop), max(chosen.start, start)))
-    return tuple(row for row in chosen if start <= row < stop)
-
-
-def count_rows(
-    journal: Journal, job: BatchJob, cut: list[tuple[int, int]], retry_before: int, chosen: Chosen | None = None
-) -> list[RowCounts]:
-    """Return for each range what its rows in the journal came to."""
+def count_rows(journal: Journal, job: BatchJob, parts: Sequence[Rows], retry_before: int) -> list[JournalCounts]:
+    """Return for each part of the rows what they came to, as the journal has it. Damaged segments are set aside."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     sweep = JournalRows(journal, job.key, journal.check(job.key))
     counts = []
-    for start, stop in cut:
-        count = RowCounts()
-        for first in range(start, stop, SWEEP_ROWS):
-            rows = sweep.take(first, min(first + SWEEP_ROWS, stop))
-            rows = rows.filter(pc.and_(rows["is_last"], pc.invert(_is_old_failure(rows, retry_before))))
-            if chosen is not None:
-                wanted = part_of(chosen, first, min(first + SWEEP_ROWS, stop))
-                rows = rows.filter(pc.is_in(rows["row"], pa.array(list(wanted or ()), pa.int64())))
-            count += _count(rows)
-        counts.append(count)
+    for part in parts:
+        found = [JournalCounts()]
+        for rows in _sweep(sweep, part[0], part[-1] + 1):
+            old_failures = pc.and_(pc.is_valid(rows["error"]), pc.less(rows["epoch"], retry_before))
+            rows = rows.filter(pc.invert(old_failures))
+            if not isinstance(part, range):
+                rows = rows.filter(pc.is_in(rows["row"], pa.array(part, pa.int64())))
+            found.append(_count(rows))
+        counts.append(JournalCounts.sum(found))
     return counts
 
 
-def _is_old_failure(rows: Any, retry_before: int) -> Any:
-    import pyarrow.compute as pc
+def _sweep(sweep: JournalRows, start: int, stop: int) -> Iterator[Any]:
+    """Yield the last steps of a range of rows, some rows at a time."""
+    for first in range(start, stop, SWEEP_ROWS):
+        rows = sweep.take(first, min(first + SWEEP_ROWS, stop))
+        yield rows.filter(rows["is_last"])
 
-    return pc.and_(pc.is_valid(rows["error"]), pc.less(rows["epoch"], retry_before))
 
-
-def _count(rows: Any) -> RowCounts:
+def _count(rows: Any) -> JournalCounts:
     """Count the rows of a table of last steps."""
     import pyarrow.compute as pc
 
-    invalid = pc.sum(pc.equal(rows["status"], "schema_invalid")).as_py() or 0
-    return RowCounts(rows.num_rows, rows.num_rows - rows["error"].null_count, invalid)
+    invalid = pc.sum(pc.equal(rows["status"], INVALID)).as_py() or 0
+    return JournalCounts(rows.num_rows, rows.num_rows - rows["error"].null_count, invalid)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a batch is.
+    """How far a batch is, with the current rates.
 
     Attributes:
-        rows: Number of rows of the batch.
+        seconds: Time since the run began, or from the first request to the last answer of one that has ended.
         finished: Number of rows that are committed, by this run or an earlier one.
         resumed: Number of those that an earlier run had committed.
         failed: Number of committed rows that failed, in all runs.
         tokens: Number of tokens that this run has generated and committed.
-        seconds: Time since the run began.
-        rows_per_second: Current rate.
-        tokens_per_second: Current rate.
-        invalid: Number of committed rows whose answer is not of its form, where that is counted.
+        invalid: Number of committed rows whose answer does not have the form that was asked for.
     """
 
     rows: int
-    finished: int
-    resumed: int
-    failed: int
-    tokens: int
-    seconds: float
-    rows_per_second: float
-    tokens_per_second: float
+    finished: int = 0
+    resumed: int = 0
+    failed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rows_per_second: float = 0.0
+    tokens_per_second: float = 0.0
     invalid: int = 0
 
     @property
@@ -282,49 +189,34 @@ class Progress:
 class BatchMonitor:
     """Measures the progress of a batch through the names of its journal's segments, wherever its shards run.
 
-    Args:
-        journal: Journal of the batch.
-        rows: Number of rows of the batch.
-        counts: What was finished before.
-        job: Key of the job, to look also for answers that are not of their form, which reads every segment.
+    `before` is what was finished before it began.
     """
 
-    def __init__(self, journal: Journal, rows: int, counts: RowCounts | None = None, job: str | None = None) -> None:
-        self._journal, self._rows, self._job = journal, rows, job
-        self._before = counts or RowCounts()
+    def __init__(self, journal: Journal, rows: int, before: JournalCounts) -> None:
+        self._journal, self._rows, self._before = journal, rows, before
         # When failed rows are retried, the journal holds what is to be replaced, too.
         self._old = journal.count()
-        self._invalid = self._before.invalid
-        self._read: set[SegmentName] = set(journal.names() if job else ())
         self._began = time.monotonic()
-        self._recent: deque[tuple[float, int, int]] = deque([(0.0, self._before.finished, 0)])
-        self.samples: list[tuple[float, int]] = [(0.0, self._before.finished)]
+        self._recent: deque[tuple[float, int, int]] = deque([(0.0, before.rows, 0)])
+        self.samples: list[tuple[float, int]] = [(0.0, before.rows)]
         self._sample_seconds = 1.0
 
     def measure(self) -> Progress:
         """Look at the journal and return the progress."""
-        counts = self._journal.count()
-        now = time.monotonic() - self._began
-        finished = self._before.finished + counts.rows - self._old.rows
-        tokens = counts.tokens - self._old.tokens
+        now, new = time.monotonic() - self._began, self._journal.count()
+        finished, failed, invalid, tokens = (
+            before + there - old for before, there, old in zip(self._before, new, self._old, strict=True)
+        )
         self._recent.append((now, finished, tokens))
         while len(self._recent) > 2 and now - self._recent[0][0] > RATE_SECONDS:
             self._recent.popleft()
         self._keep_sample(now, finished)
         then, old_finished, old_tokens = self._recent[0]
         span = max(now - then, 1e-6)
-        failed = self._before.failed + counts.failed - self._old.failed
         return Progress(
-            self._rows, finished, self._before.finished, failed, tokens, now, (finished - old_finished) / span,
-            (tokens - old_tokens) / span, self._count_invalid(),
+            self._rows, finished, self._before.rows, failed, tokens, now, (finished - old_finished) / span,
+            (tokens - old_tokens) / span, invalid,
         )  # fmt: skip
-
-    def _count_invalid(self) -> int:
-        for name in (each for each in self._journal.names() if self._job and each not in self._read):
-            rows = self._journal.load(name, str(self._job))
-            self._invalid += _count(rows.filter(rows["is_last"])).invalid
-            self._read.add(name)
-        return self._invalid
 
     def _keep_sample(self, now: float, finished: int) -> None:
         if now - self.samples[-1][0] >= self._sample_seconds:
@@ -337,18 +229,13 @@ class BatchMonitor:
 def check_failures(progress: Progress, max_failures: float | None, min_valid: float | None = None) -> None:
     """End a batch that is hopeless, whichever of its runs the failures are from.
 
-    Args:
-        progress: How far the batch is.
-        max_failures: Number of failures that is too many when passed; below 1 a share of the rows.
-        min_valid: Least share of the answers that must have the form that was asked for.
-
     Raises:
         BatchError: If too many failed.
     """
     whole = progress.finished >= progress.rows
     if max_failures is not None:
         seen = progress.finished if progress.finished >= LEAST_ROWS_FOR_SHARES else progress.rows
-        limit = max_failures if max_failures >= 1 else max_failures * (progress.rows if whole else seen)
+        limit = max_failures if max_failures >= 1 else max_failures * seen
         if progress.failed > limit:
             raise BatchError(
                 f"{progress.failed} of {progress.finished} rows failed, more than `max_failures` ({max_failures:g}) "
@@ -412,16 +299,7 @@ class CancelWatch:
 
 @dataclass(frozen=True, slots=True)
 class BatchStatus:
-    """How far a batch is.
-
-    Attributes:
-        source: Its input.
-        rows: Number of its rows.
-        finished: Number of rows in its journal.
-        failed: Number of those that failed.
-        statuses: Number of finished rows by status.
-        running: Whether a run works on it now.
-    """
+    """How far a batch is: the rows in its journal, by their status, and whether a run works on it now."""
 
     source: str
     rows: int
@@ -437,10 +315,7 @@ class BatchStatus:
 
 
 def get_status(destination: str) -> BatchStatus:
-    """Look into the journal of a batch, also while it runs. Nothing is changed.
-
-    Args:
-        destination: Output of the batch.
+    """Look into the journal of the batch with an output, also while it runs. Nothing is changed.
 
     Raises:
         BatchError: If the batch has no journal.
@@ -452,13 +327,11 @@ def get_status(destination: str) -> BatchStatus:
     job = BatchJob.from_dict(record)
     sweep = JournalRows(journal, job.key)
     statuses: Counter[str] = Counter()
-    counts = RowCounts()
-    for start in range(0, job.table.rows, SWEEP_ROWS):
-        rows = sweep.take(start, start + SWEEP_ROWS)
-        rows = rows.filter(rows["is_last"])
-        counts += _count(rows)
+    counts = [JournalCounts()]
+    for rows in _sweep(sweep, 0, job.table.rows):
+        counts.append(_count(rows))
         statuses.update(rows["status"].to_pylist())
+    count = JournalCounts.sum(counts)
     return BatchStatus(
-        job.table.source, job.table.rows, counts.finished, counts.failed, dict(sorted(statuses.items())),
-        is_held(journal),
-    )  # fmt: skip
+        job.table.source, job.table.rows, count.rows, count.failed, dict(sorted(statuses.items())), is_held(journal)
+    )

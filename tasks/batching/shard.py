@@ -6,6 +6,7 @@ a row goes on with its next step as soon as it has finished one, before new rows
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import queue
@@ -20,10 +21,8 @@ from operator import attrgetter
 from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions
-from prefect_huggingface.tasks.batching.chains import ChainRows, parse_output
 from prefect_huggingface.tasks.batching.job import BatchJob
-from prefect_huggingface.tasks.batching.requests import RequestMaker, RowProblem, RowRequest
-from prefect_huggingface.tasks.batching.vectors import write_vector
+from prefect_huggingface.tasks.batching.requests import ChainRows, RequestMaker, RowProblem, RowRequest, parse_output
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
@@ -37,51 +36,43 @@ WINDOW_CHARACTERS = 16 * 2**20
 OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
 PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
 
-Chosen = range | tuple[int, ...]
-"""Rows that a trial answers, in ascending order."""
+Rows = range | tuple[int, ...]
+"""Numbers of rows, in ascending order: all of them, the first ones, or some that were drawn."""
+
+FeedChunk = tuple[Chunk, set[int], list[ResultRow]]
+"""Some rows, the numbers of those that are not to be asked, and the finished steps of the others."""
 
 
 @dataclass(frozen=True, slots=True)
-class ShardSettings:
-    """How a shard goes through its rows. None of it changes the output.
+class Shard:
+    """Some rows of a batch, at least one. How it goes through them does not change the output.
 
     Attributes:
+        owner: Random name of the run that it belongs to.
+        epoch: Number of that run.
+        retry_before: Rows that failed in a run before this one are generated again.
         max_concurrency: Upper limit of requests that are queued or running, or None for the engine's own.
         deduplicate: Whether equal prompts are generated once.
         group_by_prefix: Whether rows with a shared prefix are generated together.
     """
 
+    rows: Rows
+    owner: str
+    epoch: int
+    retry_before: int = 0
     max_concurrency: int | None = None
     deduplicate: bool = True
     group_by_prefix: bool = True
 
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A range of rows of a batch.
-
-    Attributes:
-        start: First row.
-        stop: Row after the last.
-        owner: Random name of the run that it belongs to.
-        epoch: Number of that run.
-        retry_before: Rows that failed in a run before this one are generated again.
-        settings: How to go through the rows.
-        chosen: The rows to generate, or None for all.
-    """
-
-    start: int
-    stop: int
-    owner: str
-    epoch: int
-    retry_before: int = 0
-    settings: ShardSettings = ShardSettings()
-    chosen: Chosen | None = None
+    @property
+    def start(self) -> int:
+        """First row."""
+        return self.rows[0]
 
     @property
-    def rows(self) -> int:
-        """Number of its rows."""
-        return count_chosen(self.chosen, self.start, self.stop)
+    def stop(self) -> int:
+        """Row after the last."""
+        return self.rows[-1] + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,59 +80,36 @@ class ShardResult:
     """What a shard came to.
 
     Attributes:
-        start: First row.
-        stop: Row after the last.
         finished: Number of its rows that are in the journal.
         complete: Whether these are all.
         seconds: Time from the beginning of its engine to the last commit.
     """
 
-    start: int
-    stop: int
     finished: int
     complete: bool
     seconds: float
 
 
-def count_chosen(chosen: Chosen | None, start: int, stop: int) -> int:
-    """Return how many of a range of rows are chosen."""
-    return stop - start if chosen is None else sum(1 for row in chosen if start <= row < stop)
-
-
 def process_shard(engines: Sequence[Engine], journal: Journal, shard: Shard) -> ShardResult:
     """Generate the rows of a shard that are not in the journal yet.
 
-    It ends early, with what is finished committed, when the journal asks for it.
-
-    Args:
-        engines: Engine of each model of the job.
-        journal: Journal of the job.
-        shard: Rows to generate.
+    It ends early, with what is finished committed, when the journal asks for it. There is an engine for each model of
+    the job.
     """
     began = time.monotonic()
     job = BatchJob.from_dict(journal.read_job() or {})
     for engine in engines:
         check_template(engine, job)
-    names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
     should_stop = _StopCheck(journal, shard)
-    done = FinishedRows(JournalRows(journal, job.key, names), shard, should_stop)
-    finished, chain = 0, job.make_chain()
+    limit = shard.max_concurrency or sum(engine.in_flight for engine in engines)
     with ExitStack() as stack:
         writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
-        index = stack.enter_context(ResultIndex()) if shard.settings.deduplicate else None
-
-        def commit(rows: list[ResultRow]) -> None:
-            nonlocal finished
-            finished += sum(row.is_last for row in rows) if chain else len(rows)
-            writer.add(rows)
-
-        chunks = done.add_to(read_chunks(job.table, shard.start, shard.stop))
-        feed = RowFeed(chain or job.make_requests(), chunks, commit, index, shard.settings.group_by_prefix)
-        limit = shard.settings.max_concurrency or sum(engine.in_flight for engine in engines)
+        index = stack.enter_context(ResultIndex()) if shard.deduplicate else None
+        chunks = _read_unfinished(job, journal, shard, should_stop)
+        feed = RowFeed(job.make_requests(), chunks, writer.add, index, shard.group_by_prefix)
         for completions in stack.enter_context(closing(run_requests(engines, feed, limit, should_stop))):
             feed.finish(completions)
-    finished += done.rows
-    return ShardResult(shard.start, shard.stop, finished, finished == shard.rows, time.monotonic() - began)
+    return ShardResult(feed.finished, feed.finished == len(shard.rows), time.monotonic() - began)
 
 
 def check_template(engine: Engine, job: BatchJob) -> None:
@@ -233,33 +201,26 @@ class _StopCheck:
         return self._journal.is_stopped(self._shard.epoch, self._shard.owner)
 
 
-class FinishedRows:
-    """What earlier runs have finished of the rows of a shard."""
-
-    def __init__(self, sweep: JournalRows, shard: Shard, should_stop: Callable[[], bool]) -> None:
-        self._sweep, self._shard, self._should_stop = sweep, shard, should_stop
-        self.rows = 0
-
-    def add_to(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, set[int], list[ResultRow]]]:
-        """Yield each chunk with the numbers of its rows that are not to be asked, and with what is known of all."""
-        chosen = self._shard.chosen
-        picked = chosen if chosen is None or isinstance(chosen, range) else frozenset(chosen)
-        for chunk in chunks:
-            if self._should_stop():
-                return
-            numbers = range(chunk.first, chunk.first + len(chunk))
-            left_out = set() if picked is None else {number for number in numbers if number not in picked}
-            if len(left_out) == len(chunk):
-                continue
-            known = []
-            for row in self._sweep.take(numbers.start, numbers.stop).to_pylist():
-                epoch = row.pop("epoch")
-                if row["row"] in left_out or (row["error"] is not None and epoch < self._shard.retry_before):
-                    continue
+def _read_unfinished(
+    job: BatchJob, journal: Journal, shard: Shard, should_stop: Callable[[], bool]
+) -> Iterator[FeedChunk]:
+    """Yield the chunks of a shard with what earlier runs have finished of them."""
+    names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
+    sweep = JournalRows(journal, job.key, names)
+    wanted = shard.rows if isinstance(shard.rows, range) else frozenset(shard.rows)
+    for chunk in read_chunks(job.table, shard.start, shard.stop):
+        if should_stop():
+            return
+        numbers = range(chunk.first, chunk.first + len(chunk))
+        left_out = {number for number in numbers if number not in wanted}
+        if len(left_out) == len(chunk):
+            continue
+        known = []
+        for row in sweep.take(numbers.start, numbers.stop).to_pylist():
+            epoch = row.pop("epoch")
+            if row["row"] not in left_out and (row["error"] is None or epoch >= shard.retry_before):
                 known.append(ResultRow(**row))
-            finished = {row.row for row in known if row.is_last}
-            self.rows += len(finished)
-            yield chunk, finished | left_out, known
+        yield chunk, left_out, known
 
 
 class RowFeed:
@@ -267,23 +228,27 @@ class RowFeed:
 
     Args:
         make: Makes the request of a row, or of each step of a chain.
-        chunks: Rows in order; with each chunk the numbers of its rows that are not to be asked, and what is known.
+        chunks: Rows in order.
         commit: Takes finished steps.
         index: Results by prompt, or None where equal prompts are generated anew.
         group_by_prefix: Whether rows with a shared prefix are put together.
+
+    Attributes:
+        finished: Number of rows that are finished, by earlier runs too.
     """
 
     def __init__(
         self,
-        make: RequestMaker | ChainRows,
-        chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]],
+        make: RequestMaker,
+        chunks: Iterable[FeedChunk],
         commit: Callable[[list[ResultRow]], None],
         index: ResultIndex | None = None,
         group_by_prefix: bool = True,
     ) -> None:
         self._chain = make if isinstance(make, ChainRows) else None
         self._steps = len(self._chain.steps) if self._chain else 1
-        self._make, self._commit, self._index, self._group = make, commit, index, group_by_prefix
+        self._make, self._take_rows, self._index, self._group = make, commit, index, group_by_prefix
+        self.finished = 0
         self._windows = make_windows(self._requests(chunks))
         self._ready: deque[RowRequest] = deque()
         self._following: list[RowRequest] = []  # next steps of rows, which go first
@@ -332,8 +297,13 @@ class RowFeed:
             self._settle(result, results)
             for other in waiting:
                 self._share(result, other, results)
-        self._learn(learnt)
+        if self._index is not None:
+            self._index.add(learnt)
         self._commit(results)
+
+    def _commit(self, results: list[ResultRow]) -> None:
+        self.finished += sum(row.is_last for row in results) if self._chain else len(results)
+        self._take_rows(results)
 
     def _share(self, result: ResultRow, number: int, results: list[ResultRow]) -> None:
         row, step = divmod(number, self._steps)
@@ -357,45 +327,38 @@ class RowFeed:
         if result.is_last:
             del self._values[result.row]
             return
-        made = self._chain.make(result.row, result.step + 1, self._values[result.row])
-        if isinstance(made, RowProblem):
+        try:
+            self._following.append(self._make(result.row, self._values[result.row], result.step + 1))
+        except RowProblem as problem:
             del self._values[result.row]
-            results.append(_problem(result.row, made, result.step + 1))
-        else:
-            self._following.append(made)
+            results.append(_problem(result.row, problem, result.step + 1))
 
-    def _requests(self, chunks: Iterable[tuple[Chunk, set[int], list[ResultRow]]]) -> Iterator[RowRequest]:
+    def _requests(self, chunks: Iterable[FeedChunk]) -> Iterator[RowRequest]:
         """Yield the first request of all rows but those that are done or cannot be asked."""
-        for chunk, done, known in chunks:
-            self._learn(row for row in known if row.error is None)
+        for chunk, left_out, known in chunks:
+            if self._index is not None:
+                self._index.add(row for row in known if row.error is None)
+            finished = {row.row for row in known if row.is_last}
+            self.finished += len(finished)
+            done = finished | left_out
             problems: list[ResultRow] = []
             begun = self._begun(known, done) if self._chain else {}
             for number, row in enumerate(chunk.rows if len(done) < len(chunk) else (), chunk.first):
                 if number in done:
                     continue
-                if message := chunk.problems.get(number - chunk.first):
-                    problems.append(_problem(number, RowProblem("malformed", message)))
+                outputs = begun.get(number, {})
+                values = {**row, **outputs} if self._chain else row
+                try:
+                    if message := chunk.problems.get(number - chunk.first):
+                        raise RowProblem("malformed", message)
+                    made = self._make(number, values, len(outputs))
+                except RowProblem as problem:
+                    problems.append(_problem(number, problem, len(outputs)))
                     continue
-                step = len(begun.get(number, ()))
-                made = self._start(number, step, {**row, **begun[number]} if step else row)
-                if isinstance(made, RowProblem):
-                    problems.append(_problem(number, made, step))
-                else:
-                    yield made
-            if problems:
-                self._commit(problems)
-
-    def _learn(self, results: Iterable[ResultRow]) -> None:
-        if self._index is not None:
-            self._index.add(results)
-
-    def _start(self, number: int, step: int, row: Mapping[str, Any]) -> RowRequest | RowProblem:
-        if self._chain is None:
-            return self._make(number, row)  # type: ignore[operator]
-        made = self._chain.make(number, step, row)
-        if isinstance(made, RowRequest):
-            self._values[number] = dict(row)
-        return made
+                if self._chain:
+                    self._values[number] = values
+                yield made
+            self._commit(problems)
 
     def _begun(self, known: list[ResultRow], done: set[int]) -> dict[int, dict[str, Any]]:
         """Return the outputs of the steps that rows have finished, without a gap from the first step on."""
@@ -452,7 +415,7 @@ def _details(completion: Completion) -> str | None:
         return None
     details = {name: value for name, value in zip(_MORE, values, strict=True) if value}
     if completion.vector is not None:
-        details["vector"] = write_vector(completion.vector)
+        details["vector"] = base64.b64encode(completion.vector.astype("<f4").tobytes()).decode()
     return json.dumps(details, ensure_ascii=False, default=str)
 
 

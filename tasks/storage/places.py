@@ -68,17 +68,14 @@ class Place:
         return Place(f"{self.url.rstrip('/')}/{name}")
 
     def exists(self) -> bool:
-        """Tell whether there is a file or folder."""
+        """Return whether there is a file or folder."""
         if self.is_local:
             return os.path.lexists(self.url)
-        system, path = _file_system(self.url)
-        _forget(system)
+        system, path = _file_system(self.url, is_fresh=True)
         return bool(system.exists(path))
 
     def is_folder(self) -> bool:
-        """Tell whether there is a folder."""
-        if self.is_local:
-            return os.path.isdir(self.url)
+        """Return whether there is a folder."""
         system, path = _file_system(self.url)
         return bool(system.isdir(path))
 
@@ -104,11 +101,8 @@ class Place:
 
     def read(self) -> bytes:
         """Return the whole content. A remote file that is being replaced is read as it was or as it will be."""
-        if not self.is_local:
-            system, path = _file_system(self.url)
-            return bytes(system.cat_file(path))
-        with self.open() as file:
-            return file.read()
+        system, path = _file_system(self.url)
+        return bytes(system.cat_file(path))
 
     def digest(self) -> str:
         """Return the sha256 of the content as it lies there."""
@@ -119,8 +113,7 @@ class Place:
         """Return what a remote store says of the content, such as an ETag; nothing for a local file."""
         if self.is_local:
             return ""
-        system, path = _file_system(self.url)
-        _forget(system)
+        system, path = _file_system(self.url, is_fresh=True)
         return str(system.ukey(path))
 
     def write(self, content: bytes) -> None:
@@ -171,8 +164,7 @@ class Place:
         """Return the sorted names in this folder; a folder that does not exist has none."""
         if self.is_local:
             return sorted(os.listdir(self.url)) if os.path.isdir(self.url) else []
-        system, path = _file_system(self.url)
-        _forget(system)
+        system, path = _file_system(self.url, is_fresh=True)
         try:
             return sorted(str(found).rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
         except FileNotFoundError:
@@ -247,8 +239,9 @@ def find_places(source: str) -> list[Place]:
     if not is_pattern(source):
         return list(_files_in(place)) if place.is_folder() else [place]
     system, path = _file_system(place.url)
-    found = sorted(str(name) for name in system.glob(path))
-    return [each for each in (_like(place, name) for name in found) if _is_data(each) and not each.is_folder()]
+    found = sorted(map(str, system.glob(path)))
+    places = [Place(name if place.is_local else str(system.unstrip_protocol(name))) for name in found]
+    return [each for each in places if _is_data(each) and not each.is_folder()]
 
 
 def is_pattern(source: str) -> bool:
@@ -269,13 +262,6 @@ def _is_data(place: Place) -> bool:
     return not place.name.startswith((".", "_"))
 
 
-def _like(pattern: Place, path: str) -> Place:
-    if pattern.is_local:
-        return Place(path)
-    system, _ = _file_system(pattern.url)
-    return Place(str(system.unstrip_protocol(path)))
-
-
 @contextmanager
 def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
     """Read and write `hf://` of a Hub with its own token, or with none, for the time of the block.
@@ -291,16 +277,16 @@ def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
         _hub.update(before)
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
+    """Return the file system of a URL and the path in it; a fresh one knows what other processes have written."""
     import fsspec
 
+    if "://" not in url:
+        return fsspec.filesystem("file"), url
     try:
         system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
+    if is_fresh:
+        system.invalidate_cache()
     return system, path
-
-
-def _forget(system: Any) -> None:
-    # Listings are cached by fsspec, while other processes write to the same folder.
-    system.invalidate_cache()

@@ -32,8 +32,8 @@ OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
 
 def attempts(journal: Journal) -> set[tuple[int, str]]:
     """Shards and attempts that have committed rows."""
-    cut = cut_shards(ROWS, SHARDS)
-    shards = {name: next(start for start, stop in cut if name.first < stop) for name in journal.names()}
+    cut = cut_shards(range(ROWS), SHARDS)
+    shards = {name: next(part[0] for part in cut if name.first <= part[-1]) for name in journal.names()}
     return {(start, name.attempt) for name, start in shards.items()}
 
 

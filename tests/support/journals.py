@@ -8,7 +8,6 @@ from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 
 def claim_journal(journal: Journal) -> JournalOwner:
     """Succeed whoever owns a journal."""
-    record = journal.read_owner() or {}
-    owner = JournalOwner(journal, record.get("epoch", 0) + 1, base=record.get("base", 0))
+    owner = JournalOwner.after(journal, journal.read_owner())
     assert owner.claim()
     return owner

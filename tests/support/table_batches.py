@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect_huggingface.tasks.batching.job import BatchOptions, choose_columns, plan_job, plan_output
-from prefect_huggingface.tasks.batching.output import Publication, publish_output
+from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job
+from prefect_huggingface.tasks.batching.output import Publication, choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import open_run
 from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -25,10 +25,13 @@ def answer_table(
     **reading: Any,
 ) -> Publication:
     """Put a table through an engine that gives the same answer to everything, and publish its output."""
-    output = plan_output(str(source), str(destination), prefix)
-    more = BatchOptions(source_options=reading.pop("source_options", None), source_format=reading.pop("format", None))
+    output = plan_output(str(source), str(destination))
+    more = BatchOptions(
+        source_options=reading.pop("source_options", None), source_format=reading.pop("format", None),
+        columns=columns, output_prefix=prefix,
+    )  # fmt: skip
     job = plan_job(str(source), prompt, more=more, **reading)
-    output = choose_columns(job, output, columns, {})
+    output = choose_columns(job, output, more)
     journal = Journal.beside(str(destination))
     with hold_journal(journal) as owner:
         run = open_run(owner, job)

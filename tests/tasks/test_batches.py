@@ -13,7 +13,8 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.batches import check_batch
-from prefect_huggingface.tasks.batching.job import BatchOptions, add_models, check_free, resolve_model
+from prefect_huggingface.tasks.batching.job import BatchOptions, add_models, resolve_model
+from prefect_huggingface.tasks.batching.output import check_free
 from prefect_huggingface.tasks.batching.run import Progress, check_failures
 from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, ModelSourceError, TableError
 from prefect_huggingface.tasks.storage.journals import ownership

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from prefect_huggingface.tasks.batching.chains import ChainRows, ChainStep, check_chain, parse_output
-from prefect_huggingface.tasks.batching.requests import RowProblem, RowRequest
+from prefect_huggingface.tasks.batching.requests import ChainRows, ChainStep, RowProblem, check_chain, parse_output
 from prefect_huggingface.tasks.errors import ChainError
 
 
@@ -39,22 +38,18 @@ def test_later_prompts_use_outputs_and_the_fields_of_json():
     steps = [step("{word}", "person", "json"), step("{person_age} {word} {person}", "second")]
     check_chain(steps, {"word": "hi"})
     values = {"word": "hi", "person": {"name": "Ada", "age": 36}}
-    made = ChainRows(steps).make(0, 1, values)
-    assert isinstance(made, RowRequest)
+    made = ChainRows(steps)(0, values, 1)
     assert made.request.prompt == "36 hi {'name': 'Ada', 'age': 36}"
 
 
 def test_a_field_that_the_json_lacks_is_named():
     steps = [step("x", "person", "json"), step("{person_age}")]
-    problem = ChainRows(steps).make(0, 1, {"person": {"name": "Ada"}})
-    assert isinstance(problem, RowProblem)
-    assert problem.message.startswith("Step 'first': {person_age} is not there, since the JSON")
-    assert "person_name" in problem.message
+    with pytest.raises(RowProblem, match=r"^Step 'first': \{person_age\} is not there, since the JSON.*person_name"):
+        ChainRows(steps)(0, {"person": {"name": "Ada"}}, 1)
 
 
 def test_double_braces_are_text():
-    made = ChainRows([step('{{"a": {word}}}')]).make(0, 0, {"word": 1})
-    assert isinstance(made, RowRequest)
+    made = ChainRows([step('{{"a": {word}}}')])(0, {"word": 1})
     assert made.request.prompt == '{"a": 1}'
 
 

@@ -43,8 +43,9 @@ logger = get_logger(__name__)
 
 SUFFIX = ".journal"
 SEGMENT_NAME = re.compile(
-    r"^e(\d{6,})-([0-9a-f]{8})-(\d{6,})-(\d{12,})-(\d{12,})-n(\d+)-r(\d+)-f(\d+)-t(\d+)-([0-9a-f]{16})\.arrow$"
+    r"^e(\d{6,})-([0-9a-f]{8})-(\d{6,})-(\d{12,})-(\d{12,})-n(\d+)-r(\d+)-f(\d+)-i(\d+)-t(\d+)-([0-9a-f]{16})\.arrow$"
 )
+INVALID = "schema_invalid"  # status of an answer that does not have the form that was asked for
 TORN_READS = 5  # of a record that a store without whole writes shows while it is written
 TORN_SECONDS = 0.2
 COMMIT_ROWS = 512  # rows that are worth a segment of their own
@@ -58,20 +59,12 @@ class SegmentError(Exception):
 
 
 class ResultRow(NamedTuple):
-    """A finished step of one row: the output columns, and what the journal needs besides.
+    """A finished step of one row: the columns of the output, see `Completion`, and what the journal needs besides.
 
     The journal keeps one for each step of each row; of two with the same row and step, that of the later epoch counts.
 
     Attributes:
-        row: Number of the row in the input, from 0.
         step: Number of the step in the chain, from 0. A batch without steps has the step 0 only.
-        completion: Text that was generated.
-        status: "ok", "length", or the kind of the error.
-        finish_reason: Why the text ends.
-        prompt_tokens: Number of tokens of the prompt.
-        generated_tokens: Number of tokens of the text.
-        seconds: Time that the step took.
-        error: What went wrong, or None.
         details: JSON of what else belongs to the step (structured values, further answers), or None.
         shared: Whether the text was generated for another row with the same prompt.
         digest: Hash of the prompt and its options, where the text may be shared with other rows.
@@ -97,7 +90,8 @@ class SegmentName(NamedTuple):
     """What the name of a segment tells.
 
     `epoch` is the number of its owner, `attempt` the random name of an attempt at a shard, in which it has a `number`.
-    It holds so many `steps` of the rows from `first` to `last`; so many `rows` are finished with them.
+    It holds so many `steps` of the rows from `first` to `last`; so many `rows` are finished with them, of which some
+    `failed`, and some of these have an `invalid` answer, without the form that was asked for.
     """
 
     epoch: int
@@ -108,6 +102,7 @@ class SegmentName(NamedTuple):
     steps: int
     rows: int
     failed: int
+    invalid: int
     tokens: int
     checksum: str
 
@@ -117,12 +112,12 @@ class SegmentName(NamedTuple):
         if (found := SEGMENT_NAME.match(name)) is None:
             return None
         epoch, attempt, *numbers, checksum = found.groups()
-        number, first, last, steps, rows, failed, tokens = map(int, numbers)
-        return cls(int(epoch), attempt, number, first, last, steps, rows, failed, tokens, checksum)
+        number, first, last, steps, rows, failed, invalid, tokens = map(int, numbers)
+        return cls(int(epoch), attempt, number, first, last, steps, rows, failed, invalid, tokens, checksum)
 
     @override
     def __str__(self) -> str:
-        return "e{:06}-{}-{:06}-{:012}-{:012}-n{}-r{}-f{}-t{}-{}.arrow".format(*self)
+        return "e{:06}-{}-{:06}-{:012}-{:012}-n{}-r{}-f{}-i{}-t{}-{}.arrow".format(*self)
 
 
 @lru_cache(maxsize=1)
@@ -138,12 +133,7 @@ def segment_schema() -> Any:
 
 
 def encode_segment(job: str, rows: Sequence[tuple[Any, ...]]) -> bytes:
-    """Return the content of a segment.
-
-    Args:
-        job: Key of the job.
-        rows: Finished steps, with the fields of `ResultRow`. At least one.
-    """
+    """Return the content of a segment with finished steps, at least one, that have the fields of `ResultRow`."""
     import pyarrow as pa
 
     schema = segment_schema()
@@ -192,21 +182,22 @@ def checksum(content: bytes) -> str:
 
 
 class JournalCounts(NamedTuple):
-    """Counts of what is in a journal, over all its segments."""
+    """Finished rows, those that failed, of these those with an invalid answer, and the tokens that were generated."""
 
     rows: int = 0
     failed: int = 0
+    invalid: int = 0
     tokens: int = 0
-    segments: int = 0
+
+    @classmethod
+    def sum(cls, counts: Iterable[JournalCounts]) -> JournalCounts:
+        """Return the counts of several parts together."""
+        return cls(*map(sum, zip(*counts, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """Access to the journal at a place. It holds nothing in memory and can travel between processes.
-
-    Attributes:
-        place: Folder of the journal.
-    """
+    """Access to the journal at a place, its folder. It holds nothing in memory and can travel between processes."""
 
     place: Place
 
@@ -257,18 +248,14 @@ class Journal:
 
     def count(self) -> JournalCounts:
         """Return the counts that the names of the segments tell, without reading them."""
-        counts = [(name.rows, name.failed, name.tokens, 1) for name in self.names()]
-        return JournalCounts(*map(sum, zip(*counts, strict=True)))
+        return JournalCounts.sum(
+            JournalCounts(name.rows, name.failed, name.invalid, name.tokens) for name in self.names()
+        )
 
     def append(self, epoch: int, attempt: str, number: int, job: str, rows: Sequence[tuple[Any, ...]]) -> SegmentName:
-        """Write a segment durably, and return its name.
+        """Write a segment of finished steps, at least one, durably, and return its name.
 
-        Args:
-            epoch: Number of the owner.
-            attempt: Random name of the attempt at a shard, 8 hexadecimal digits.
-            number: Number within the attempt.
-            job: Key of the job.
-            rows: Finished steps, with the fields of `ResultRow`. At least one.
+        `attempt` is the random name of the attempt at a shard, 8 hexadecimal digits, in which it has the `number`.
         """
         content = encode_segment(job, rows)
         columns = dict(zip(ResultRow._fields, zip(*rows, strict=True), strict=True))
@@ -277,6 +264,7 @@ class Journal:
             epoch, attempt, number, min(columns["row"]), max(columns["row"]), len(rows),
             rows=sum(last),
             failed=sum(error is not None for error in compress(columns["error"], last)),
+            invalid=sum(status == INVALID for status in compress(columns["status"], last)),
             tokens=sum(compress(columns["generated_tokens"], map(not_, shared))),
             checksum=checksum(content),
         )  # fmt: skip
@@ -343,10 +331,6 @@ class Journal:
             time.sleep(TORN_SECONDS)
         return None
 
-    def write_record(self, kind: str, epoch: int, record: Mapping[str, Any]) -> None:
-        """Write a record of an owner; `JournalOwner` is what calls it."""
-        self.place.child(f"{kind}-{epoch:06}.json").write(encode_record(record))
-
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
     """Return the content of a record."""
@@ -357,12 +341,7 @@ class JournalRows:
     """A sweep over the rows of a journal. Ranges are taken in ascending order.
 
     Only the segments that overlap the current range are in memory: rows finish within a bounded window, so these are
-    few, whatever the number of rows.
-
-    Args:
-        journal: Journal to read.
-        job: Key of its job.
-        names: Segments to look at; all of the journal by default.
+    few, whatever the number of rows. `names` are the segments to look at, all of the journal by default.
     """
 
     def __init__(self, journal: Journal, job: str, names: Iterable[SegmentName] | None = None) -> None:
@@ -428,11 +407,6 @@ class JournalWriter(AbstractContextManager["JournalWriter"]):
     """Commits the finished rows of one shard, in a thread of its own so that no engine waits for a disk.
 
     `add` is for one thread.
-
-    Args:
-        journal: Journal to write to.
-        job: Key of the job.
-        epoch: Number of the owner.
     """
 
     def __init__(self, journal: Journal, job: str, epoch: int) -> None:

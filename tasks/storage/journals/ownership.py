@@ -12,6 +12,7 @@ a lease by its own clock, so that the clocks of two machines are never compared.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -44,7 +45,6 @@ class JournalOwner:
     """A run that owns a journal, until another run succeeds it.
 
     Attributes:
-        journal: What it owns.
         epoch: Its number.
         id: Its random name.
         base: Number under which the journal was cleared last, 0 if it never was. What is older is void.
@@ -54,6 +54,11 @@ class JournalOwner:
     epoch: int
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     base: int = 0
+
+    @classmethod
+    def after(cls, journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
+        """Return the owner that succeeds the one of a record, which has yet to claim the journal."""
+        return cls(journal, record["epoch"] + 1, base=record["base"]) if record else cls(journal, 1)
 
     def is_current(self) -> bool:
         """Return whether no other run has succeeded this one."""
@@ -72,17 +77,13 @@ class JournalOwner:
                 "Wait for its end, or set `if_running='wait'`."
             )
 
-    def write_job(self, job: Mapping[str, Any]) -> None:
-        """Write what the job consists of."""
-        self.journal.write_record("job", self.epoch, job)
-
-    def write_published(self, record: Mapping[str, Any]) -> None:
-        """Write what is known of the output."""
-        self.journal.write_record("published", self.epoch, record)
+    def write(self, kind: Literal["job", "published", "stop"], record: Mapping[str, Any]) -> None:
+        """Write a record of this run: what the job consists of, what is known of the output, or that it has to stop."""
+        self.journal.place.child(f"{kind}-{self.epoch:06}.json").write(encode_record(record))
 
     def request_stop(self, reason: str) -> None:
         """Ask the shards of this run to stop. They commit what is finished."""
-        self.journal.write_record("stop", self.epoch, {"reason": reason, "owner": self.id})
+        self.write("stop", {"reason": reason, "owner": self.id})
 
     def clear(self) -> None:
         """Delete the job and the rows, unless another run has succeeded this one. What was published stays known."""
@@ -122,33 +123,25 @@ class JournalOwner:
 def hold_journal(journal: Journal, if_running: IfRunning = "refuse") -> Iterator[JournalOwner]:
     """Own the journal for the time of the block.
 
-    Args:
-        journal: Journal to own.
-        if_running: Whether to fail, or to wait, while another run owns it.
-
     Raises:
-        BatchError: If another run owns it and `if_running` is "refuse".
+        BatchError: If another run owns it and `if_running` is "refuse", or if it cannot be written.
     """
     notice = WaitNotice(run_log(), f"Waiting for the run that works on {journal.place.url!r}")
-    if journal.place.is_local:
-        with ExitStack() as stack:
-            for name in ("lock", "held"):
-                stack.enter_context(_take_lock(journal, name, if_running if name == "lock" else "wait", notice))
-            owner = _following(journal, journal.read_owner())
-            owner.claim()
-            yield owner
-        return
-    owner = _succeed_remotely(journal, if_running, notice)
-    ended = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(owner, ended), name="journal-lease", daemon=True)
-    renewal.start()
-    try:
+    with ExitStack() as stack:
+        try:
+            if journal.place.is_local:
+                for name in ("lock", "held"):
+                    stack.enter_context(_take_lock(journal, name, if_running if name == "lock" else "wait", notice))
+                owner = JournalOwner.after(journal, journal.read_owner())
+                owner.claim()
+            else:
+                owner = _succeed_remotely(journal, if_running, notice)
+                stack.enter_context(_renewed(owner))
+        except OSError as exc:
+            raise BatchError(
+                f"The journal {journal.place.url!r} cannot be written: {exc}. Correct `destination`, or its rights."
+            ) from None
         yield owner
-    finally:
-        ended.set()
-        renewal.join()
-        if owner.is_current():
-            owner.beat(0, ended=True)
 
 
 def is_held(journal: Journal) -> bool:
@@ -192,7 +185,7 @@ def _succeed_remotely(journal: Journal, if_running: IfRunning, notice: WaitNotic
         alive = _read_alive(journal, record)
         is_free = record is None or record["cleared"] or alive.get("ended")
         if is_free or (seen == (record, alive) and time.monotonic() - since > LEASE_SECONDS):
-            owner = _following(journal, record)
+            owner = JournalOwner.after(journal, record)
             if owner.claim():
                 return owner
         elif seen != (record, alive):
@@ -203,20 +196,30 @@ def _succeed_remotely(journal: Journal, if_running: IfRunning, notice: WaitNotic
         time.sleep(POLL_SECONDS)
 
 
-def _following(journal: Journal, record: Mapping[str, Any] | None) -> JournalOwner:
-    record = record or {}
-    return JournalOwner(journal, record.get("epoch", 0) + 1, base=record.get("base", 0))
-
-
 def _read_alive(journal: Journal, record: Mapping[str, Any] | None) -> dict[str, Any]:
     return journal.read_record(f"alive-{record['epoch']:06}-{record['id']}.json") or {} if record else {}
 
 
-def _renew(owner: JournalOwner, ended: threading.Event) -> None:
-    count = 0
-    while not ended.wait(RENEWAL_SECONDS):
-        count += 1
-        with suppress(Exception):  # the store may be away for a moment; the lease outlasts several renewals
-            if not owner.is_current():
+@contextmanager
+def _renewed(owner: JournalOwner) -> Iterator[None]:
+    """Say that a run lives for the time of the block, and at its end that it has ended."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        for count in itertools.count(1):
+            if ended.wait(RENEWAL_SECONDS):
                 return
-            owner.beat(count)
+            with suppress(Exception):  # the store may be away for a moment; the lease outlasts several renewals
+                if not owner.is_current():
+                    return
+                owner.beat(count)
+
+    thread = threading.Thread(target=renew, name="journal-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if owner.is_current():
+            owner.beat(0, ended=True)

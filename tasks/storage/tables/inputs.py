@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import IO, Any, Literal, get_args
 from urllib.parse import unquote
 
@@ -54,18 +55,19 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
+_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})({'|'.join(map(re.escape, COMPRESSIONS))})*$")
 _SEPARATOR_LINE = re.compile(r'^"?sep=(.)"?[\r\n]+')
 
 
 class SourceOptions(BaseModel):
     """How text files of an input are read, where that cannot be guessed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    delimiter: str | None = Field(
-        default=None, min_length=1, max_length=1, description="Character between the cells of a CSV file, such as ;."
-    )
-    encoding: str | None = Field(default=None, description="Encoding of text files, such as cp1252 or utf-16-le.")
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Character between the cells of a CSV file, such as ;."""
+    encoding: str | None = None
+    """Encoding of text files, such as cp1252 or utf-16-le."""
 
     @field_validator("encoding")
     @classmethod
@@ -81,8 +83,6 @@ class TableFile:
     """One file of a table.
 
     Attributes:
-        url: Where it is.
-        rows: Number of rows.
         digest: Hash of its content.
         layout: How it is read where that is not the usual way: compression, encoding, delimiter, partition and so on.
         marks: Row number, line number and byte offset of some rows, to start reading there.
@@ -118,22 +118,13 @@ class Table:
         """Number of rows of all files."""
         return sum(file.rows for file in self.files)
 
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Table:
-        """Return the table of a record that `dataclasses.asdict` made, also after a way through JSON."""
-        files = tuple(
-            TableFile(**{**file, "marks": tuple(tuple(mark) for mark in file["marks"])}) for file in record["files"]
-        )
-        return cls(**{**record, "files": files, "columns": tuple(record["columns"])})
 
-
-@dataclass(slots=True)
+@dataclass
 class Chunk:
     """Some rows of a table, in order.
 
     Attributes:
         first: Number of the first row in the table, from 0.
-        size: Number of rows.
         make: Makes the rows when they are asked for.
         batch: The rows as a `pyarrow.RecordBatch`, where the format has types.
         lines: Line of each row in its file, where the format has lines.
@@ -150,21 +141,14 @@ class Chunk:
     problems: dict[int, str] = field(default_factory=dict)
     texts: Sequence[bytes] = ()
     origin: tuple[int, int] | None = None
-    _rows: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return self.size
 
-    @property
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The rows as dictionaries. One that could not be read holds what could be read of it."""
-        if self._rows is None:
-            self._rows = self.make()
-        return self._rows
-
-    def where(self, place: int) -> str:
-        """Return where a row of the chunk is, for a message."""
-        return f"line {self.lines[place]}" if self.lines else f"row {self.first + place + 1}"
+        return self.make()
 
     def part(self, start: int, stop: int) -> Chunk:
         """Return the chunk without the rows before `start` and from `stop` on, numbered as the chunk is."""
@@ -185,13 +169,8 @@ def get_format(name: str) -> tuple[TableFormat, str | None]:
     Raises:
         TableError: If the name tells none.
     """
-    stem, compression = name.lower(), None
-    for suffix, kind in COMPRESSIONS.items():
-        if stem.endswith(suffix):
-            stem, compression = stem.removesuffix(suffix), kind
-    for suffix, format in SUFFIXES.items():
-        if stem.endswith(suffix):
-            return format, compression
+    if found := _SUFFIX.search(name.lower()):
+        return SUFFIXES[found[1]], COMPRESSIONS.get(found[2])
     raise TableError(
         f"The format of {name!r} is not known. Use one of {', '.join(sorted(SUFFIXES))} as the end of its name, "
         f"or name the format: {', '.join(get_args(TableFormat))}."
@@ -253,18 +232,11 @@ def _choose_files(source: str, format: TableFormat | None) -> list[Place]:
         return places
     if {place.name for place in places} >= DATASET_FILES:
         places = [place for place in places if place.name not in DATASET_FILES]
-    known = places if format else [place for place in places if _is_table(place.name)]
+    known = places if format else [place for place in places if _SUFFIX.search(place.name.lower())]
     if known and len(known) < len(places):
         left = [place.name for place in places if place not in known]
         run_log().info("Files of %r that are no tables are left out: %s.", source, ", ".join(map(repr, left)))
     return known or places
-
-
-def _is_table(name: str) -> bool:
-    try:
-        return bool(get_format(name))
-    except TableError:
-        return False
 
 
 def _partition_of(source: str, place: Place) -> dict[str, str | None]:
@@ -357,17 +329,14 @@ def find_duplicates(table: Table, column: str) -> Iterator[tuple[int, str, Any]]
                     continue
                 text = f"{type(value).__name__} {value}".encode("utf-8", "surrogatepass")
                 if base.execute("INSERT OR IGNORE INTO ids VALUES (?)", (text,)).rowcount == 0:
-                    yield chunk.first + place, chunk.where(place), value
+                    where = f"line {chunk.lines[place]}" if chunk.lines else f"row {chunk.first + place + 1}"
+                    yield chunk.first + place, where, value
 
 
 def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess: bool = True) -> dict[str, Any]:
     """Return how a file is read where that is not the usual way, from its first bytes; guesses are logged.
 
-    Args:
-        place: The file.
-        format: Format that was given, or that the name tells.
-        options: What was given.
-        guess: Whether a JSON file may turn out to be an array or indented objects.
+    With `guess`, what is called JSON lines may turn out to be an array or indented objects, and the other way round.
 
     Raises:
         TableError: If the file is something else.

@@ -34,12 +34,8 @@ MAX_CELL = 2**31 - 1
 MAX_DEPTH = 200  # of nested JSON; `orjson` writes up to 254 levels
 MAX_TYPE_DEPTH = 30  # of nested columns in Parquet and Arrow; Arrow reads schemas of up to 64 levels
 BOM = b"\xef\xbb\xbf"
-UNFIT = (
-    ValueError,
-    OverflowError,
-    TypeError,
-    NotImplementedError,
-)  # what pyarrow raises where Python has no such value
+# What pyarrow raises where Python has no such value.
+UNFIT = (ValueError, OverflowError, TypeError, NotImplementedError)
 _decode = json.JSONDecoder().decode
 _decode_first = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"\s*")
@@ -324,8 +320,6 @@ def parse_json(line: bytes) -> Any:
 
 class CsvReader(TextReader):
     """Cells with a header. Every cell is text, exactly as it is written."""
-
-    kinds = "text"
 
     @override
     def chunks(self, stream: IO[bytes], row: int, line: int) -> Generator[Chunk]:

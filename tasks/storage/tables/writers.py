@@ -30,21 +30,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class TableWriter(AbstractContextManager["TableWriter"]):
     """Writes rows of an input and, beside them, further columns.
 
-    Args:
-        kept: Columns of the input to write, in order, or None for all that a row has.
-        added: Names of the further columns.
+    `kept` are the columns of the input to write, in order, or None for all that a row has; `added` the further ones.
     """
+
+    _file: IO[Any]
 
     def __init__(self, kept: Sequence[str] | None, added: Sequence[str]) -> None:
         self.kept, self.added = kept, tuple(added)
 
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
-        """Write the rows of a chunk. `further` holds a `pyarrow` array as long as the chunk for each added column."""
+        """Write the rows of a chunk. `further` holds a `pyarrow` array, for JSONL or a list, for each added column."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Finish the file."""
-        raise NotImplementedError
+        self._file.close()
 
     @override
     def __exit__(self, *_: object) -> None:
@@ -59,7 +59,7 @@ class JsonLinesWriter(TableWriter):
 
     def __init__(self, path: Path, kept: Sequence[str] | None, added: Sequence[str]) -> None:
         super().__init__(kept, added)
-        self._file: IO[bytes] = open(path, "wb")
+        self._file = open(path, "wb")
 
     @override
     def write(self, chunk: Chunk, further: Mapping[str, Any]) -> None:
@@ -68,15 +68,12 @@ class JsonLinesWriter(TableWriter):
             rows = [to_json({name: row[name] for name in self.kept if name in row}) for row in chunk.rows]
         elif not rows:
             rows = [to_json(row) for row in chunk.rows]
-        added = zip(*(further[name].to_pylist() for name in self.added), strict=True)
+        columns = [further[name] for name in self.added]
+        added = zip(*(each if isinstance(each, list) else each.to_pylist() for each in columns), strict=True)
         tails = [to_json(dict(zip(self.added, values)))[1:] for values in added]  # noqa: B905
         # An object without a quote has no key.
         lines = [row[:-1] + b"," + tail if b'"' in row else b"{" + tail for row, tail in zip(rows, tails, strict=True)]
         self._file.write(b"\n".join([*lines, b""]))
-
-    @override
-    def close(self) -> None:
-        self._file.close()
 
 
 def to_json(value: Any) -> bytes:
@@ -124,10 +121,6 @@ class CsvWriter(TableWriter):
         columns += [_to_cells((further or {})[name].to_pylist()) for name in self.added]
         self._writer.writerows(zip(*columns, strict=True))
 
-    @override
-    def close(self) -> None:
-        self._file.close()
-
 
 def _to_cells(values: list[Any]) -> list[Any]:
     kinds = set(map(type, values))
@@ -146,16 +139,7 @@ def to_unicode(value: Any) -> Any:
 
 
 class ColumnarWriter(TableWriter):
-    """Parquet or Arrow, with the types of the input.
-
-    Args:
-        path: Local file to write.
-        kept: Columns of the input to write, in order.
-        added: Names of the further columns.
-        schema: Types of the kept columns.
-        further: Types of the further columns.
-        format: "parquet" or "arrow".
-    """
+    """Parquet or Arrow, with the types of the input, `schema`, and those of the further columns, `further`."""
 
     def __init__(
         self, path: Path, kept: Sequence[str], added: Sequence[str], schema: Any, further: Any, format: TableFormat
@@ -240,9 +224,9 @@ def open_writer(
     Args:
         path: Local file to write.
         format: Format of the file.
-        kept: Columns of the input to write, or None for all that a row has (JSONL only).
+        kept: Columns of the input to write, in order, or None for all (in JSONL for all that a row has).
         added: Names of the further columns.
-        schema: `pyarrow` types of the columns of the input; only Parquet and Arrow need them.
+        schema: `pyarrow` types of the columns of the input; JSONL needs none.
         further: `pyarrow` types of the further columns.
     """
     if format == "jsonl":

@@ -11,18 +11,10 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.batching.job import (
-    BatchJob,
-    BatchOptions,
-    choose_columns,
-    describe_models,
-    list_models,
-    plan_job,
-    plan_output,
-)
-from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, describe_models, list_models, plan_job
+from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import get_status, open_run
-from prefect_huggingface.tasks.batching.shard import ShardResult, ShardSettings, process_shard
+from prefect_huggingface.tasks.batching.shard import ShardResult, process_shard
 from prefect_huggingface.tasks.errors import BatchError, ChainError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.journal import Journal
@@ -68,12 +60,12 @@ class Batch:
         source.write_text("".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)))
         more = BatchOptions(steps=steps)
         job = plan_job(str(source), None, None, None, more)
-        self.job: BatchJob = describe_models(job, list_models(MODEL, more.steps or ()), None)
-        self.output = choose_columns(self.job, plan_output(str(source), str(self.destination)), None, {})
+        self.job: BatchJob = describe_models(job, list_models(MODEL, more.steps or ()))
+        self.output = choose_columns(self.job, plan_output(str(source), str(self.destination)))
         self.journal = Journal.beside(str(self.destination))
 
-    def run(self, *engines: InstantEngine, retry: bool = False, **settings: Any) -> list[ShardResult]:
-        run = open_run(claim_journal(self.journal), self.job, 1, retry, ShardSettings(**settings))
+    def run(self, *engines: InstantEngine, **more: Any) -> list[ShardResult]:
+        run = open_run(claim_journal(self.journal), self.job, BatchOptions(**more))
         return [process_shard(engines, self.journal, shard) for shard in run.shards]
 
     def publish(self) -> list[dict[str, Any]]:
@@ -126,7 +118,7 @@ def test_a_failed_step_is_the_error_of_its_row_and_is_retried_alone(tmp_path: Pa
     again = Mended()
     again.prompts = []
     assert batch.run(engine()) == []  # without being asked, nothing is generated again
-    batch.run(again, retry=True)
+    batch.run(again, retry_failed=True)
     assert [prompt for prompt in again.prompts if "Ann" in prompt or "Eve" in prompt] == []
     assert [row["status"] for row in batch.publish()] == ["ok"] * 4
 
@@ -188,8 +180,8 @@ def test_steps_name_other_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ([{"name": "a", "prompt": "{town}"}], "no column 'town'"),
-        ([{"name": "a", "prompt": "{b}"}, {"name": "b", "prompt": "x"}], "no column 'b'"),
+        ([{"name": "a", "prompt": "{town}"}], r"Step 'a' uses \{town\}"),
+        ([{"name": "a", "prompt": "{b}"}, {"name": "b", "prompt": "x"}], r"Step 'a' uses \{b\}"),
         ([{"name": "text", "prompt": "x"}], "'text' is used twice"),
         ([{"name": "status", "prompt": "x"}], "columns .'status'. that the output adds"),
         ([{"name": "a", "prompt": "{text"}], "not a prompt template"),

@@ -74,7 +74,7 @@ def test_unknown_time_zones_are_refused(name: str) -> None:
 
 def begin(destination: Path) -> Journal:
     journal = Journal.beside(str(destination))
-    claim_journal(journal).write_job({"key": "k"})
+    claim_journal(journal).write("job", {"key": "k"})
     return journal
 
 
@@ -96,7 +96,7 @@ def test_batches_that_were_left_are_found_in_a_remote_store() -> None:
 
     begin_at = "memory://dates/answers-2026-02-21.jsonl"
     owner = claim_journal(Journal.beside(begin_at))
-    owner.write_job({"key": "k"})
+    owner.write("job", {"key": "k"})
     owner.beat(0, ended=True)
     try:
         assert find_unfinished("memory://dates/answers-{date}.jsonl", "memory://dates/answers-x.jsonl") == [begin_at]

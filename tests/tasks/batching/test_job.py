@@ -61,3 +61,10 @@ def test_every_field_that_differs_is_named_by_itself(tmp_path: Path) -> None:
     old, new = (make_job(tmp_path, {"task": "text-generation", "export": key}) for key in ("a", "b"))
     with pytest.raises(BatchError, match=r"\(model, export: \"a\" there, \"b\" now\)"):
         check_same_job(new, json.loads(json.dumps(old.as_dict())), "j")
+
+
+def test_a_journal_of_another_version_says_so_and_no_more(tmp_path: Path) -> None:
+    job = make_job(tmp_path, {})
+    record = {"key": "old", "fingerprint": {"journal version": 1, "system prompt": "Be brief."}}
+    with pytest.raises(BatchError, match=r"another job \(journal version: 1 there, \d+ now\)\. Start again"):
+        check_same_job(job, record, "j")

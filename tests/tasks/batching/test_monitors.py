@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.tasks.batches import get_batch_status
-from prefect_huggingface.tasks.batching.job import plan_job
+from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.run import MAX_SAMPLES, STATUSES, BatchMonitor, open_run
 from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalCounts
 from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from support.instant_engines import InstantEngine
 from support.journals import claim_journal
@@ -33,7 +33,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     with pytest.raises(BatchError, match="is not there"):
         get_batch_status.fn(destination)
 
-    run = open_run(claim_journal(journal), job, shards=2)
+    run = open_run(claim_journal(journal), job, BatchOptions(shards=2))
     monitor = BatchMonitor(journal, 1000, run.counts)
     assert monitor.measure().finished == 0
     process_shard([InstantEngine()], journal, run.shards[0])
@@ -44,7 +44,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
 
     with hold_journal(journal) as owner:
         run = open_run(owner, job)
-        assert run.counts.finished == 500
+        assert run.counts.rows == 500
         monitor = BatchMonitor(journal, 1000, run.counts)
         assert get_batch_status.fn(destination).running
         process_shard([InstantEngine()], journal, run.shards[0])
@@ -55,7 +55,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     assert status.statuses == {"missing_value": 250, "ok": 750}
     assert set(status.statuses) <= set(STATUSES)
 
-    run = open_run(claim_journal(journal), job, retry_failed=True)
+    run = open_run(claim_journal(journal), job, BatchOptions(retry_failed=True))
     monitor = BatchMonitor(journal, 1000, run.counts)
     before = monitor.measure()
     assert (before.finished, before.failed, before.resumed) == (750, 0, 750)
@@ -64,7 +64,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
 
 
 def test_the_samples_of_a_long_run_stay_few(destination: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = BatchMonitor(Journal.beside(destination), 1000)
+    monitor = BatchMonitor(Journal.beside(destination), 1000, JournalCounts())
     times = itertools.count(time.monotonic(), 7)
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     for _ in range(5000):

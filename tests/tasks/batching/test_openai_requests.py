@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.batching.job import (
-    BatchOptions,
-    choose_columns,
-    describe_models,
-    plan_job,
-    plan_output,
-)
-from prefect_huggingface.tasks.batching.output import publish_output
-from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem, RowRequest
+from prefect_huggingface.tasks.batching.job import BatchOptions, describe_models, plan_job
+from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
+from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem
 from prefect_huggingface.tasks.batching.run import open_run
 from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
@@ -157,11 +151,11 @@ def answer(folder: Path, lines: list[str], text: str = "Hi", names: list[str] | 
     source, destination = folder / "in.jsonl", folder / "out.jsonl"
     source.write_text("".join(f"{each}\n" for each in lines))
     served = ["small", *(names or [])]
-    job = describe_models(plan_job(str(source), None), [LocalModel(model_id="/none", backend="torch")], None, served)
+    job = describe_models(plan_job(str(source), None), [LocalModel(model_id="/none", backend="torch")], served)
     journal = Journal.beside(str(destination))
     for shard in open_run(claim_journal(journal), job).shards:
         process_shard([InstantEngine(text)], journal, shard)
-    output = choose_columns(job, plan_output(str(source), str(destination)), None, {})
+    output = choose_columns(job, plan_output(str(source), str(destination)))
     publish_output(job, claim_journal(journal), output)
     files = (destination, folder / "out.errors.jsonl")
     return [json.loads(each)["response"]["body"] for file in files for each in file.read_text().splitlines()]
@@ -194,8 +188,7 @@ def test_everything_that_a_line_asks_for_is_an_option(tmp_path: Path) -> None:
     }  # fmt: skip
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, image]}]
-    made = OpenAIRows({})(0, json.loads(line("a", messages=messages, **wanted)))
-    assert isinstance(made, RowRequest)
+    made = OpenAIRows()(0, json.loads(line("a", messages=messages, **wanted)))
     assert made.request.check_form is False, "what is cut off in its form is an answer, as on the model server"
     options = made.request.options
     assert options is not None
@@ -209,10 +202,9 @@ def test_everything_that_a_line_asks_for_is_an_option(tmp_path: Path) -> None:
     [({"max_tokens": 0}, "max_tokens"), ({"top_p": 3}, "top_p"), ({"presence_penalty": 9}, "presence_penalty")],
 )
 def test_a_wrong_field_is_named(wrong: dict[str, Any], field: str) -> None:
-    problem = OpenAIRows({})(0, json.loads(line("a", messages=USER, **wrong)))
-    assert isinstance(problem, RowProblem)
-    assert problem.status == "invalid_option"
-    assert f"`{field}`" in problem.message
+    with pytest.raises(RowProblem, match=f"`{field}`") as problem:
+        OpenAIRows()(0, json.loads(line("a", messages=USER, **wrong)))
+    assert problem.value.status == "invalid_option"
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.csv"])
@@ -221,4 +213,4 @@ def test_answers_go_into_json_lines_or_are_refused(tmp_path: Path, name: str) ->
     source.write_text(f"{SAMPLES[0]}\n")
     job = plan_job(str(source), None)
     with pytest.raises(BatchError, match=r"are JSON lines, got .*\.(parquet|csv)'. Give it the ending .jsonl"):
-        choose_columns(job, plan_output(str(source), str(tmp_path / name)), None, {})
+        choose_columns(job, plan_output(str(source), str(tmp_path / name)))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.job import BatchJob, plan_job, plan_output
-from prefect_huggingface.tasks.batching.output import publish_output
+from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
+from prefect_huggingface.tasks.batching.output import plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shard import ShardResult, ShardSettings, process_shard
+from prefect_huggingface.tasks.batching.shard import ShardResult, process_shard
 from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.instant_engines import InstantEngine
@@ -31,10 +31,8 @@ class Batch:
         self.journal = Journal.beside(str(self.destination))
         self.job: BatchJob = plan_job(str(self.source), prompt)
 
-    def run(
-        self, engine: InstantEngine, shards: int = 1, settings: ShardSettings | None = None, retry: bool = False
-    ) -> list[ShardResult]:
-        run = open_run(claim_journal(self.journal), self.job, shards, retry, settings)
+    def run(self, engine: InstantEngine, **more: Any) -> list[ShardResult]:
+        run = open_run(claim_journal(self.journal), self.job, BatchOptions(**more))
         return [process_shard([engine], self.journal, shard) for shard in run.shards]
 
     def publish(self, replace: bool = False) -> list[dict[str, Any]]:
@@ -56,7 +54,7 @@ def recording(**arguments: Any) -> InstantEngine:
 @pytest.mark.parametrize("shards", [1, 7])
 def test_every_row_once_in_order(tmp_path: Path, shards: int) -> None:
     batch, engine = Batch(tmp_path, countries(10_000)), recording()
-    results = batch.run(engine, shards)
+    results = batch.run(engine, shards=shards)
 
     assert all(result.complete for result in results)
     assert len(results) == shards
@@ -74,7 +72,7 @@ def test_every_row_once_in_order(tmp_path: Path, shards: int) -> None:
 def test_equal_prompts_are_generated_once_over_the_whole_input(tmp_path: Path, deduplicate: bool) -> None:
     lines = [json.dumps({"country": f"Land {index % 700}"}) for index in range(20_000)]
     batch, engine = Batch(tmp_path, lines), recording()
-    batch.run(engine, settings=ShardSettings(deduplicate=deduplicate))
+    batch.run(engine, deduplicate=deduplicate)
 
     assert len(engine.prompts or ()) == (700 if deduplicate else 20_000)
     rows = batch.publish()
@@ -84,7 +82,7 @@ def test_equal_prompts_are_generated_once_over_the_whole_input(tmp_path: Path, d
 
 def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
     batch = Batch(tmp_path, [json.dumps({"country": f"Land {index % 50}"}) for index in range(5000)])
-    first = open_run(claim_journal(batch.journal), batch.job, shards=2).shards[0]
+    first = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=2)).shards[0]
     process_shard([InstantEngine()], batch.journal, first)
     assert batch.journal.count().rows == 2500
     engine = recording()
@@ -152,7 +150,7 @@ def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
 
     engine = Forgiving()
     engine.prompts = []
-    batch.run(engine, retry=True)
+    batch.run(engine, retry_failed=True)
     rows = batch.publish(replace=True)
     assert set(engine.prompts) == {"  x"}
     assert {row["status"] for row in rows} == {"ok"}
@@ -180,18 +178,18 @@ def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
 
 
 def test_shards_cover_all_rows_and_none_is_tiny() -> None:
-    assert cut_shards(100, 3) == [(0, 33), (33, 66), (66, 100)]
-    assert cut_shards(10, 8) == [(0, 10)]
-    assert len(cut_shards(1_000_000, 1000)) == 1000
+    assert cut_shards(range(100), 3) == [range(0, 33), range(33, 66), range(66, 100)]
+    assert cut_shards(range(10), 8) == [range(10)]
+    assert len(cut_shards(range(1_000_000), 1000)) == 1000
 
 
 def test_another_number_of_shards_goes_on_as_well(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(1000))
-    run = open_run(claim_journal(batch.journal), batch.job, 4)
+    run = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=4))
     process_shard([InstantEngine()], batch.journal, run.shards[1])
-    counts = count_rows(batch.journal, batch.job, cut_shards(1000, 2), 0)
-    assert [each.finished for each in counts] == [250, 0]
+    counts = count_rows(batch.journal, batch.job, cut_shards(range(1000), 2), 0)
+    assert [each.rows for each in counts] == [250, 0]
     engine = recording()
-    batch.run(engine, 3)
+    batch.run(engine, shards=3)
     assert len(engine.prompts or ()) == 750
     assert len(batch.publish()) == 1000

@@ -47,7 +47,7 @@ def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Journal:
 
 
 def test_names_tell_the_counts() -> None:
-    segment = SegmentName(12, "00ff00ff", 7, 5000, 9000, 700, 512, 3, 99, "0" * 16)
+    segment = SegmentName(12, "00ff00ff", 7, 5000, 9000, 700, 512, 3, 2, 99, "0" * 16)
     assert SegmentName.parse(str(segment)) == segment
     assert SegmentName.parse("notes.txt") is None
 
@@ -77,8 +77,8 @@ def test_a_later_epoch_replaces_rows_and_no_row_comes_twice(journal: Journal) ->
 
 def test_steps_of_a_row_are_kept_apart_and_counted_once(journal: Journal) -> None:
     append(journal, 0, [answer(0, is_last=False), answer(1, is_last=False), answer(0, step=1, shared=True)])
-    append(journal, 1, [answer(1, step=1, error="bad"), answer(2, step=0, error="worse")])
-    assert journal.count() == JournalCounts(rows=3, failed=2, tokens=16, segments=2)
+    append(journal, 1, [answer(1, step=1, error="bad"), answer(2, error="worse", status="schema_invalid")])
+    assert journal.count() == JournalCounts(rows=3, failed=2, invalid=1, tokens=16)
     append(journal, 0, [answer(1, "better", step=1)], epoch=2)
 
     table = JournalRows(journal, JOB).take(0, 10)
@@ -138,7 +138,7 @@ def test_every_cut_and_every_flipped_bit_is_noticed(journal: Journal) -> None:
 def test_a_broken_record_is_an_error_with_a_remedy(journal: Journal) -> None:
     assert journal.read_job() is None
     owner = claim_journal(journal)
-    owner.write_job({"key": "x"})
+    owner.write("job", {"key": "x"})
     assert journal.read_job() == {"key": "x"}
     journal.place.child("job-000001.json").write(b'{"key"')
     with pytest.raises(BatchError, match="Delete the journal"):

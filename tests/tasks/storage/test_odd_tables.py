@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job, plan_output
+from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job
+from prefect_huggingface.tasks.batching.output import plan_output
 from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.table_batches import answer_table

@@ -41,9 +41,9 @@ def wait_before_deleting(place):
 def do(owner, line):
     if line == "work":
         owner.check()
-        owner.write_job({"key": str(owner.epoch)})
+        owner.write("job", {"key": str(owner.epoch)})
         owner.journal.append(owner.epoch, "00000000", 0, "job", [ResultRow(owner.epoch)])
-        owner.write_published({"epoch": owner.epoch})
+        owner.write("published", {"epoch": owner.epoch})
     elif line == "stop":
         owner.request_stop("test")
     else:
