@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import queue
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, ErrorCode, Request
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS
 
 if TYPE_CHECKING:
     from prefect_huggingface.tasks.engines.inputs import InputProcessor
@@ -36,9 +36,6 @@ class Reasoning(NamedTuple):
 
 Piece = str | Reasoning | Completion
 """What comes of a request while it runs: text of the answer, reasoning, and at its end the completion."""
-
-# Prefect ends a flow that is late by an exception in its thread, which no blocking call notices.
-WAKE_SECONDS = 0.5
 
 
 class RequestError(Exception):
@@ -88,14 +85,6 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the engine and free its memory. Requests that are not done end as cancelled."""
-
-    def request_close(self) -> None:
-        """Close the engine soon. It does not wait, so that the garbage collector may call it."""
-        threading.Thread(target=self.close, name="close-engine", daemon=True).start()
-
-    def abandon(self, reason: str) -> None:
-        """Fail from now on, without touching any thread: a forked process has none of them."""
-        self.failure = reason
 
     @staticmethod
     def tuned(model: LocalModel, folder: Path) -> LocalModel:
@@ -251,6 +240,7 @@ def checked(completion: Completion) -> Completion:
 
 
 def _next_of(items: queue.SimpleQueue[T]) -> T:
+    # Prefect ends a flow that is late by an exception in its thread, which no blocking call notices.
     while True:
         with suppress(queue.Empty):
             return items.get(timeout=WAKE_SECONDS)

@@ -28,6 +28,9 @@ RESERVED_NAMES = frozenset({"messages", "tools", "add_generation_prompt", *TOKEN
 # Marks of turns by their looks, for tokenizers that do not tell their special tokens.
 MARK = r"<[|｜][^<>\s]{1,60}?[|｜]>|<\|turn>|<turn\|>|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT)\]|<</?SYS>>"
 USER, ANSWER, SYSTEM = "PROBE-5d1c", "PROBE-a7e2", "PROBE-c3a9"
+USER_TURN = {"role": "user", "content": USER}
+THREE_TURNS = [USER_TURN, {"role": "assistant", "content": ANSWER}, USER_TURN]
+SYSTEM_TURNS = [{"role": "system", "content": SYSTEM}, USER_TURN]
 
 Message = Mapping[str, Any]
 
@@ -67,11 +70,6 @@ class ChatTemplate:
         """Return the template of a model folder, or None where it has none."""
         sources = read_templates(folder)
         return cls(sources, read_special_tokens(folder), *read_added_texts(folder)) if sources else None
-
-    @property
-    def source(self) -> str:
-        """Text of all templates, to look for what they can do."""
-        return "\n".join(self.sources.values())
 
     def choose(self, tools: Sequence[Any] = (), name: str | None = None) -> str:
         """Return the text of the template for a conversation, chosen as Transformers does.
@@ -169,7 +167,7 @@ class ChatTemplate:
     def writes_start_token(self) -> bool:
         """Whether the template writes the start token itself."""
         start = self.tokens.get("bos_token")
-        return bool(start) and self._try([{"role": "user", "content": USER}]).startswith(start or "")
+        return bool(start) and self._try([USER_TURN]).startswith(start or "")
 
     @cached_property
     def end_text(self) -> str | None:
@@ -198,19 +196,18 @@ class ChatTemplate:
     @cached_property
     def _turn_marks(self) -> frozenset[str]:
         """Marks that the template puts around messages of the system, the user and the assistant."""
-        system = self._try([{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}])
-        return frozenset(self._marks(self._try(_three_turns()) + system))
+        return frozenset(self._marks(self._try(THREE_TURNS) + self._try(SYSTEM_TURNS)))
 
     @cached_property
     def _turns(self) -> _Turns:
-        before, _, after = self._try([{"role": "user", "content": USER}]).partition(USER)
-        closed = self._marks(self._try(_three_turns()[:2], answer=False).partition(ANSWER)[2])
+        before, _, after = self._try([USER_TURN]).partition(USER)
+        closed = self._marks(self._try(THREE_TURNS[:2], answer=False).partition(ANSWER)[2])
         between = self._marks(self._between_turns)
         while between and closed and between[0] == closed[0]:
             between, closed = between[1:], closed[1:]
         start = [self.tokens.get("bos_token", "")]
         openings = [mark for mark in between if mark not in start][:1] or self._marks(before)[-1:]
-        system = self._try([{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}])
+        system = self._try(SYSTEM_TURNS)
         system_marks = self._marks(system.partition(SYSTEM)[0]) if SYSTEM in system else openings
         lead = self._marks(before)
         start += lead[: lead.index(openings[0])] if openings and openings[0] in lead else []
@@ -220,7 +217,7 @@ class ChatTemplate:
         return _Turns(
             openings=tuple(dict.fromkeys([*openings, *system_openings[:1]])),
             closings=tuple(self._marks(after)[:1]),
-            closes=bool(self._marks(self._try(_three_turns()[:1], answer=False).partition(USER)[2])),
+            closes=bool(self._marks(self._try([USER_TURN], answer=False).partition(USER)[2])),
             plain_system=not system_openings,
             start=tuple(start),
             frame=tuple(frame) if len(frame) == 2 else (),
@@ -229,7 +226,7 @@ class ChatTemplate:
     @cached_property
     def _between_turns(self) -> str:
         """Text that the template writes between an answer and the next message of the user."""
-        return self._try(_three_turns()).rpartition(ANSWER)[2].partition(USER)[0]
+        return self._try(THREE_TURNS).rpartition(ANSWER)[2].partition(USER)[0]
 
     def _marks(self, text: str) -> list[str]:
         return self._mark_pattern.findall(text)
@@ -345,11 +342,6 @@ def find_variables(source: str) -> frozenset[str]:
         if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
     }
     return frozenset((meta.find_undeclared_variables(tree) | tested) - set(environment.globals))
-
-
-def _three_turns() -> list[dict[str, str]]:
-    texts = (("user", USER), ("assistant", ANSWER), ("user", USER))
-    return [{"role": role, "content": text} for role, text in texts]
 
 
 @lru_cache(maxsize=64)

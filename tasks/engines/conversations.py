@@ -45,19 +45,21 @@ TOOLS_INTRODUCTION = (
 
 
 @dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """The prompt that a conversation comes to.
+class Prompt:
+    """The final text of a prompt.
 
     Attributes:
         segments: Texts to be tokenized one by one, with the special tokens in them. The cuts lie within what looks
             like a special token in the text of a message, so that it is text.
+        add_special_tokens: Whether the tokenizer puts its start token before it. False where the text has it already.
     """
 
     segments: tuple[str, ...]
+    add_special_tokens: bool = False
 
     @property
     def text(self) -> str:
-        """The whole prompt."""
+        """The whole text."""
         return "".join(self.segments)
 
 
@@ -69,7 +71,7 @@ def write_conversation(
     options: Mapping[str, Any] | None = None,
     trusted_text: bool = False,
     answer: bool = True,
-) -> ChatPrompt:
+) -> Prompt:
     """Return the prompt for a conversation.
 
     Args:
@@ -85,17 +87,18 @@ def write_conversation(
             writing it, or if the text of a message has marks of turns that are no tokens.
     """
     template.check_options(options or {}, tools)
-    cutter = _Cutter(template, messages, tools, trusted_text)
-    names = [str(tool.get("function", tool).get("name")) for tool in cutter.tools]
+    marked, marked_tools, mark = _mark_special(
+        [dict(message) for message in messages], [dict(tool) for tool in tools], None if trusted_text else template
+    )
     problem: ChatTemplateError | None = None
-    for written, shown in _ways_to_write(cutter.messages, cutter.tools):
+    for written, shown in _ways_to_write(marked, marked_tools):
         try:
             text = template.render(written, shown, options=options, answer=answer)
-            check_complete(template, text, written, names, bool(shown))
+            check_complete(template, text, written, marked_tools, bool(shown))
         except ChatTemplateError as exc:
             problem = problem or exc  # the first way is that of the caller
         else:
-            return ChatPrompt(cutter.cut(text))
+            return Prompt(tuple(text.split(mark)) if mark else (text,))
     assert problem is not None
     raise problem
 
@@ -134,45 +137,38 @@ def check_untrusted(template: ChatTemplate, messages: Sequence[Message]) -> None
     Raises:
         ChatTemplateError: With the first one.
     """
-    everything = "\n".join(_texts_of([message.get("content") for message in messages]))
-    found = template.special_pattern.search(everything)
-    marks = [found[0]] if found else [mark for mark in template.plain_marks if mark in everything]
-    if marks:
+    found = _find_special(template, "\n".join(_texts_of([message.get("content") for message in messages])))
+    if found is not None:
         raise ChatTemplateError(
-            f"The text of a message beside images must not contain {marks[0]!r}: it is special to this model. "
+            f"The text of a message beside images must not contain {found!r}: it is special to this model. "
             "Remove it, or set `trusted_text`."
         )
 
 
-class _Cutter:
-    """Marks what looks like a special token in the texts of a conversation, and cuts the prompt there."""
+def _mark_special(messages: Messages, tools: Tools, template: ChatTemplate | None) -> tuple[Messages, Tools, str]:
+    """Return messages and tools with a mark within all that looks like a special token, and the mark, "" for none."""
+    everything = "\n".join(_texts_of([*messages, *tools]))
+    if template is None or (found := _find_special(template, everything)) is None:
+        return messages, tools, ""
+    if found in template.plain_marks:
+        raise ChatTemplateError(
+            f"The text of a message must not contain {found!r}: it begins or ends a turn of this model, whose "
+            "tokenizer has no token for it. Remove it, or set `trusted_text`."
+        )
+    pattern = template.special_pattern
+    mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in everything)
 
-    def __init__(
-        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], trusted: bool
-    ) -> None:
-        self.messages: Messages = [dict(message) for message in messages]
-        self.tools: Tools = [dict(tool) for tool in tools]
-        self._mark = ""
-        everything = "\n".join(_texts_of([*messages, *tools]))
-        if trusted:
-            return
-        for mark in template.plain_marks:
-            if mark in everything:
-                raise ChatTemplateError(
-                    f"The text of a message must not contain {mark!r}: it begins or ends a turn of this model, whose "
-                    "tokenizer has no token for it. Remove it, or set `trusted_text`."
-                )
-        pattern = template.special_pattern
-        if pattern.search(everything):
-            self._mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in everything)
-            self.messages = [_map_texts(message, lambda text: self._break(pattern, text)) for message in messages]
-            self.tools = [_map_texts(tool, lambda text: self._break(pattern, text)) for tool in tools]
+    def split(text: str) -> str:
+        return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], text)
 
-    def cut(self, text: str) -> tuple[str, ...]:
-        return tuple(text.split(self._mark)) if self._mark else (text,)
+    return [_map_texts(one, split) for one in messages], [_map_texts(one, split) for one in tools], mark
 
-    def _break(self, pattern: re.Pattern[str], text: str) -> str:
-        return pattern.sub(lambda found: found[0][0] + self._mark + found[0][1:], text)
+
+def _find_special(template: ChatTemplate, text: str) -> str | None:
+    """Return the first mark of turns in a text that is no token, or else what looks like a special token."""
+    plain = next((mark for mark in template.plain_marks if mark in text), None)
+    found = template.special_pattern.search(text)
+    return plain or (found[0] if found else None)
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -241,8 +237,12 @@ def _with_arguments(messages: Messages, *, as_text: bool) -> Messages:
         function = {**function, "arguments": arguments}
         return {**call, "function": function} if "function" in call else function
 
+    return _with_calls(messages, convert)
+
+
+def _with_calls(messages: Messages, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Messages:
     return [
-        {**message, "tool_calls": [convert(call) for call in message["tool_calls"]]}
+        {**message, "tool_calls": [change(call) for call in message["tool_calls"]]}
         if message.get("tool_calls")
         else message
         for message in messages
@@ -260,23 +260,13 @@ def _parse(arguments: str) -> Any:
 def _with_short_ids(messages: Messages) -> Messages:
     """Return the messages with ids of nine letters and digits, which every template accepts."""
 
-    def shorten(message: dict[str, Any]) -> dict[str, Any]:
-        changed = dict(message)
-        if message.get("tool_calls"):
-            calls = message["tool_calls"]
-            changed["tool_calls"] = [{**call, "id": short_id(call["id"])} if call.get("id") else call for call in calls]
-        if message.get("tool_call_id"):
-            changed["tool_call_id"] = short_id(str(message["tool_call_id"]))
-        return changed
+    def shorten(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
+        given = str(holder.get(name) or "")
+        is_short = not given or re.fullmatch(r"[a-zA-Z0-9]{9}", given)
+        return dict(holder) if is_short else {**holder, name: hashlib.sha256(given.encode()).hexdigest()[:9]}
 
-    return [shorten(message) for message in messages]
-
-
-def short_id(given: str) -> str:
-    """Return an id of nine letters and digits, the same one for the same id."""
-    if re.fullmatch(r"[a-zA-Z0-9]{9}", given):
-        return given
-    return hashlib.sha256(given.encode()).hexdigest()[:9]
+    shortened = _with_calls(messages, lambda call: shorten(call, "id"))
+    return [shorten(message, "tool_call_id") for message in shortened]
 
 
 def _with_tools_in_message(messages: Messages, tools: Tools) -> Messages:
@@ -343,7 +333,7 @@ def text_of(message: Message) -> str:
 
 
 def check_complete(
-    template: ChatTemplate, prompt: str, messages: Messages, names: Sequence[str], as_variable: bool
+    template: ChatTemplate, prompt: str, messages: Messages, tools: Sequence[Tool], as_variable: bool
 ) -> None:
     """Refuse a prompt that lacks a message, a call or a tool.
 
@@ -363,10 +353,11 @@ def check_complete(
             raise LostTextError(
                 "The chat template of the model leaves out tool calls. Write them as text of the message."
             )
+    names = [str(tool.get("function", tool).get("name")) for tool in tools]
     in_message = any("tools" in message for message in messages)
     # A name may also stand in the text of a message, which says nothing about the tools.
     hidden = (as_variable and not _writes_tools(template)) or (in_message and not _writes_tools(template, True))
-    missing = list(names) if hidden else [name for name in names if name not in prompt]
+    missing = names if hidden else [name for name in names if name not in prompt]
     if missing:
         raise LostTextError(f"The chat template of the model leaves out the tools {missing!r}. Remove them.")
 

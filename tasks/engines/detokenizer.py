@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,44 +22,50 @@ class Detokenizer(Protocol):
 
     def step(self, token: int) -> str:
         """Return the text that a token completes, empty where a character is still incomplete."""
-        ...
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Tokenizer of one model; all methods may be called from any thread."""
 
+    @abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text, with or without a start token and the like."""
-        ...
 
+    @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens and without any clean-up of spaces."""
-        ...
+
+    @abstractmethod
+    def special_id(self, text: str) -> int | None:
+        """Return the special token that has exactly this text, or None."""
 
     def open_stream(self) -> Detokenizer:
         """Return a detokenizer for a new sequence."""
-        ...
-
-    def special_id(self, text: str) -> int | None:
-        """Return the special token that has exactly this text, or None."""
-        ...
+        return WindowDetokenizer(self)
 
     def entry(self, token: int) -> str:
         """Return what stands for a token in the vocabulary, empty where that is not known."""
-        ...
+        return ""
 
 
-class RustTokenizer:
-    """Tokenizer of a `tokenizer.json`: many times faster than the one of OpenVINO GenAI."""
+class RustTokenizer(Tokenizer):
+    """Tokenizer of a `tokenizer.json`: many times faster than the one of OpenVINO GenAI.
+
+    Attributes:
+        rust: Tokenizer of the `tokenizers` library.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.rust = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: place for place, token in added.items() if token.special}
 
     @classmethod
     def of_folder(cls, folder: Path) -> RustTokenizer | None:
-        """Return the tokenizer of a model folder, or None where there is none that can be read."""
+        """Return the tokenizer of a model folder, or None where there is none that can be read.
+
+        It neither cuts nor fills up.
+        """
         from tokenizers import Tokenizer
 
         path = folder / "tokenizer.json"
@@ -75,15 +82,15 @@ class RustTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text, with or without a start token and the like."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.rust.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens and without any clean-up of spaces."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self.rust.decode(list(token_ids), skip_special_tokens=True))
 
     def open_stream(self) -> Detokenizer:
         """Return a detokenizer for a new sequence."""
-        return RustDetokenizer(self._tokenizer)
+        return RustDetokenizer(self.rust)
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
@@ -91,10 +98,10 @@ class RustTokenizer:
 
     def entry(self, token: int) -> str:
         """Return what stands for a token in the vocabulary, empty where that is not known."""
-        return str(self._tokenizer.id_to_token(token) or "")
+        return str(self.rust.id_to_token(token) or "")
 
 
-class GenaiTokenizer:
+class GenaiTokenizer(Tokenizer):
     """Tokenizer of OpenVINO GenAI, for folders without a `tokenizer.json`."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -109,21 +116,13 @@ class GenaiTokenizer:
         """Return the text of tokens, without special tokens and without any clean-up of spaces."""
         return str(self._tokenizer.decode(list(token_ids)))
 
-    def open_stream(self) -> Detokenizer:
-        """Return a detokenizer for a new sequence."""
-        return WindowDetokenizer(self)
-
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
         ids = self.encode(text, add_special_tokens=False)
         return ids[0] if len(ids) == 1 and self.decode(ids) == "" else None
 
-    def entry(self, token: int) -> str:
-        """Return what stands for a token in the vocabulary, empty where that is not known."""
-        return ""
 
-
-class TransformersTokenizer:
+class TransformersTokenizer(Tokenizer):
     """Tokenizer of Transformers, without padding and truncation."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -147,7 +146,7 @@ class TransformersTokenizer:
 
     def open_stream(self) -> Detokenizer:
         """Return a detokenizer for a new sequence."""
-        return self._rust.open_stream() if self._rust is not None else WindowDetokenizer(self)
+        return super().open_stream() if self._rust is None else self._rust.open_stream()
 
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
@@ -259,7 +258,6 @@ class StopStrings:
 
     def __init__(self, stop: Iterable[str]) -> None:
         self._stops = sorted({text for text in stop if text}, key=len, reverse=True)
-        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.found = False
 
@@ -273,7 +271,7 @@ class StopStrings:
         if places:
             self.found = True
             return text[: min(places)[1]]
-        border = len(text) - self._partial_length(text)
+        border = len(text) - partial_length(text, self._stops)
         text, self._held = text[:border], text[border:]
         return text
 
@@ -282,9 +280,11 @@ class StopStrings:
         text, self._held = self._held, ""
         return text
 
-    def _partial_length(self, text: str) -> int:
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+
+def partial_length(text: str, marks: Sequence[str]) -> int:
+    """Return the length of the end of a text that may become one of some marks."""
+    for length in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
+        end = text[-length:]
+        if any(mark.startswith(end) for mark in marks):
+            return length
+    return 0

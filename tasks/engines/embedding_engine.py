@@ -13,19 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from prefect.logging import get_logger
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.embedding_inputs import (
-    EmbeddingInputs,
-    EncodedText,
-    ModelFiles,
-    load_rust_tokenizer,
-)
-from prefect_huggingface.tasks.engines.embedding_models import Network, load_network
+from prefect_huggingface.tasks.engines.detokenizer import RustTokenizer
+from prefect_huggingface.tasks.engines.embedding_inputs import EmbeddingInputs, EncodedText, ModelFiles
+from prefect_huggingface.tasks.engines.openvino_runtime import choose_device, compile_properties, loading_error
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.errors import EngineError
@@ -34,13 +28,100 @@ from prefect_huggingface.tasks.storage.exports.vector_exports import read_answer
 if TYPE_CHECKING:
     import numpy as np
 
-logger = get_logger(__name__)
+    Arrays = dict[str, np.ndarray]
 
 # Texts of which batches of similar length are made, and the most tokens, padding included, and rows of one batch.
 WINDOW = 2048
 MAX_BATCH_TOKENS = 512
 MAX_BATCH_ROWS = 32
 SMALLEST_NORM = 1e-12
+
+
+class Network(Protocol):
+    """A loaded model. Only the thread of its engine uses it.
+
+    Attributes:
+        slots: How many batches may be under way.
+    """
+
+    slots: int
+
+    def start(self, inputs: Arrays) -> Callable[[], np.ndarray]:
+        """Start a batch, and return what waits for its first output: hidden states or logits.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and `token_type_ids`, each int64 of [rows, tokens].
+        """
+
+
+class OpenVINONetwork:
+    """Model of an OpenVINO folder. Batches are computed side by side, one for each stream of the device."""
+
+    def __init__(self, folder: Path, model: LocalModel) -> None:
+        device = choose_device(model)
+        properties = {"PERFORMANCE_HINT": "THROUGHPUT", **compile_properties(model)}
+        try:
+            import openvino
+
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(folder / "openvino_model.xml"), device, properties)
+        except Exception as exc:
+            raise loading_error(folder, device, exc) from exc
+        self._names = {port.get_any_name() for port in compiled.inputs}
+        unknown = self._names - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+        if unknown:
+            raise EngineError(
+                f"The OpenVINO model in {str(folder)!r} takes {', '.join(sorted(unknown))}, so that it is none for "
+                f"task {model.task!r}. Give the checkpoint that it was made from."
+            )
+        # One more than there are streams, so that none of them waits for the thread of the engine.
+        self.slots = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) + 1
+        self._idle = [compiled.create_infer_request() for _ in range(self.slots)]
+
+    def start(self, inputs: Arrays) -> Callable[[], np.ndarray]:
+        """Start a batch, and return what waits for its output."""
+        import numpy as np
+
+        if "position_ids" in self._names:
+            rows, length = inputs["input_ids"].shape
+            inputs = {**inputs, "position_ids": np.tile(np.arange(length, dtype=np.int64), (rows, 1))}
+        request = self._idle.pop()
+        request.start_async({name: value for name, value in inputs.items() if name in self._names})
+
+        def wait() -> np.ndarray:
+            try:
+                request.wait()
+                return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+            finally:
+                self._idle.append(request)
+
+        return wait
+
+
+class TorchNetwork:
+    """Model of Transformers."""
+
+    slots = 1
+
+    def __init__(self, folder: Path, model: LocalModel, auto_class: str) -> None:
+        import inspect
+
+        from prefect_huggingface.tasks.engines.torch_loading import input_device, load_torch_model
+
+        self._model = load_torch_model(folder, model, auto_class)
+        self._device = input_device(self._model)
+        self._names = set(inspect.signature(self._model.forward).parameters)
+
+    def start(self, inputs: Arrays) -> Callable[[], np.ndarray]:
+        """Compute a batch, and return what gives its output."""
+        import torch
+
+        tensors = {
+            name: torch.from_numpy(value).to(self._device) for name, value in inputs.items() if name in self._names
+        }
+        with torch.inference_mode():
+            found: np.ndarray = self._model(**tensors)[0].float().cpu().numpy()
+        return lambda: found
 
 
 @dataclass(slots=True)
@@ -62,11 +143,7 @@ class EmbeddingEngine(EngineWorker):
     in_flight = WINDOW
 
     def __init__(self, folder: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            folder: Folder of a checkpoint or an OpenVINO model.
-            model: Task, backend, device and their settings.
+        """Load a checkpoint or an OpenVINO model.
 
         Raises:
             EngineError: If it cannot be loaded, or is none for its task.
@@ -79,7 +156,13 @@ class EmbeddingEngine(EngineWorker):
                 "Use a reranker, or set `task='feature-extraction'`."
             )
         inputs = EmbeddingInputs(folder, files, _tokenizer_of(folder, model), is_ranker)
-        self._network: Network | None = load_network(folder, model, is_ranker and files.is_scored)
+        self._network: Network
+        if model.backend == "openvino":
+            self._network = OpenVINONetwork(folder, model)
+        else:
+            is_scored = is_ranker and files.is_scored
+            auto_class = "AutoModelForSequenceClassification" if is_scored else "AutoModel"
+            self._network = TorchNetwork(folder, model, auto_class)
         self._answer_rows = _answer_rows(folder, inputs) if is_ranker and files.is_causal else None
         # The tokens of each waiting request, sorted by their number, and the requests in the order in which they came.
         self._sorted: list[tuple[int, int, RequestState]] = []
@@ -105,9 +188,8 @@ class EmbeddingEngine(EngineWorker):
 
     def step(self) -> None:
         """Keep the model busy, and finish the oldest batch."""
-        assert self._network is not None
         while self._waiting and len(self._batches) < self._network.slots:
-            self._start(self._next_states(), self._network)
+            self._start(self._next_states())
         if self._batches:
             self._finish(self._batches.popleft())
 
@@ -119,7 +201,7 @@ class EmbeddingEngine(EngineWorker):
     def release(self) -> None:
         """Let go of the model."""
         self.reset()
-        self._network = None
+        del self._network
 
     def leftovers(self) -> list[str]:
         """Return what the engine still holds though no request is active. For tests."""
@@ -150,7 +232,7 @@ class EmbeddingEngine(EngineWorker):
             del self._waiting[state]
         return taken
 
-    def _start(self, states: list[RequestState], network: Network) -> None:
+    def _start(self, states: list[RequestState]) -> None:
         import numpy as np
 
         rows, length = len(states), max(len(state.encoded.ids) for state in states)
@@ -161,7 +243,7 @@ class EmbeddingEngine(EngineWorker):
             size = len(encoded.ids)
             ids[row, :size], mask[row, :size], types[row, :size] = encoded.ids, 1, encoded.type_ids
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        self._batches.append(Batch(list(states), mask, network.start(inputs)))
+        self._batches.append(Batch(list(states), mask, self._network.start(inputs)))
 
     def _finish(self, batch: Batch) -> None:
         import numpy as np
@@ -233,16 +315,17 @@ def pool(hidden: np.ndarray, pooling: str | None) -> np.ndarray:
     return vector
 
 
-def _tokenizer_of(folder: Path, model: LocalModel) -> Any:
-    found = load_rust_tokenizer(folder)
+def _tokenizer_of(folder: Path, model: LocalModel) -> RustTokenizer:
+    found = RustTokenizer.of_folder(folder)
     if found is None and model.backend == "torch":
         from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer
 
-        found = getattr(load_tokenizer(folder, model), "backend_tokenizer", None)
+        backend = getattr(load_tokenizer(folder, model), "backend_tokenizer", None)
+        found = None if backend is None else RustTokenizer(backend)
     if found is None:
         raise EngineError(
-            f"The model in {str(folder)!r} has no fast tokenizer (`tokenizer.json`), which vectors and scores need. "
-            "Use another model."
+            f"The model in {str(folder)!r} has no fast tokenizer (`tokenizer.json`) that can be read, which vectors "
+            "and scores need. Download it again, or use another model."
         )
     return found
 

@@ -23,6 +23,7 @@ from prefect_huggingface.tasks.engines.inputs import (
     check_characters,
     check_text,
     context_length_of,
+    fit_context,
     resolve_options,
 )
 from prefect_huggingface.tasks.engines.request_state import RequestState
@@ -38,11 +39,6 @@ POOLINGS = {
     "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max", "pooling_mode_lasttoken": "last_token",
 }  # fmt: skip
 DENSE_ACTIVATIONS = ("Identity", "Tanh")
-LENGTH_FILES = (
-    "sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json",
-    "sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
-)  # fmt: skip
 # Their positions begin after the padding token, so that the last ones of the table are not to be had.
 SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "longformer")
 QUERY_PROMPTS, DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")
@@ -91,11 +87,7 @@ class ModelFiles:
     """
 
     def __init__(self, folder: Path, given: EmbeddingOptions) -> None:
-        """Read the files.
-
-        Args:
-            folder: Folder of a checkpoint or an export.
-            given: Options of the caller.
+        """Read the files of a checkpoint or an export.
 
         Raises:
             EngineError: If the vectors of the model are made in a way that is not known here.
@@ -105,9 +97,9 @@ class ModelFiles:
         sentence = read_json(folder / "config_sentence_transformers.json")
         self.dense: tuple[DenseLayer, ...] = ()
         found: dict[str, Any] = {"pooling": "mean", "normalize": False, **self._read_modules()}
-        self.prompts: dict[str, str] = {name: text or "" for name, text in (sentence.get("prompts") or {}).items()}
-        self.default_prompt_name = sentence.get("default_prompt_name")
-        prompts, default = self.prompts, self.prompts.get(self.default_prompt_name or "")
+        prompts = self.prompts = {name: text or "" for name, text in (sentence.get("prompts") or {}).items()}
+        self.default_prompt_name: str | None = sentence.get("default_prompt_name")
+        default = prompts.get(self.default_prompt_name or "")
         found["query_prompt"] = _first(prompts, QUERY_PROMPTS, default)
         found["document_prompt"] = _first(prompts, DOCUMENT_PROMPTS, default)
         found["dimensions"] = sentence.get("truncate_dim")
@@ -133,7 +125,8 @@ class ModelFiles:
 
     @cached_property
     def _lengths(self) -> dict[str, Any]:
-        return next((found for name in LENGTH_FILES if (found := read_json(self.folder / name))), {})
+        # The file is named after the first family that it was for, sentence_bert_config.json for instance.
+        return next((found for path in self.folder.glob("sentence_*_config.json") if (found := read_json(path))), {})
 
     def _read_modules(self) -> dict[str, Any]:
         """Return what the steps after the model say."""
@@ -195,25 +188,16 @@ class EmbeddingInputs(InputProcessor):
         pad_id: Token to fill up rows with.
     """
 
-    def __init__(self, folder: Path, files: ModelFiles, rust: Any, is_ranker: bool) -> None:
-        """Take the tokenizer of a model.
-
-        Args:
-            folder: Folder of the model.
-            files: What the folder says.
-            rust: Tokenizer of the `tokenizers` library.
-            is_ranker: Whether each request is a pair.
-        """
+    def __init__(self, folder: Path, files: ModelFiles, tokenizer: RustTokenizer, is_ranker: bool) -> None:
         super().__init__(None)
-        rust.no_truncation()
-        rust.no_padding()
-        self.files, self.is_ranker, self._rust = files, is_ranker, rust
-        self.tokenizer = RustTokenizer(rust)
+        self.files, self.is_ranker = files, is_ranker
+        self.tokenizer, self._rust = tokenizer, tokenizer.rust
         self.context_length = files.options.max_length
         pad = read_special_tokens(folder).get("pad_token")
-        found = None if pad is None else rust.token_to_id(pad)
+        found = None if pad is None else self._rust.token_to_id(pad)
         self.pad_id = int(files.config.get("pad_token_id") or 0) if found is None else found
-        self.answer_ids = tuple(rust.token_to_id(answer) for answer in ANSWERS)
+        self.answer_ids = tuple(self._rust.token_to_id(answer) for answer in ANSWERS)
+        self._cutting: dict[tuple[int, str], Any] = {}
 
     def begin(self, state: RequestState) -> None:
         """Understand a request: begin its state, or end it where it is to be skipped.
@@ -225,27 +209,21 @@ class EmbeddingInputs(InputProcessor):
         options = resolve_options(self.defaults, request)
         chosen = self.files.options.merged(request.embedding)
         self._check(request, bool(chosen.allow_empty))
-        limit = min(chosen.max_length or 0, self.context_length or 0) or chosen.max_length or self.context_length
+        known = [length for length in (chosen.max_length, self.context_length) if length]
+        limit = min(known, default=None)
         if options.context_overflow == "error":
             check_characters(f"{request.prompt}{request.pair or ''}", limit)
-        encoded = self._rank(request, chosen) if self.is_ranker else self._embed(request, chosen)
-        length = len(encoded.ids)
-        if not length:
+        encode = self._rank if self.is_ranker else self._embed
+        encoded = encode(request, chosen)
+        if not encoded.ids:
             raise RequestError("empty_prompt", "The text has no tokens, and the model adds none. Fill it in.")
-        if limit is not None and length > limit:
-            if options.context_overflow == "skip":
-                state.skip(length)
-                return
-            if options.context_overflow == "error":
-                raise RequestError(
-                    "too_long",
-                    f"The text has {length} tokens, more than the {limit} that the model takes. Shorten it, or set "
-                    "`context_overflow` to 'truncate_right'.",
-                    prompt_tokens=length,
-                )
-            direction = options.context_overflow.removeprefix("truncate_")
-            cut = (limit, direction)
-            encoded = self._rank(request, chosen, cut) if self.is_ranker else self._embed(request, chosen, cut)
+        fitting = fit_context(encoded.ids, options, limit)
+        if fitting is None:
+            state.skip(len(encoded.ids))
+            return
+        if len(fitting) < len(encoded.ids):
+            # Cut again, so that the special tokens around the text stay.
+            encoded = encode(request, chosen, (len(fitting), options.context_overflow.removeprefix("truncate_")))
         state.begin(options, encoded.ids, None)
         state.encoded = encoded
 
@@ -269,7 +247,8 @@ class EmbeddingInputs(InputProcessor):
         start, end = self._frame
         told = options.instruction or RANKING_INSTRUCTION
         # What looks like the end of a turn in a text is text.
-        middle = self._plain(f"<Instruct>: {told}\n<Query>: {request.prompt}\n<Document>: {request.pair}")
+        text = f"<Instruct>: {told}\n<Query>: {request.prompt}\n<Document>: {request.pair}"
+        middle = self._as_text.encode(text, add_special_tokens=False).ids
         if cut is not None:
             room = max(cut[0] - len(start) - len(end), 0)
             middle = middle[:room] if cut[1] == "right" else middle[len(middle) - room :]
@@ -283,40 +262,26 @@ class EmbeddingInputs(InputProcessor):
 
     @cached_property
     def _as_text(self) -> Any:
-        from tokenizers import Tokenizer
-
-        copy = Tokenizer.from_str(self._rust.to_str())
+        copy = _copy_of(self._rust)
         copy.encode_special_tokens = True
         return copy
 
-    def _plain(self, text: str) -> list[int]:
-        return list(self._as_text.encode(text, add_special_tokens=False).ids)
-
     def _encode(self, texts: tuple[str, ...], options: EmbeddingOptions, cut: tuple[int, str] | None) -> EncodedText:
-        rust = self._rust if cut is None else self._cutting(*cut)
+        rust = self._rust
+        if cut is not None and cut in self._cutting:
+            rust = self._cutting[cut]
+        elif cut is not None:
+            # A tokenizer that cuts keeps the special tokens around a text.
+            rust = self._cutting[cut] = _copy_of(self._rust)
+            rust.enable_truncation(cut[0], direction=cut[1])
         encoding = rust.encode(*texts)
         return EncodedText(encoding.ids, encoding.type_ids, options)
 
-    def _cutting(self, limit: int, direction: str) -> Any:
-        """Return a tokenizer that cuts a text and keeps the special tokens around it."""
-        from tokenizers import Tokenizer
 
-        kept: dict[tuple[int, str], Any] = self.__dict__.setdefault("_kept", {})
-        if (limit, direction) not in kept:
-            kept[limit, direction] = Tokenizer.from_str(self._rust.to_str())
-            kept[limit, direction].enable_truncation(limit, direction=direction)
-        return kept[limit, direction]
-
-
-def load_rust_tokenizer(folder: Path) -> Any | None:
-    """Return the tokenizer of a `tokenizer.json`, or None where there is none."""
+def _copy_of(rust: Any) -> Any:
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path)) if path.is_file() else None
-    except Exception as exc:
-        raise EngineError(f"The tokenizer {str(path)!r} cannot be read: {exc}. Download the model again.") from exc
+    return Tokenizer.from_str(rust.to_str())
 
 
 def _pooling_of(config: Mapping[str, Any], folder: Path) -> str:

@@ -10,13 +10,13 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any, TypeVar
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint
+from prefect_huggingface.blocks import InferenceEndpoint
 from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
 from prefect_huggingface.tasks.engines.endpoint_client import EndpointClient
 from prefect_huggingface.tasks.engines.endpoint_retry import Circuit, EndpointFailure, RetryPolicy
@@ -49,7 +49,6 @@ class EndpointEngine(Engine):
         self._slots = asyncio.Semaphore(endpoint.max_concurrency)
         # The loop itself keeps weak references only.
         self._active_requests: dict[RequestState, asyncio.Task[None]] = {}
-        self._questions: set[asyncio.Task[None]] = set()
         self._lock = threading.RLock()  # the garbage collector may close an engine in any thread
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -118,26 +117,20 @@ class EndpointEngine(Engine):
         return True
 
     def _result_of(self, question: Coroutine[Any, Any, T]) -> T:
-        future: Future[T] = Future()
-
-        async def answer() -> None:
-            try:
-                future.set_result(await question)
-            except EndpointFailure as failure:
-                future.set_exception(EngineError(failure.message, error_code=failure.code))
-            except BaseException as exc:
-                future.set_exception(EngineError(f"{CLOSED} ({type(exc).__name__})"))
-                raise
-
-        def start() -> None:
-            task = self._loop.create_task(answer())
-            self._questions.add(task)
-            task.add_done_callback(self._questions.discard)
-
-        if not self._call(start):
+        future: Future[T] | None = None
+        if self.failure is None:
+            with self._lock:
+                if not self._closed:
+                    future = asyncio.run_coroutine_threadsafe(question, self._loop)
+        if future is None:
             question.close()
             raise EngineError(f"The engine of {self.endpoint.base_url!r} is closed. Load it again.")
-        return future.result()
+        try:
+            return future.result()
+        except EndpointFailure as failure:
+            raise EngineError(failure.message, error_code=failure.code) from None
+        except CancelledError:
+            raise EngineError(CLOSED) from None
 
     def _start(self, state: RequestState, context: contextvars.Context) -> None:
         task = self._loop.create_task(self._serve(state), context=context)
@@ -178,7 +171,8 @@ class EndpointEngine(Engine):
         if state.is_done:
             return
         try:
-            async with asyncio.timeout(_seconds_left(state, options)):
+            seconds = options.deadline_seconds
+            async with asyncio.timeout(None if seconds is None else seconds - state.seconds):
                 await RetryPolicy(self.endpoint, self._circuit).call_with_retry(partial(self._attempt, state))
         except TimeoutError:
             state.end("deadline")
@@ -205,7 +199,3 @@ class EndpointEngine(Engine):
         self._loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(self._loop), return_exceptions=True))
         self._loop.run_until_complete(self._client.close())
         self._loop.close()
-
-
-def _seconds_left(state: RequestState, options: GenerationOptions) -> float | None:
-    return None if options.deadline_seconds is None else options.deadline_seconds - state.seconds

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, ResponseFormat
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.inputs import check_messages, check_text
+from prefect_huggingface.tasks.engines.inputs import check_messages, check_prompt, is_set
 from prefect_huggingface.tasks.records import Request
 
 # Servers take four at most. The further ones still end the text, on this side.
@@ -57,11 +57,9 @@ def is_chat(request: Request, endpoint: InferenceEndpoint, server: Server) -> bo
     Raises:
         RequestError: If it lacks a prompt or messages, has both, or must go a way that the server does not know.
     """
-    if (request.prompt is None) == (request.messages is None):
-        raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
+    check_prompt(request)
     if request.prompt is None:
         return True
-    check_text(request.prompt)
     wishes = {"always": "chat", "never": "text"}
     wish = wishes.get(request.chat_template or "auto", endpoint.send_prompts_as)
     if wish == "text" and server.dialect != "tgi":
@@ -138,7 +136,7 @@ def chat_body(
 def _extra_options(options: GenerationOptions, endpoint: InferenceEndpoint) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, sent_name in EXTRA_NAMES.items():
-        if not _is_set(name, options):
+        if not is_set(options, name):
             continue
         if name not in endpoint.extra_options:
             action = f"Leave it out, or put {name!r} into `extra_options` if the server understands it"
@@ -228,11 +226,6 @@ def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _is_set(name: str, options: GenerationOptions) -> bool:
-    value = getattr(options, name)
-    return bool(value is not None and value != type(options).model_fields[name].get_default(call_default_factory=True))
-
-
 def _refuse_set(name: str, options: GenerationOptions) -> None:
-    if _is_set(name, options):
+    if is_set(options, name):
         raise refusal(name, getattr(options, name), "has no such option", "Leave it out")

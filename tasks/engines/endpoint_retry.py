@@ -216,10 +216,8 @@ class RetryPolicy:
         Raises:
             EndpointFailure: If the endpoint has been away, or has refused the request, for too long.
         """
-        retrying = AsyncRetrying(
-            sleep=asyncio.sleep, retry=retry_if_exception(_is_retriable), wait=self._backoff, reraise=True
-        )
-        await retrying(attempt)
+        may_pass = retry_if_exception(lambda error: isinstance(error, EndpointFailure) and error.kind != "final")
+        await AsyncRetrying(sleep=asyncio.sleep, retry=may_pass, wait=self._backoff, reraise=True)(attempt)
 
     def _backoff(self, call: RetryCallState) -> float:
         """Return the seconds to wait before the next attempt: longer each time, and as long as the server asks.
@@ -243,10 +241,6 @@ class RetryPolicy:
             text = f"It asks to wait {asked:.0f} s, more than `max_retry_wait_seconds` ({longest:g})."
             raise EndpointFailure(failure.code, f"{failure.message} {text}") from None
         return min(max(asked, BACKOFF(call)), longest)
-
-
-def _is_retriable(error: BaseException) -> bool:
-    return isinstance(error, EndpointFailure) and error.kind != "final"
 
 
 def explain(exc: Exception, trace: HttpTrace, endpoint: InferenceEndpoint) -> EndpointFailure:

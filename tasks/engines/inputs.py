@@ -5,10 +5,9 @@ The chat template is applied exactly once, on every engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -21,7 +20,7 @@ from prefect_huggingface.tasks.engines.chat_templates import (
     read_json,
     read_special_tokens,
 )
-from prefect_huggingface.tasks.engines.conversations import write_conversation
+from prefect_huggingface.tasks.engines.conversations import Prompt, write_conversation
 from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
@@ -34,35 +33,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 # More characters than this for each token are too many in any language.
 CHARACTERS_PER_TOKEN = 64
-LANGUAGE_OPTIONS = ("src_lang", "tgt_lang", "forced_bos_token_id")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The final text of a prompt.
-
-    Attributes:
-        segments: Texts to tokenize one by one, so that what looks like a special token in a message is text.
-        add_special_tokens: Whether the tokenizer puts its start token before it. False where the text has it already.
-    """
-
-    segments: tuple[str, ...]
-    add_special_tokens: bool
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return "".join(self.segments)
-
-
-class Languages(Protocol):
-    """The languages that an encoder-decoder model marks with tokens."""
-
-    def adapt(self, options: GenerationOptions) -> GenerationOptions:
-        """Return the options with the first token of the answer."""
-
-    def mark_source(self, ids: list[int], options: GenerationOptions) -> list[int]:
-        """Return the tokens of a prompt with that of its language."""
 
 
 class InputProcessor:
@@ -76,20 +46,16 @@ class InputProcessor:
         tokenizer: Tokenizer of the model, set by `bind`.
         end_ids: Tokens that end an answer, that of the tokenizer and what the template writes after a turn among them.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
-        prefix: Words that the model wants before a prompt.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
-        languages: Marks the languages of prompt and answer, for an encoder-decoder model.
         defaults: Options of the model.
     """
 
     tokenizer: Tokenizer
     end_ids: frozenset[int] = frozenset()
     context_length: int | None = None
-    prefix: str = ""
     is_continued: bool = True
     check: Callable[[GenerationOptions], None] | None = None
-    languages: Languages | None = None
 
     def __init__(
         self,
@@ -98,19 +64,12 @@ class InputProcessor:
         use: TemplateUse = "auto",
         defaults: GenerationOptions | None = None,
     ) -> None:
-        """Take the template of a model.
-
-        Args:
-            template: Chat template, or None where the model has none.
-            tokens: Special tokens by their names, where they are not in the template.
-            use: Whether plain prompts are put into the template.
-            defaults: Options of the model.
-        """
+        """Take the template of a model, or its special tokens by their names where it has no template."""
         self.template = template
         self._use = use
         self.defaults = defaults or GenerationOptions()
         self._tokens = dict(template.tokens if template else tokens or {})
-        self._start_token = self._tokens.get("bos_token")
+        self._start_token = self._tokens.get("bos_token") or ""
         self._other_templates: dict[str, ChatTemplate] = {}
 
     @classmethod
@@ -134,9 +93,8 @@ class InputProcessor:
     def bind(self, tokenizer: Tokenizer, end_ids: Collection[int], context_length: int | None) -> None:
         """Take the tokenizer of the model, the end tokens that its settings name, and the length of its context."""
         self.tokenizer, self.context_length = tokenizer, context_length
-        named = self._tokens.get("eos_token")
-        turn_end = self.template.end_text if self.template is not None else None
-        further = {tokenizer.special_id(text) for text in (named, turn_end) if text}
+        ends = (self._tokens.get("eos_token"), self.template and self.template.end_text)
+        further = {tokenizer.special_id(text) for text in ends if text}
         self.end_ids = frozenset(end_ids) | {token for token in further if token is not None}
 
     def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
@@ -153,33 +111,24 @@ class InputProcessor:
         Raises:
             RequestError: If the request cannot be worked on.
         """
-        options = resolve_options(self.defaults, state.request)
-        self._check_options(options)
-        if self.languages is not None:
-            options = self.languages.adapt(options)
-        prompt = self._write(state, options)
+        options = state.options = self._resolve(state.request)
+        prompt = self._write(state)
         if options.context_overflow == "error":
             check_characters(prompt.text, self.context_length)
         ids = self._tokenize(state, prompt)
-        if self.languages is not None:
-            ids = self.languages.mark_source(ids, options)
-        room = options.max_new_tokens if self.is_continued else 0
-        fitting = fit_context(ids, options, self.context_length, room, can_cut=state.multimodal is None)
+        new_tokens = options.max_new_tokens if self.is_continued else 0
+        fitting = fit_context(ids, options, self.context_length, new_tokens, can_cut=state.multimodal is None)
         if fitting is None:
             state.skip(len(ids))
             return
-        reasoning = self._reasoning_of(state.request, prompt, options)
         state.begin(
             options,
             fitting,
             self.tokenizer,
-            self._end_ids_of(state.request, options),
+            self._end_ids_of(state),
             echo=prompt.text if options.echo else "",
-            reasoning=reasoning,
-            visible_marks=(
-                *(reasoning.visible_marks if reasoning is not None else ()),
-                *(TOOL_MARKS if state.request.tools else ()),
-            ),
+            reasoning=self._reasoning_of(state, prompt),
+            visible_marks=TOOL_MARKS if state.request.tools else (),
         )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:
@@ -188,25 +137,26 @@ class InputProcessor:
         Raises:
             RequestError: If the request has no prompt, or its messages cannot be used.
         """
-        if (request.prompt is None) == (request.messages is None):
-            raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
+        check_prompt(request)
         options = options or self.defaults
         if request.messages is not None:
             return self._from_messages(request, check_messages(request.messages), options)
         return self._from_text(request, options)
 
-    def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
+    def _resolve(self, request: Request) -> GenerationOptions:
+        """Return the options of a request, which the model can honour."""
+        options = resolve_options(self.defaults, request)
+        self._check_options(options)
+        return options
+
+    def _write(self, state: RequestState) -> Prompt:
         if state.request.images:
             raise RequestError(
                 "invalid_prompt",
                 f"The model takes no images, got {len(state.request.images)}. Leave them out, or set "
                 "task='image-text-to-text'.",
             )
-        prompt = self.write(state.request, options)
-        if not self.prefix or prompt.text.startswith(self.prefix):
-            return prompt
-        first, *rest = prompt.segments
-        return Prompt((self.prefix + first, *rest), prompt.add_special_tokens)
+        return self.write(state.request, state.options)
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         first, *rest = prompt.segments
@@ -216,49 +166,36 @@ class InputProcessor:
         return ids
 
     def _check_options(self, options: GenerationOptions) -> None:
-        for name in LANGUAGE_OPTIONS if self.is_continued else ():
-            if (value := getattr(options, name)) is not None:
-                raise RequestError(
-                    "invalid_option", f"`{name}` is for encoder-decoder models, got {value!r}. Leave it out."
-                )
-        form = options.response_format
-        if options.num_beams > 1 and (form is not None or options.max_reasoning_tokens is not None):
-            name = "response_format" if form is not None else "max_reasoning_tokens"
-            raise RequestError(
-                "invalid_option",
-                f"`num_beams` must be 1 with `{name}`, got {options.num_beams}. Choose one of the two.",
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if options.num_beams > 1 and getattr(options, name):
-                raise RequestError(
-                    "invalid_option",
-                    f"`{name}` does not work with beam search, got {getattr(options, name)}. Use `repetition_penalty`.",
-                )
-        if form is not None:
-            check_format(form)
+        if self.is_continued:
+            languages = ("src_lang", "tgt_lang", "forced_bos_token_id")
+            refuse_options(options, languages, "is for encoder-decoder models", "Leave it out.")
+        if options.num_beams > 1:
+            penalties = ("presence_penalty", "frequency_penalty")
+            refuse_options(options, penalties, "does not work with beam search", "Use `repetition_penalty`.")
+        for name in ("response_format", "max_reasoning_tokens"):
+            if is_set(options, name):
+                refuse_options(options, ["num_beams"], f"must be 1 with `{name}`", "Choose one of the two.")
+        if options.response_format is not None:
+            check_format(options.response_format)
         if self.check is not None:
             self.check(options)
 
-    def _end_ids_of(self, request: Request, options: GenerationOptions) -> frozenset[int]:
+    def _end_ids_of(self, state: RequestState) -> frozenset[int]:
+        request, options = state.request, state.options
         # A stop string that is one special token is never seen in the text.
-        texts = [*options.stop]
-        if request.template is not None and (turn_end := self._template_of(request).end_text):
-            texts.append(turn_end)
-        stops = {token for text in texts if (token := self.tokenizer.special_id(text)) is not None}
+        ends = (*options.stop, request.template and self._template_of(request).end_text)
+        stops = {token for text in ends if text and (token := self.tokenizer.special_id(text)) is not None}
         return self.end_ids.union(stops, options.stop_token_ids)
 
-    def _reasoning_of(self, request: Request, prompt: Prompt, options: GenerationOptions) -> ReasoningFormat | None:
-        if not self.is_continued:
-            return None
-        tags = options.reasoning_tags
-        template = self.template if request.template is None else self._template_of(request)
+    def _reasoning_of(self, state: RequestState, prompt: Prompt) -> ReasoningFormat | None:
+        template = self.template if state.request.template is None else self._template_of(state.request)
         sources = template.sources.values() if template is not None else ()
-        return find_reasoning_format(sources, prompt.text, override=False if tags == [] else tags)
+        return find_reasoning_format(sources, prompt.text, state.options.reasoning_tags)
 
     def _from_messages(self, request: Request, messages: list[dict[str, Any]], options: GenerationOptions) -> Prompt:
         template = self._template_of(request)
         try:
-            chat = write_conversation(
+            return write_conversation(
                 template,
                 messages,
                 request.tools,
@@ -267,35 +204,28 @@ class InputProcessor:
             )
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
-        return Prompt(chat.segments, add_special_tokens=False)
 
     def _template_of(self, request: Request) -> ChatTemplate:
         """Return the template of a request; a caller has few of them, and each learns what it writes only once."""
         if request.template is None:
-            return self._template_for_messages
+            if self.template is None:
+                raise RequestError(
+                    "invalid_prompt",
+                    "The model has no chat template, so it cannot answer messages. "
+                    "Give a plain prompt, or take a model that is tuned for chat.",
+                )
+            return self.template
         source = request.template
-        known = self._other_templates.get(source)
-        if known is None:
+        if source not in self._other_templates:
             base = self.template or ChatTemplate("", self._tokens)
-            known = ChatTemplate(source, base.tokens, base.special_texts, base.added_texts)
-            self._other_templates = {source: known}
-        return known
-
-    @property
-    def _template_for_messages(self) -> ChatTemplate:
-        if self.template is None:
-            raise RequestError(
-                "invalid_prompt",
-                "The model has no chat template, so it cannot answer messages. "
-                "Give a plain prompt, or take a model that is tuned for chat.",
-            )
-        return self.template
+            self._other_templates = {source: ChatTemplate(source, base.tokens, base.special_texts, base.added_texts)}
+        return self._other_templates[source]
 
     def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
         text = request.prompt or ""
         if self._takes_template(request):
             return self._from_messages(request, [{"role": "user", "content": text}], options)
-        starts = bool(self._start_token) and text.startswith(self._start_token or "")
+        starts = bool(self._start_token) and text.startswith(self._start_token)
         # A templated text gets a start token only where the template itself writes one.
         is_templated = self.template is not None and self.template.is_templated(text)
         writes_start = self.template is None or not is_templated or self.template.writes_start_token
@@ -305,9 +235,8 @@ class InputProcessor:
         """Return whether a plain prompt is put into the chat template.
 
         Raises:
-            RequestError: If it is no prompt, or the model has no template to put it into.
+            RequestError: If the model has no template to put it into.
         """
-        check_text(request.prompt)
         use = request.chat_template or self._use
         if self.template is None and use == "always":
             raise RequestError(
@@ -317,6 +246,34 @@ class InputProcessor:
         if self.template is None or use == "never":
             return False
         return use == "always" or not self.template.is_templated(request.prompt or "")
+
+
+def check_prompt(request: Request) -> None:
+    """Refuse a request without a prompt or messages, with both, or with what is no prompt.
+
+    Raises:
+        RequestError: If it is one.
+    """
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
+    if request.messages is None:
+        check_text(request.prompt)
+
+
+def is_set(options: GenerationOptions, name: str) -> bool:
+    """Return whether an option is another than its default."""
+    return bool(getattr(options, name) != type(options).model_fields[name].get_default(call_default_factory=True))
+
+
+def refuse_options(options: GenerationOptions, names: Iterable[str], rule: str, remedy: str) -> None:
+    """Refuse options that are set.
+
+    Raises:
+        RequestError: With the first one, the rule that it breaks, and the remedy.
+    """
+    for name in names:
+        if is_set(options, name):
+            raise RequestError("invalid_option", f"`{name}` {rule}, got {getattr(options, name)!r}. {remedy}")
 
 
 def check_text(text: Any) -> None:
@@ -382,7 +339,7 @@ def fit_context(
     token_ids: Sequence[int],
     options: GenerationOptions,
     context_length: int | None,
-    new_tokens: int | None = None,
+    new_tokens: int = 0,
     can_cut: bool = True,
 ) -> list[int] | None:
     """Return the tokens of a prompt that fit the context together with the new tokens, or None to skip the request.
@@ -391,23 +348,25 @@ def fit_context(
         token_ids: Tokens of the whole prompt.
         options: Options that say what to do with a prompt that is too long.
         context_length: Tokens that prompt and answer may have together, or None for no limit.
-        new_tokens: Tokens of the context that the answer needs, None for `max_new_tokens`.
+        new_tokens: Tokens of the context that the answer needs.
         can_cut: Whether the prompt may be cut; one with images may not.
 
     Raises:
         RequestError: If the prompt is too long and must not be cut.
     """
-    new_tokens = options.max_new_tokens if new_tokens is None else new_tokens
     room = len(token_ids) if context_length is None else context_length - new_tokens
     if len(token_ids) <= room:
         return list(token_ids)
     if options.context_overflow == "skip":
         return None
     if options.context_overflow == "error" or room < 1 or not can_cut:
+        more, lower = (
+            (f", and with {new_tokens} new ones it", " lower `max_new_tokens`,") if new_tokens else (" and", "")
+        )
         raise RequestError(
             "too_long",
-            f"The prompt has {len(token_ids)} tokens, and with {new_tokens} new ones it does not fit the "
-            f"context of {context_length} tokens. Shorten it, lower `max_new_tokens`, or set `context_overflow`.",
+            f"The prompt has {len(token_ids)} tokens{more} does not fit the context of {context_length} tokens. "
+            f"Shorten it,{lower} or set `context_overflow`.",
             prompt_tokens=len(token_ids),
         )
     return list(token_ids[-room:] if options.context_overflow == "truncate_left" else token_ids[:room])

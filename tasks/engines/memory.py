@@ -1,11 +1,13 @@
-"""How much memory there is and how much this process uses, as the kernel sees it."""
+"""How much memory there is, how much this process uses, and how much of it the tokens of a model take."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -49,3 +51,20 @@ def give_back_memory() -> None:
     # Only the C library of GNU keeps freed memory and has a call to release it.
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def kv_bytes_per_token(settings: Mapping[str, Any], number_bytes: float) -> float:
+    """Return how many bytes the keys and values of one token take, or 0 where a configuration does not say.
+
+    Args:
+        settings: Configuration of the model.
+        number_bytes: Bytes of one number of the cache.
+    """
+    settings = {**settings, **(settings.get("text_config") or {})}
+    layers = settings.get("num_hidden_layers") or settings.get("n_layer")
+    heads = settings.get("num_attention_heads") or settings.get("n_head")
+    hidden = settings.get("hidden_size") or settings.get("n_embd")
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
+        return 0.0
+    size = settings.get("head_dim") or hidden // heads
+    return 2.0 * layers * (settings.get("num_key_value_heads") or heads) * size * number_bytes

@@ -22,8 +22,8 @@ from urllib.request import url2pathname
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
-from prefect_huggingface.tasks.engines.conversations import check_complete, check_untrusted
-from prefect_huggingface.tasks.engines.inputs import InputProcessor, Prompt, check_messages, check_text
+from prefect_huggingface.tasks.engines.conversations import Prompt, check_complete, check_untrusted
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_messages, check_prompt, refuse_options
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
@@ -52,9 +52,18 @@ class MultimodalInput:
 
 
 class MultimodalInputProcessor(InputProcessor):
-    """Input processor of a model for images and text. Images are read before a request reaches its engine."""
+    """Input processor of a model for images and text. Images are read before a request reaches its engine.
+
+    Raises:
+        EngineError: If Pillow is not installed.
+    """
 
     def __init__(self, *arguments: Any) -> None:
+        if importlib.util.find_spec("PIL") is None:
+            raise EngineError(
+                "Models with images need Pillow, which is not installed. "
+                'Install it with pip install "prefect-huggingface[vision]".'
+            )
         super().__init__(*arguments)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="images")
         self._closed = False
@@ -77,10 +86,8 @@ class MultimodalInputProcessor(InputProcessor):
             if not self._closed and state.abort_reason is None:
                 messages, sources = read_conversation(state.request)
                 state.multimodal = MultimodalInput(messages, [read_image(source) for source in sources])
-        except RequestError as exc:
-            state.fail(exc.code, str(exc))
         except Exception as exc:
-            state.fail("engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its images.")
+            state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
 
     @abstractmethod
@@ -89,12 +96,11 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _check_options(self, options: GenerationOptions) -> None:
         super()._check_options(options)
-        for name in ("max_reasoning_tokens", "choice_probabilities"):
-            if (value := getattr(options, name)) not in (None, False):
-                raise RequestError("invalid_option", f"`{name}` does not work with images, got {value}. Leave it out.")
+        names = [name for name in ("max_reasoning_tokens", "choice_probabilities") if getattr(options, name)]
+        refuse_options(options, names, "does not work with images", "Leave it out.")
 
-    def _write(self, state: RequestState, options: GenerationOptions) -> Prompt:
-        request = state.request
+    def _write(self, state: RequestState) -> Prompt:
+        request, options = state.request, state.options
         if request.prompt is not None and not self._takes_template(request):
             return self._from_text(request, options)
         template, messages = self._template_of(request), state.multimodal.messages
@@ -102,13 +108,12 @@ class MultimodalInputProcessor(InputProcessor):
             if not options.trusted_text:
                 check_untrusted(template, messages)
             text = self.render(template, messages, request, options=options.template_options)
-            names = [str(tool.get("function", tool).get("name")) for tool in request.tools]
-            check_complete(template, text, list(_pieces_of(messages)), names, bool(request.tools))
+            check_complete(template, text, list(_pieces_of(messages)), request.tools, bool(request.tools))
         except ChatTemplateError as exc:
             raise RequestError("invalid_prompt", str(exc)) from exc
         return Prompt((text,), add_special_tokens=False)
 
-    def _reasoning_of(self, request: Request, prompt: Prompt, options: GenerationOptions) -> None:
+    def _reasoning_of(self, state: RequestState, prompt: Prompt) -> None:
         return None
 
 
@@ -118,19 +123,6 @@ def _pieces_of(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         for text in texts if texts or not message.get("tool_calls") else [""]:
             yield {**message, "content": text}
-
-
-def check_pillow() -> None:
-    """Check that images can be read at all.
-
-    Raises:
-        EngineError: If Pillow is not installed.
-    """
-    if importlib.util.find_spec("PIL") is None:
-        raise EngineError(
-            "Models with images need Pillow, which is not installed. "
-            'Install it with pip install "prefect-huggingface[vision]".'
-        )
 
 
 def read_image(source: Any) -> Any:
@@ -219,13 +211,8 @@ def read_conversation(request: Request) -> tuple[list[dict[str, Any]], list[str]
     Raises:
         RequestError: If there is no prompt, or images are missing.
     """
-    if (request.prompt is None) == (request.messages is None):
-        raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
-    if request.messages is None:
-        check_text(request.prompt)
-        messages: Any = [{"role": "user", "content": request.prompt}]
-    else:
-        messages = request.messages
+    check_prompt(request)
+    messages: Any = [{"role": "user", "content": request.prompt}] if request.messages is None else request.messages
     # Roles and texts are checked without the images.
     check_messages([_without_images(message) for message in messages] if _is_list(messages) else messages)
     given = iter(request.images)

@@ -23,15 +23,10 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
-from prefect_huggingface.tasks.engines.inputs import (
-    InputProcessor,
-    Prompt,
-    context_length_of,
-    longrope_border,
-    read_end_tokens,
-)
-from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor, check_pillow
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border, read_end_tokens
+from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     GenaiPipeline,
     apply_tuning,
@@ -60,16 +55,16 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 class OpenVINOTextEngine(EngineWorker):
     """Causal language model in one continuous batch."""
 
-    def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
+    inputs_class: type[InputProcessor] = InputProcessor
+    tuned = staticmethod(apply_tuning)
 
-        Args:
-            path: Folder of the OpenVINO model.
-            model: Settings.
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        """Load the OpenVINO model of a folder.
 
         Raises:
             EngineError: If OpenVINO cannot load the model with these settings.
         """
+        inputs = self.inputs_class.of_folder(path, model.chat_template, model.options)
         device, properties = choose_device(model), compile_properties(model)
         adapters = get_adapters(model)
         check_fit(adapters, path)
@@ -82,7 +77,6 @@ class OpenVINOTextEngine(EngineWorker):
             self._pipeline = self._load_pipeline(model.engine)
         self._scorer: GenaiPipeline | None = None
         tokenizer: Tokenizer = rust.result() or GenaiTokenizer(self._pipeline.tokenizer)
-        inputs = self._make_inputs(path, model)
         ends = read_end_tokens(path, int(self._pipeline.tokenizer.get_eos_token_id()))
         settings = read_json(path / "config.json")
         # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
@@ -93,14 +87,6 @@ class OpenVINOTextEngine(EngineWorker):
         # More than fit, so that a place that gets free is taken in the same step.
         self.in_flight = self.sizes.sequences + max(self.sizes.sequences // 2, 8)
         super().__init__(inputs)
-
-    @staticmethod
-    def tuned(model: LocalModel, folder: Path) -> LocalModel:
-        """Return the model with the settings that were found for it on this machine."""
-        return apply_tuning(model, folder)
-
-    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
-        return InputProcessor.of_folder(path, model.chat_template, model.options)
 
     @property
     def cache_usage(self) -> float:
@@ -171,7 +157,7 @@ class OpenVINOTextEngine(EngineWorker):
     def _submit(self, request: ScheduledRequest, sequence: Sequence) -> Any:
         """Put a sequence into the pipeline, from where it is, and return its handle."""
         state = request.state
-        sequence.resubmit()
+        sequence.must_resubmit = False
         config = generation_config(
             state.options,
             state.end_ids,
@@ -302,43 +288,6 @@ def _read_handle(handle: Any, sequences: list[Sequence]) -> None:
                 sequence.finish("length" if output.finish_reason.name == "LENGTH" else "stop")
 
 
-class OpenVINOVisionEngine(OpenVINOTextEngine):
-    """Model for images and text in one continuous batch.
-
-    The number of prompt tokens is that of the text; OpenVINO GenAI does not tell how many tokens an image becomes.
-    """
-
-    def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            path: Folder of the OpenVINO model.
-            model: Settings.
-
-        Raises:
-            EngineError: If OpenVINO cannot load the model with these settings, or Pillow is missing.
-        """
-        check_pillow()
-        self._view = link_preprocessor(path)
-        try:
-            super().__init__(self._view or path, model)
-        except BaseException:
-            self._remove_view()
-            raise
-
-    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
-        return OpenVINOVisionInputs.of_folder(path, model.chat_template, model.options)
-
-    def release(self) -> None:
-        """Let go of the model and of the folder of links."""
-        super().release()
-        self._remove_view()
-
-    def _remove_view(self) -> None:
-        if self._view is not None:
-            shutil.rmtree(self._view, ignore_errors=True)
-
-
 class OpenVINOVisionInputs(MultimodalInputProcessor):
     """Prompts with the tags of OpenVINO GenAI in the places of the images."""
 
@@ -365,6 +314,32 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
             ]
             text = template.render(joined, request.tools, **more)
         return text
+
+
+class OpenVINOVisionEngine(OpenVINOTextEngine):
+    """Model for images and text in one continuous batch.
+
+    The number of prompt tokens is that of the text; OpenVINO GenAI does not tell how many tokens an image becomes.
+    """
+
+    inputs_class = OpenVINOVisionInputs
+
+    def __init__(self, path: Path, model: LocalModel) -> None:
+        self._view = link_preprocessor(path)
+        try:
+            super().__init__(self._view or path, model)
+        except BaseException:
+            self._remove_view()
+            raise
+
+    def release(self) -> None:
+        """Let go of the model and of the folder of links."""
+        super().release()
+        self._remove_view()
+
+    def _remove_view(self) -> None:
+        if self._view is not None:
+            shutil.rmtree(self._view, ignore_errors=True)
 
 
 def _tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ResponseFormat
-from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.inputs import refuse_options
 from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
 from prefect_huggingface.tasks.errors import EngineError
@@ -114,10 +114,7 @@ def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
             compile=True,
         )
     except Exception as exc:
-        raise EngineError(
-            f"The OpenVINO model in {str(path)!r} could not be loaded for task {model.task!r}: "
-            f"{type(exc).__name__}: {exc}. Check the device, `ov_config`, and that the folder is complete."
-        ) from exc
+        raise loading_error(path, device, exc) from exc
 
 
 def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
@@ -126,41 +123,22 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
     Raises:
         RequestError: With the option and what to do instead.
     """
-    if options.no_repeat_ngram_size and options.num_beams == 1:
-        raise RequestError(
-            "invalid_option",
-            f"`no_repeat_ngram_size` works with beam search only on OpenVINO, got {options.no_repeat_ngram_size}. "
-            "Use `repetition_penalty`, `num_beams`, or the torch backend.",
-        )
-    if options.min_new_tokens and options.num_beams > 1:
-        raise RequestError(
-            "invalid_option",
-            f"`min_new_tokens` does not work with beam search on OpenVINO, got {options.min_new_tokens}. "
-            "Use `ignore_eos`, one beam, or the torch backend.",
-        )
+    if options.num_beams > 1:
+        remedy = "Use `ignore_eos`, one beam, or the torch backend."
+        refuse_options(options, ["min_new_tokens"], "does not work with beam search on OpenVINO", remedy)
+    else:
+        remedy = "Use `repetition_penalty`, `num_beams`, or the torch backend."
+        refuse_options(options, ["no_repeat_ngram_size"], "works with beam search only on OpenVINO", remedy)
     # OpenVINO GenAI 2026.4 adds these to scores below zero instead of taking them off.
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(options, name) < 0:
-            raise RequestError(
-                "invalid_option",
-                f"`{name}` below zero does not work on OpenVINO, got {getattr(options, name)}. "
-                "Use `repetition_penalty` below 1, or the torch backend.",
-            )
-    if engine.draft_model is None:
-        return
-    # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
-    # https://github.com/openvinotoolkit/openvino.genai/issues/4190 and 4081
-    for name, is_given in (
-        ("do_sample", options.do_sample),
-        ("response_format", options.response_format is not None),
-        ("num_beams", options.num_beams > 1),
-    ):
-        if is_given:
-            raise RequestError(
-                "invalid_option",
-                f"`{name}` does not work with a `draft_model`, got {getattr(options, name)!r}. "
-                "Load the model without the draft, or with `prompt_lookup_tokens`.",
-            )
+    names = [name for name in ("presence_penalty", "frequency_penalty") if getattr(options, name) < 0]
+    remedy = "Use `repetition_penalty` below 1, or the torch backend."
+    refuse_options(options, names, "below zero does not work on OpenVINO", remedy)
+    if engine.draft_model is not None:
+        # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
+        # https://github.com/openvinotoolkit/openvino.genai/issues/4190 and 4081
+        remedy = "Load the model without the draft, or with `prompt_lookup_tokens`."
+        names = ["do_sample", "response_format", "num_beams"]
+        refuse_options(options, names, "does not work with a `draft_model`", remedy)
 
 
 def generation_config(
@@ -255,15 +233,7 @@ class GenaiPipeline:
         options: EngineOptions,
         adapters: Sequence[LoraAdapter] = (),
     ) -> None:
-        """Load a model.
-
-        Args:
-            folder: Folder of the OpenVINO model.
-            device: Device of OpenVINO.
-            properties: Properties to compile the model with.
-            sizes: Sizes of the batch.
-            options: Further options of the engine.
-            adapters: LoRA adapters that fit the model.
+        """Load the OpenVINO model of a folder, with LoRA adapters that fit it.
 
         Raises:
             EngineError: If OpenVINO cannot load the model.
@@ -331,10 +301,7 @@ class GenaiPipeline:
         try:
             return ContinuousBatchingPipeline(self._folder, config, self._device, self._all_properties())
         except Exception as exc:
-            raise EngineError(
-                f"OpenVINO cannot load {str(self._folder)!r} on {self._device}: {last_line(exc)} "
-                "Check the folder, `device` and `ov_config`."
-            ) from exc
+            raise loading_error(self._folder, self._device, exc) from exc
 
     def _all_properties(self) -> dict[str, Any]:
         properties = dict(self._properties)
@@ -368,6 +335,14 @@ class GenaiPipeline:
                 tensors[f"base_model.model.{name}.lora_B.weight"] = layer.b * np.float32(layer.scaling)
             config.add(Adapter(Tensor(np.frombuffer(save(tensors), dtype=np.uint8))), 1.0)
         return config
+
+
+def loading_error(folder: Path, device: str, error: Exception) -> EngineError:
+    """Return the error for a model that OpenVINO cannot load."""
+    return EngineError(
+        f"OpenVINO cannot load {str(folder)!r} on {device}: {last_line(error)} "
+        "Check that the folder is complete and holds a model for this task, `device` and `ov_config`."
+    )
 
 
 def last_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from prefect_huggingface.blocks import EngineOptions
 from prefect_huggingface.tasks.engines.chat_templates import read_json
 from prefect_huggingface.tasks.engines.inputs import context_length_of
-from prefect_huggingface.tasks.engines.memory import available_bytes
+from prefect_huggingface.tasks.engines.memory import available_bytes, kv_bytes_per_token
 from prefect_huggingface.tasks.engines.request_state import RequestState
 
 GIB = 2**30
@@ -79,8 +79,9 @@ def choose_sizes(folder: Path, options: EngineOptions, precision: str) -> Schedu
         precision: Precision of the KV cache, "u8" for instance.
     """
     sequences = options.max_num_seqs or DEFAULT_SEQUENCES
-    token_bytes = kv_bytes_per_token(folder, precision)
-    row_tokens = min(context_length_of(read_json(folder / "config.json")) or USUAL_ROW_TOKENS, USUAL_ROW_TOKENS)
+    settings = read_json(folder / "config.json")
+    token_bytes = kv_bytes_per_token(settings, PRECISION_BYTES.get(precision, 2.0))
+    row_tokens = min(context_length_of(settings) or USUAL_ROW_TOKENS, USUAL_ROW_TOKENS)
     if options.cache_size_gb is not None:
         cache_bytes = int(options.cache_size_gb * GIB)
     else:
@@ -92,20 +93,6 @@ def choose_sizes(folder: Path, options: EngineOptions, precision: str) -> Schedu
         # OpenVINO GenAI 2026.4 crashes when a step may take as many tokens as the cache holds, and the cache gets full.
         batched_tokens = min(batched_tokens, (kv_blocks - 1) * BLOCK_TOKENS)
     return SchedulerSizes(sequences, batched_tokens, cache_bytes, kv_blocks)
-
-
-def kv_bytes_per_token(folder: Path, precision: str) -> float:
-    """Return how many bytes of KV cache one token takes, or 0 where the model does not say."""
-    settings = read_json(folder / "config.json")
-    settings = {**settings, **(settings.get("text_config") or {})}
-    layers = settings.get("num_hidden_layers") or settings.get("n_layer")
-    heads = settings.get("num_attention_heads") or settings.get("n_head")
-    hidden = settings.get("hidden_size") or settings.get("n_embd")
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)):
-        return 0.0
-    size = settings.get("head_dim") or hidden // heads
-    kv_heads = settings.get("num_key_value_heads") or heads
-    return 2.0 * layers * kv_heads * size * PRECISION_BYTES.get(precision, 2.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +123,8 @@ class ScheduledRequest:
     @property
     def reserved_tokens(self) -> int:
         """Number of tokens of the KV cache that it can come to need. Every sequence may leave a block unfilled."""
-        return self.state.most_tokens + self.state.num_seqs * BLOCK_TOKENS
+        state = self.state
+        return state.num_seqs * (len(state.prompt_ids) + state.options.max_new_tokens + BLOCK_TOKENS)
 
     def cancel(self) -> None:
         """Take it out of the pipeline, which frees its room in the next step."""
@@ -154,13 +142,7 @@ class Scheduler:
     """
 
     def __init__(self, max_num_seqs: int, cache_tokens: int | None = None, shares_prefixes: bool = True) -> None:
-        """Start empty.
-
-        Args:
-            max_num_seqs: Number of sequences that may run side by side.
-            cache_tokens: Number of tokens that the KV cache holds, or None where it is not known.
-            shares_prefixes: Whether the pipeline keeps prefixes that it has computed.
-        """
+        """Start empty, for a KV cache of so many tokens, None where that is not known."""
         self._max_num_seqs = max_num_seqs
         self._cache_tokens = cache_tokens
         self._shares_prefixes = shares_prefixes

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from prefect_huggingface.tasks.engines.detokenizer import partial_length
+
 HARMONY_FINAL = "<|start|>assistant<|channel|>final<|message|>"
 
 
@@ -21,7 +23,8 @@ class ReasoningFormat:
         end: Tag after it.
         starts_open: Whether the prompt ends within the reasoning, so that the model writes only the closing tag.
         answer_marks: Marks that may stand before the answer and are no part of it.
-        closing: Text that ends the reasoning and begins the answer, for a model that has thought long enough.
+        closing: Text that ends the reasoning and begins the answer, for a model that has thought long enough; empty
+            for the tag on a line of its own.
     """
 
     start: str
@@ -30,20 +33,10 @@ class ReasoningFormat:
     answer_marks: tuple[str, ...] = ()
     closing: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.start or not self.end:
-            raise ValueError(f"`start` and `end` must be texts, got {self.start!r} and {self.end!r}. Name both tags.")
-        if not self.closing:
-            object.__setattr__(self, "closing", f"\n{self.end}\n\n")
-
     @property
     def visible_marks(self) -> tuple[str, ...]:
         """Texts that decoding must keep, even where they are special tokens."""
         return (self.start, self.end, *self.answer_marks)
-
-    def after(self, prompt: str) -> ReasoningFormat:
-        """Return the format for the answer to a prompt: the prompt itself may have opened the reasoning."""
-        return replace(self, starts_open=prompt.rstrip().endswith(self.start))
 
 
 # The first format whose closing tag stands in the template is the one of the model.
@@ -71,29 +64,22 @@ FORMATS = (
 
 
 def find_reasoning_format(
-    template: str | Iterable[str] | None,
-    prompt: str = "",
-    *,
-    override: ReasoningFormat | Sequence[str] | Literal[False] | None = None,
+    templates: Iterable[str], prompt: str = "", tags: Sequence[str] | None = None
 ) -> ReasoningFormat | None:
     """Return how a model encloses its reasoning, or None where it does not reason.
 
     Args:
-        template: Source of the model's chat template, or of its named templates.
+        templates: Sources of the model's chat templates.
         prompt: Rendered prompt, which tells whether the answer begins within the reasoning.
-        override: Format, or opening and closing tag, in place of what the template shows. False means no reasoning.
+        tags: Opening and closing tag in place of what the templates show. An empty sequence means no reasoning.
     """
-    if override is False:
-        return None
-    if override is not None:
-        chosen = override if isinstance(override, ReasoningFormat) else ReasoningFormat(override[0], override[1])
-        # A format that is given as open is open, whatever the prompt looks like.
-        return chosen if chosen.starts_open else chosen.after(prompt)
-    source = "\n".join([template] if isinstance(template, str) else template or ())
-    for known in FORMATS:
-        if all(part in source for part in _signature(known)):
-            return known.after(prompt)
-    return None
+    if tags is not None:
+        found = ReasoningFormat(tags[0], tags[1]) if tags else None
+    else:
+        source = "\n".join(templates)
+        found = next((known for known in FORMATS if all(part in source for part in _signature(known))), None)
+    # The prompt itself may have opened the reasoning.
+    return replace(found, starts_open=prompt.rstrip().endswith(found.start)) if found is not None else None
 
 
 def _signature(known: ReasoningFormat) -> tuple[str, ...]:
@@ -114,16 +100,6 @@ class ReasoningSplitter:
         self._buffer = ""
         self._has_split = reasoning_format.starts_open
         self._has_reasoning = False
-
-    @property
-    def in_reasoning(self) -> bool:
-        """Whether the text so far ends within the reasoning."""
-        return self._state == "inside"
-
-    @property
-    def in_answer(self) -> bool:
-        """Whether the answer has begun."""
-        return self._state == "answer"
 
     def feed(self, text: str) -> tuple[str, str]:
         """Return the new reasoning and the new text of the answer that a piece of text brings."""
@@ -187,18 +163,8 @@ class ReasoningSplitter:
             self._has_reasoning = True
 
 
-def split_reasoning(text: str, reasoning_format: ReasoningFormat | None) -> tuple[str, str]:
-    """Return the reasoning and the answer of a whole text."""
-    if reasoning_format is None:
-        return "", text
-    splitter = ReasoningSplitter(reasoning_format)
-    thought, answer = splitter.feed(text)
-    last_thought, last_answer = splitter.finish()
-    return thought + last_thought, answer + last_answer
-
-
 def _held_back(text: str, tag: str) -> int:
     """Return the length of the end of a text that may be whitespace before a tag, or the beginning of the tag."""
-    length = next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:size])), 0)
+    length = partial_length(text, [tag])
     before = text[: len(text) - length]
     return length + len(before) - len(before.rstrip())

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,17 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
-from prefect_huggingface.tasks.engines.base import WAKE_SECONDS, Engine, OnText, RequestError
+from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
 from prefect_huggingface.tasks.engines.inputs import TemplateUse, resolve_options
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.request_state import RequestState
+from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters, pin_adapters
 from prefect_huggingface.tasks.storage.locks import hold_export
-from prefect_huggingface.tasks.waiting import WaitNotice
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice
 
 logger = get_logger(__name__)
 
@@ -56,7 +57,7 @@ ENGINE_CLASSES = {
     ("openvino", "text-generation"): "openvino_engine:OpenVINOTextEngine",
     ("openvino", "image-text-to-text"): "openvino_engine:OpenVINOVisionEngine",
     ("torch", "text-generation"): "torch_engine:TorchTextEngine",
-    ("torch", "image-text-to-text"): "torch_vision:TorchVisionEngine",
+    ("torch", "image-text-to-text"): "torch_engine:TorchVisionEngine",
     **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{
@@ -110,23 +111,16 @@ class EngineState:
 
 
 class RegistryEntry:
-    """A loaded engine with its users and its lease of the model's folder."""
+    """A loaded engine with its users and its requests."""
 
     def __init__(self, key: EngineKey, name: str, load: Callable[[], Engine], device: str | None = None) -> None:
-        """Load the engine.
-
-        Args:
-            key: What the engine is known by.
-            name: Model id, folder or address that it is loaded for.
-            load: Loads it.
-            device: Device that was asked for.
-        """
+        """Load the engine, for a model id, a folder or an address, on the device that was asked for."""
         self.key = key
         self._name, self._device = name, device
         self._lock = threading.Lock()
         # Adding to and taking out of a dictionary need no lock: the garbage collector does it in any thread.
         self._users: dict[int, None] = {}
-        self._requests = 0
+        self.requests = 0
         before = resident_bytes()
         self.engine = load()
         self._memory_bytes = max(resident_bytes() - before, 0)
@@ -136,14 +130,14 @@ class RegistryEntry:
     def state(self) -> EngineState:
         """What is known of the engine now."""
         return EngineState(
-            self._name, type(self.engine).__name__, self._device, self._memory_bytes, len(self._users), self._requests,
+            self._name, type(self.engine).__name__, self._device, self._memory_bytes, len(self._users), self.requests,
             self._loaded_at, time.time() if self.in_use else self._used_at,
         )  # fmt: skip
 
     @property
     def in_use(self) -> bool:
         """Whether somebody holds the engine, or waits for a request."""
-        return len(self._users) + self._requests > 0
+        return len(self._users) + self.requests > 0
 
     def acquire(self, defaults: GenerationOptions, chat_template: TemplateUse | None) -> EngineHandle:
         """Return a handle that counts as a use as long as it is held."""
@@ -156,7 +150,7 @@ class RegistryEntry:
     def submit(self, request: Request, on_text: OnText | None, on_reasoning: OnText | None) -> Future[Completion]:
         """Hand a request to the engine."""
         with self._lock:
-            self._requests += 1
+            self.requests += 1
         future = self.engine.submit(request, on_text, on_reasoning)
         future.add_done_callback(self._forget_request)
         return future
@@ -167,29 +161,26 @@ class RegistryEntry:
 
     def _forget_request(self, future: Future[Completion]) -> None:
         with self._lock:
-            self._requests -= 1
+            self.requests -= 1
             self._used_at = time.time()
 
 
 class EngineHandle(Engine):
-    """One caller's handle of an engine: with the caller's default options, and not to be closed by it."""
+    """One caller's handle of an engine: with the caller's default options, and not to be closed by it.
+
+    Attributes:
+        unshared: The engine itself.
+    """
 
     def __init__(self, entry: RegistryEntry, defaults: GenerationOptions, chat_template: TemplateUse | None) -> None:
-        self._entry = entry
-        self._defaults = defaults
-        self._chat_template = chat_template
-        self.in_flight = entry.engine.in_flight
-        self.inputs = entry.engine.inputs
-
-    @property
-    def unshared(self) -> Engine:
-        """The engine itself."""
-        return self._entry.engine
+        self._entry, self._defaults, self._chat_template = entry, defaults, chat_template
+        self.unshared = entry.engine
+        self.in_flight, self.inputs = entry.engine.in_flight, entry.engine.inputs
 
     @property
     def failure(self) -> str | None:  # type: ignore[override]
         """Why the engine can be used no more, or None."""
-        return self._entry.engine.failure
+        return self.unshared.failure
 
     def submit(
         self, request: Request, on_text: OnText | None = None, on_reasoning: OnText | None = None
@@ -212,224 +203,239 @@ class EngineHandle(Engine):
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, without special tokens."""
-        return self._entry.engine.count_tokens(text)
+        return self.unshared.count_tokens(text)
 
     @property
     def context_length(self) -> int | None:
         """Number of tokens that prompt and answer may have together, or None where it is not known."""
-        return self._entry.engine.context_length
+        return self.unshared.context_length
 
     @property
     def cache_usage(self) -> float:
         """Share of the KV cache that is in use, 0 to 1; 0 where the engine does not tell."""
-        return self._entry.engine.cache_usage
+        return self.unshared.cache_usage
 
 
-class Registry:
+@dataclass(eq=False)
+class _Registry:
     """Engines of one process by what they run, the last used one last."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # Loading measures the memory, so that only one model is loaded at a time.
-        self._loading = threading.Lock()
-        self._entries: dict[EngineKey, RegistryEntry] = {}
-        # What is loaded needs no look into the store.
-        self._known: dict[str, EngineKey] = {}
-        self._preparing: dict[str, threading.Lock] = {}
-        self._budget: int | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    # Loading measures the memory, so that only one model is loaded at a time.
+    loading: threading.Lock = field(default_factory=threading.Lock)
+    entries: dict[EngineKey, RegistryEntry] = field(default_factory=dict)
+    # What is loaded needs no look into the store.
+    known: dict[str, EngineKey] = field(default_factory=dict)
+    preparing: dict[str, threading.Lock] = field(default_factory=dict)
+    budget_bytes: int | None = None
 
-    @property
-    def budget_bytes(self) -> int:
-        """Resident memory that this process may take."""
-        if self._budget is not None:
-            return self._budget
-        given = os.environ.get(BUDGET_VARIABLE)
-        return int(float(given) * GIB) if given else int(DEFAULT_SHARE_OF_MEMORY * total_bytes())
 
-    def set_budget(self, size_bytes: int | None) -> None:
-        """Set the resident memory that this process may take, or None for the default."""
-        self._budget = size_bytes
+_registry = _Registry()
 
-    def get(self, model: LocalModel) -> EngineHandle:
-        """Return a handle of the engine of a model; load it first where needed."""
-        source = fingerprint(model)
-        with self._lock:
-            lock = self._preparing.setdefault(source, threading.Lock())
-        with _held(lock, model.model_id):
-            known = self._known.get(source)
-            found = None if known is None else self._acquire(known, model.options, model.chat_template)
-            if found is not None:
-                return found
-            model = pin_adapters(model)
-            folder = model_folder(model)
-            key = self._known[source] = key_of(model, folder)
-            with _held(self._loading, "another model"):
-                return self._acquire(key, model.options, model.chat_template) or self._load(key, model, folder)
 
-    def get_endpoint(self, endpoint: InferenceEndpoint) -> EngineHandle:
-        """Return a handle of the engine of an endpoint. Endpoints that differ only in their options share one."""
-        key = EngineKey(ENDPOINT_CLASS, endpoint.base_url, _endpoint_settings(endpoint))
-        plain = endpoint.model_copy(update={"options": GenerationOptions()})
+def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
+    """Return the engine of a model. It is loaded once per process and shared by all callers.
 
-        def load() -> Engine:
-            engine: Engine = engine_class(key)(plain)
-            return engine
+    The model is downloaded and exported first where needed. Models that differ only in their generation options share
+    an engine. Keep the result as long as it is used, and close nothing: an engine that nobody holds is closed when its
+    memory is needed. An engine that failed is loaded anew.
 
-        return self._get_or_add(key, load, endpoint.options)
+    Args:
+        model: Model, backend, device and options; or an endpoint, which is asked nothing before the first request.
 
-    def get_pipeline(self, pipeline: Any) -> EngineHandle:
-        """Return a handle of the engine of a pipeline of Transformers; it is closed when the pipeline is gone."""
-        from prefect_huggingface.tasks.engines.torch_engine import engine_of_pipeline
-
-        key = EngineKey("torch_engine:engine_of_pipeline", f"pipeline {id(pipeline)}", "")
-
-        def load() -> Engine:
-            engine = engine_of_pipeline(pipeline)
-            weakref.finalize(pipeline, self._drop, key, engine).atexit = False
-            return engine
-
-        with _held(self._loading, "another model"):
-            return self._get_or_add(key, load, GenerationOptions())
-
-    def unload(self) -> int:
-        """Close all engines, also those in use, and return how many there were."""
-        with self._lock:
-            entries = list(self._entries.values())
-            self._entries.clear()
-        _close(entries)
-        return len(entries)
-
-    def unload_idle(self, seconds: float) -> int:
-        """Close the engines that nobody has used for so long, and return how many there were."""
-        oldest = time.time() - seconds
-        with self._lock:
-            idle = [
-                entry for entry in list(self._entries.values()) if not entry.in_use and entry.state.used_at <= oldest
-            ]
-            for entry in idle:
-                self._entries.pop(entry.key, None)
-        _close(idle)
-        return len(idle)
-
-    def close(self) -> None:
-        """Close all engines, also one that is being loaded."""
-        with _held(self._loading, "a model that nobody waits for"):
-            self.unload()
-
-    def abandon(self, reason: str) -> None:
-        """Have all engines refuse their requests, without touching their threads."""
-        for entry in list(self._entries.values()):
-            entry.engine.abandon(reason)
-
-    def states(self) -> list[EngineState]:
-        """Return what is known of the loaded engines, the last used one last."""
-        return [entry.state for entry in list(self._entries.values())]
-
-    def check_integrity(self) -> None:
-        """Check that no engine holds anything of a request while nobody asks. For tests.
-
-        Raises:
-            AssertionError: With what is left over.
-        """
-        for entry in list(self._entries.values()):
-            assert entry.state.requests >= 0, f"{entry.key} has {entry.state.requests} requests"
-            if not entry.state.requests and hasattr(entry.engine, "check_integrity"):
-                entry.engine.check_integrity()
-
-    def _acquire(
-        self, key: EngineKey, defaults: GenerationOptions, chat_template: TemplateUse | None = None
-    ) -> EngineHandle | None:
-        with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is None:
-                return None
-            if entry.engine.failure is None:
-                # The last one in the dictionary is the last one used.
-                self._entries[key] = entry
-                return entry.acquire(defaults, chat_template)
-        _close([entry])
-        return None
-
-    def _get_or_add(self, key: EngineKey, load: Callable[[], Engine], defaults: GenerationOptions) -> EngineHandle:
-        """Return a handle of an engine that takes no memory of its own, and no time to load."""
-        found = self._acquire(key, defaults)
+    Raises:
+        ModelSourceError: If the model is a folder that is missing or holds no model.
+        DownloadError: If the model is on the Hub and cannot be had.
+        ExportError: If the OpenVINO export failed.
+        EngineError: If the model cannot be loaded with these settings, or does not fit into the memory.
+    """
+    if isinstance(model, InferenceEndpoint):
+        key = EngineKey(ENDPOINT_CLASS, model.base_url, _endpoint_settings(model))
+        plain = model.model_copy(update={"options": GenerationOptions()})
+        return _get_or_add(key, lambda: engine_class(key)(plain), model.options)
+    source = fingerprint(model)
+    with _registry.lock:
+        lock = _registry.preparing.setdefault(source, threading.Lock())
+    with _held(lock, model.model_id):
+        known = _registry.known.get(source)
+        found = None if known is None else _acquire(known, model.options, model.chat_template)
         if found is not None:
             return found
-        with self._lock:
-            if key not in self._entries:
-                self._entries[key] = RegistryEntry(key, key.source, load)
-            return self._entries[key].acquire(defaults, None)
+        model = pin_adapters(model)
+        folder = model_folder(model)
+        key = _registry.known[source] = key_of(model, folder)
+        with _held(_registry.loading, "another model"):
+            return _acquire(key, model.options, model.chat_template) or _load(key, model, folder)
 
-    def _drop(self, key: EngineKey, engine: Engine) -> None:
-        # In the garbage collector, which runs in any thread: nothing here waits or takes a lock.
-        self._entries.pop(key, None)
-        engine.request_close()
 
-    def _load(self, key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
-        self._make_room(weight_bytes(folder), key)
-        cls = engine_class(key)
-        # The engine has no defaults of its own: callers with different options share it.
-        plain = cls.tuned(model.model_copy(update={"options": GenerationOptions()}), folder)
+def load_pipeline(pipeline: Any) -> Engine:
+    """Return the engine of a pipeline object of Transformers, which all users of the pipeline share.
 
-        def load() -> Engine:
-            try:
-                lease = hold_export(folder)
-            except OSError as exc:
-                raise ModelSourceError(f"The folder {str(folder)!r} cannot be read: {exc}. Check its rights.") from exc
-            try:
-                engine: Engine = cls(folder, plain)
-            except BaseException:
-                lease.close()
-                raise
-            engine.on_close = lease.close
-            return engine
+    It is closed when the pipeline is gone.
 
-        entry = RegistryEntry(key, model.model_id, load, model.device)
-        handle = entry.acquire(model.options, model.chat_template)
-        with self._lock:
-            self._entries[key] = entry
-        self._make_room(0, None)
-        return handle
+    Raises:
+        SettingsError: If it is no pipeline whose model can be run.
+    """
+    from prefect_huggingface.tasks.engines.torch_engine import engine_of_pipeline
 
-    def _make_room(self, needed: int, key: EngineKey | None) -> None:
-        """Close idle engines until the memory is within the budget.
+    key = EngineKey("torch_engine:engine_of_pipeline", f"pipeline {id(pipeline)}", "")
 
-        Raises:
-            EngineError: If a model does not fit beside the engines that are in use.
-        """
-        while resident_bytes() + needed > self.budget_bytes:
-            entry = self._take_idle()
-            if entry is None:
+    def load() -> Engine:
+        engine = engine_of_pipeline(pipeline)
+        weakref.finalize(pipeline, _drop, _registry, key, engine).atexit = False
+        return engine
+
+    with _held(_registry.loading, "another model"):
+        return _get_or_add(key, load, GenerationOptions())
+
+
+def unload_engines() -> int:
+    """Close all engines of this process, also those in use, and return how many there were."""
+    with _registry.lock:
+        entries = list(_registry.entries.values())
+        _registry.entries.clear()
+    return _close(entries)
+
+
+def unload_idle_engines(idle_seconds: float) -> int:
+    """Close the engines that nobody has used for so long, give their memory back, and return how many there were."""
+    oldest = time.time() - idle_seconds
+    with _registry.lock:
+        entries = list(_registry.entries.values())
+        idle = [entry for entry in entries if not entry.in_use and entry.state.used_at <= oldest]
+        for entry in idle:
+            _registry.entries.pop(entry.key, None)
+    return _close(idle)
+
+
+def list_engines() -> list[EngineState]:
+    """Return what is known of the engines of this process, the last used one last."""
+    return [entry.state for entry in list(_registry.entries.values())]
+
+
+def check_integrity() -> None:
+    """Check that no engine of this process holds anything of a request while nobody asks. For tests.
+
+    Raises:
+        AssertionError: With what is left over.
+    """
+    for entry in list(_registry.entries.values()):
+        assert entry.requests >= 0, f"{entry.key} has {entry.requests} requests"
+        if not entry.requests and hasattr(entry.engine, "check_integrity"):
+            entry.engine.check_integrity()
+
+
+def set_memory_budget(size_gb: float | None) -> None:
+    """Set how much resident memory this process may take.
+
+    Args:
+        size_gb: Size in units of 2^30 bytes. None for `PREFECT_HUGGINGFACE_MEMORY_GB`, or else 80 % of the machine.
+    """
+    _registry.budget_bytes = None if size_gb is None else int(size_gb * GIB)
+
+
+def _budget() -> int:
+    if _registry.budget_bytes is not None:
+        return _registry.budget_bytes
+    given = os.environ.get(BUDGET_VARIABLE)
+    return int(float(given) * GIB) if given else int(DEFAULT_SHARE_OF_MEMORY * total_bytes())
+
+
+def _acquire(
+    key: EngineKey, defaults: GenerationOptions, chat_template: TemplateUse | None = None
+) -> EngineHandle | None:
+    with _registry.lock:
+        entry = _registry.entries.pop(key, None)
+        if entry is None:
+            return None
+        if entry.engine.failure is None:
+            # The last one in the dictionary is the last one used.
+            _registry.entries[key] = entry
+            return entry.acquire(defaults, chat_template)
+    _close([entry])
+    return None
+
+
+def _get_or_add(key: EngineKey, load: Callable[[], Engine], defaults: GenerationOptions) -> EngineHandle:
+    """Return a handle of an engine that takes no memory of its own, and no time to load."""
+    found = _acquire(key, defaults)
+    if found is not None:
+        return found
+    with _registry.lock:
+        if key not in _registry.entries:
+            _registry.entries[key] = RegistryEntry(key, key.source, load)
+        return _registry.entries[key].acquire(defaults, None)
+
+
+def _drop(registry: _Registry, key: EngineKey, engine: EngineWorker) -> None:
+    # In the garbage collector, which runs in any thread: nothing here waits or takes a lock.
+    registry.entries.pop(key, None)
+    engine.request_close()
+
+
+def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
+    _make_room(weight_bytes(folder), key)
+    cls = engine_class(key)
+    # The engine has no defaults of its own: callers with different options share it.
+    plain = cls.tuned(model.model_copy(update={"options": GenerationOptions()}), folder)
+
+    def load() -> Engine:
+        try:
+            lease = hold_export(folder)
+        except OSError as exc:
+            raise ModelSourceError(f"The folder {str(folder)!r} cannot be read: {exc}. Check its rights.") from exc
+        try:
+            engine: Engine = cls(folder, plain)
+        except BaseException:
+            lease.close()
+            raise
+        engine.on_close = lease.close
+        return engine
+
+    entry = RegistryEntry(key, model.model_id, load, model.device)
+    handle = entry.acquire(model.options, model.chat_template)
+    with _registry.lock:
+        _registry.entries[key] = entry
+    _make_room(0, None)
+    return handle
+
+
+def _make_room(needed: int, key: EngineKey | None) -> None:
+    """Close idle engines, the least recently used one first, until the memory is within the budget.
+
+    Raises:
+        EngineError: If a model does not fit beside the engines that are in use.
+    """
+    while resident_bytes() + needed > _budget():
+        with _registry.lock:
+            idle = next((entry for entry in list(_registry.entries.values()) if not entry.in_use), None)
+            if idle is None:
                 break
-            logger.info("Closing the engine of %s to keep within the memory budget.", entry.key.source)
-            _close([entry])
-        else:
-            return
-        in_use = ", ".join(sorted({other.source for other in list(self._entries) if other != key}))
-        if key is None or not in_use:
-            logger.warning(
-                "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
-                (resident_bytes() + needed) / GIB, self.budget_bytes / GIB,
-            )  # fmt: skip
-            return
-        raise EngineError(
-            f"{key.source!r} needs about {needed / GIB:.2f} GiB, and with it the process would take more than its "
-            f"budget of {self.budget_bytes / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
-            f"raise {BUDGET_VARIABLE}."
-        )
-
-    def _take_idle(self) -> RegistryEntry | None:
-        """Take out the engine whose last use is the longest ago, of those that nobody uses."""
-        with self._lock:
-            idle = next((entry for entry in list(self._entries.values()) if not entry.in_use), None)
-            return None if idle is None else self._entries.pop(idle.key)
+            del _registry.entries[idle.key]
+        logger.info("Closing the engine of %s to keep within the memory budget.", idle.key.source)
+        _close([idle])
+    else:
+        return
+    in_use = ", ".join(sorted({other.source for other in list(_registry.entries) if other != key}))
+    if key is None or not in_use:
+        logger.warning(
+            "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
+            (resident_bytes() + needed) / GIB, _budget() / GIB,
+        )  # fmt: skip
+        return
+    raise EngineError(
+        f"{key.source!r} needs about {needed / GIB:.2f} GiB, and with it the process would take more than its "
+        f"budget of {_budget() / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
+        f"raise {BUDGET_VARIABLE}."
+    )
 
 
-def _close(entries: list[RegistryEntry]) -> None:
+def _close(entries: list[RegistryEntry]) -> int:
     for entry in entries:
         entry.engine.close()
     if entries:
         give_back_memory()
+    return len(entries)
 
 
 @contextmanager
@@ -442,6 +448,25 @@ def _held(lock: threading.Lock, model: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _start_anew_after_fork() -> None:
+    # The threads of the engines do not live in the child, and a lock may be held by a thread that is gone.
+    global _registry
+    for entry in list(_registry.entries.values()):
+        entry.engine.failure = "The engine belongs to the process that was forked. Load it again in this one."
+    _registry = _Registry()
+
+
+def _close_at_exit() -> None:
+    # A thread that is in OpenVINO when the interpreter ends would crash the process.
+    with _held(_registry.loading, "a model that nobody waits for"):
+        unload_engines()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew_after_fork)
+atexit.register(_close_at_exit)
 
 
 def model_folder(model: LocalModel) -> Path:
@@ -520,85 +545,3 @@ def _endpoint_settings(endpoint: InferenceEndpoint) -> str:
     fields = endpoint.model_dump(mode="json", exclude={"options", "credentials", "headers"})
     secrets = [endpoint.get_token(), sorted(endpoint.get_headers().items())]
     return hashlib.sha256(json.dumps([fields, secrets], sort_keys=True, default=str).encode()).hexdigest()
-
-
-_registry = Registry()
-
-
-def _start_anew_after_fork() -> None:
-    # The threads of the engines do not live in the child, and a lock may be held by a thread that is gone.
-    global _registry
-    _registry.abandon("The engine belongs to the process that was forked. Load it again in this one.")
-    _registry = Registry()
-
-
-def _close_at_exit() -> None:
-    # A thread that is in OpenVINO when the interpreter ends would crash the process.
-    _registry.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew_after_fork)
-atexit.register(_close_at_exit)
-
-
-def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
-    """Return the engine of a model. It is loaded once per process and shared by all callers.
-
-    The model is downloaded and exported first where needed. Models that differ only in their generation options share
-    an engine. Keep the result as long as it is used, and close nothing: an engine that nobody holds is closed when its
-    memory is needed. An engine that failed is loaded anew.
-
-    Args:
-        model: Model, backend, device and options; or an endpoint, which is asked nothing before the first request.
-
-    Raises:
-        ModelSourceError: If the model is a folder that is missing or holds no model.
-        DownloadError: If the model is on the Hub and cannot be had.
-        ExportError: If the OpenVINO export failed.
-        EngineError: If the model cannot be loaded with these settings, or does not fit into the memory.
-    """
-    return _registry.get_endpoint(model) if isinstance(model, InferenceEndpoint) else _registry.get(model)
-
-
-def load_pipeline(pipeline: Any) -> Engine:
-    """Return the engine of a pipeline object of Transformers, which all users of the pipeline share.
-
-    Raises:
-        SettingsError: If it is no pipeline whose model can be run.
-    """
-    return _registry.get_pipeline(pipeline)
-
-
-def unload_engines() -> int:
-    """Close all engines of this process, also those in use, and return how many there were."""
-    return _registry.unload()
-
-
-def unload_idle_engines(idle_seconds: float) -> int:
-    """Close the engines that nobody has used for so long, give their memory back, and return how many there were."""
-    return _registry.unload_idle(idle_seconds)
-
-
-def list_engines() -> list[EngineState]:
-    """Return what is known of the engines of this process, the last used one last."""
-    return _registry.states()
-
-
-def check_integrity() -> None:
-    """Check that no engine of this process holds anything of a request while nobody asks. For tests."""
-    _registry.check_integrity()
-
-
-def memory_budget() -> int:
-    """Return the resident memory that this process may take, in bytes."""
-    return _registry.budget_bytes
-
-
-def set_memory_budget(size_gb: float | None) -> None:
-    """Set how much resident memory this process may take.
-
-    Args:
-        size_gb: Size in units of 2^30 bytes. None for `PREFECT_HUGGINGFACE_MEMORY_GB`, or else 80 % of the machine.
-    """
-    _registry.set_budget(None if size_gb is None else int(size_gb * GIB))

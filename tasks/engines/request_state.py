@@ -71,7 +71,7 @@ class RequestState:
         self.restart_error: ErrorCode = "engine_error"
         self.multimodal: Any = None
         self.needs_choice_scores = False
-        self._choice_scores: dict[str, float] | None = None
+        self._choice_probabilities: dict[str, float] | None = None
         self.encoded: Any = None
         self.vector: Any = None
         self._ended: FinishReason | None = None
@@ -85,7 +85,6 @@ class RequestState:
         end_ids: Collection[int] = (),
         echo: str = "",
         reasoning: ReasoningFormat | None = None,
-        prompt_tokens: int | None = None,
         visible_marks: Iterable[str] = (),
     ) -> None:
         """Make the sequences of a request that is understood.
@@ -97,19 +96,20 @@ class RequestState:
             end_ids: Tokens that end a sequence.
             echo: Text to put before every answer.
             reasoning: How the model marks its reasoning, None where it shows none.
-            prompt_tokens: Number of tokens of the prompt, where it is not that of `prompt_ids`.
-            visible_marks: Texts that decoding keeps even where they are, or consist of, special tokens.
+            visible_marks: Texts beside those of the reasoning that decoding keeps even where they are, or consist of,
+                special tokens.
         """
         self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
-        self.prompt_tokens = len(self.prompt_ids) if prompt_tokens is None else prompt_tokens
+        self.prompt_tokens = len(self.prompt_ids)
         self.end_ids, self.echo, self.reasoning = frozenset(end_ids), echo, reasoning
         self.needs_choice_scores = bool(self.choices)
         # A request that is started again must draw the same tokens, so that every request has a seed.
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
             self._deadline = self.submitted_at + options.deadline_seconds
+        marks = (*visible_marks, *(reasoning.visible_marks if reasoning is not None else ()))
         # Special tokens have no text of their own.
-        parts = {part for mark in visible_marks for part in (mark, *re.findall(r"<[^<>]+>|\[[^\[\]]+\]", mark))}
+        parts = {part for mark in marks for part in (mark, *re.findall(r"<[^<>]+>|\[[^\[\]]+\]", mark))}
         ids = {part: tokenizer.special_id(part) for part in parts} if tokenizer is not None else {}
         self.tags = {token: part for part, token in ids.items() if token is not None}
         self.sequences = [Sequence(self, index) for index in range(options.n)]
@@ -162,7 +162,11 @@ class RequestState:
 
     def set_choice_scores(self, scores: Iterable[float]) -> None:
         """Take the log probability (nats) of each choice: the sum over its tokens."""
-        self._choice_scores = dict(zip(self.choices, scores, strict=True))
+        scores = list(scores)
+        best = max(scores)
+        weights = [math.exp(score - best) for score in scores]
+        shares = (weight / sum(weights) for weight in weights)
+        self._choice_probabilities = dict(zip(self.choices, shares, strict=True))
         self.needs_choice_scores = False
 
     @property
@@ -170,16 +174,20 @@ class RequestState:
         """Number of sequences that the request takes in a batch."""
         return max(self.options.num_beams, self.options.n)
 
-    @property
-    def most_tokens(self) -> int:
-        """Number of tokens of keys and values that the request can come to need, its sequences together."""
-        return self.num_seqs * (len(self.prompt_ids) + self.options.max_new_tokens)
-
     def fail(self, code: ErrorCode, message: str) -> None:
         """End the request with an error. The first error counts."""
         self.error = self.error or RequestError(code, message)
         for sequence in self.sequences:
             sequence.finish_reason = "error"
+
+    def fail_with(self, exc: Exception, problem: str, remedy: str) -> None:
+        """End the request with an exception; a problem and its remedy go with one that is no `RequestError`."""
+        if isinstance(exc, RequestError):
+            self.prompt_tokens = self.prompt_tokens or exc.prompt_tokens
+            self.fail(exc.code, str(exc))
+        else:
+            logger.warning("Request %r failed. %s.", self.request.id, problem, exc_info=exc)
+            self.fail("engine_error", f"{problem}: {type(exc).__name__}: {exc}. {remedy}")
 
     def end(self, reason: FinishReason) -> None:
         """End the sequences that still run."""
@@ -203,60 +211,38 @@ class RequestState:
         """Set the result of the future, unless the caller cancelled it. It always gets one."""
         if self.future.cancelled():
             return
+        completion = None
         try:
-            completion = self._failed() if self.error is not None else self._completed()
-        except RequestError as exc:
-            self.fail(exc.code, str(exc))
-            completion = self._failed()
+            completion = self._completed() if self.error is None else None
         except Exception as exc:
-            logger.warning("The completion of request %r cannot be made.", self.request.id, exc_info=True)
-            self.fail(
-                "engine_error", f"The completion cannot be made: {type(exc).__name__}: {exc}. Change its options."
-            )
-            completion = self._failed()
+            self.fail_with(exc, "The completion cannot be made", "Change its options.")
         try:
-            self.future.set_result(completion)
+            self.future.set_result(completion or self._failed())
         except InvalidStateError:
             if not self.future.cancelled():
                 raise
 
     def _failed(self) -> Completion:
         assert self.error is not None
-        return Completion(
-            "",
-            "error",
-            prompt_tokens=self.error.prompt_tokens or self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            seconds=self.seconds,
-            error=str(self.error),
-            error_code=self.error.code,
-            request_id=self.request.id,
-        )
+        return self._completion("", "error", error=str(self.error), error_code=self.error.code)
 
     def _completed(self) -> Completion:
         first = self.sequences[0] if self.sequences else None
-        return Completion(
-            text=self.echo + first.text if first else "",
-            finish_reason=(first.finish_reason if first else self._ended) or "stop",
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            seconds=self.seconds,
-            request_id=self.request.id,
+        return self._completion(
+            self.echo + first.text if first else "",
+            (first.finish_reason if first else self._ended) or "stop",
             alternatives=tuple(self.echo + sequence.text for sequence in self.sequences[1:]),
             logprobs=tuple(first.logprobs) if first and self.options.logprobs else None,
             tokens=tuple(first.token_texts) if first and self.options.logprobs else None,
             parsed=self._parse(),
             reasoning=first.reasoning if first else None,
-            choice_probabilities=self._choice_probabilities(),
+            choice_probabilities=self._choice_probabilities,
             vector=self.vector,
         )
 
-    def _choice_probabilities(self) -> dict[str, float] | None:
-        if self._choice_scores is None:
-            return None
-        best = max(self._choice_scores.values())
-        weights = {choice: math.exp(score - best) for choice, score in self._choice_scores.items()}
-        return {choice: weight / sum(weights.values()) for choice, weight in weights.items()}
+    def _completion(self, text: str, reason: FinishReason, **more: Any) -> Completion:
+        counts = (self.prompt_tokens, self.generated_tokens, self.seconds)
+        return Completion(text, reason, *counts, request_id=self.request.id, **more)
 
     def _parse(self) -> Any:
         """Check the form of the answers, and return the value of the first where it is JSON."""
@@ -280,7 +266,7 @@ class Sequence:
         logprobs: Log probability (nats) of each generated one, where asked for.
         given_texts: Texts of the tokens, where the backend gives no tokens but tells these.
         finish_reason: Why it ended, or None while it goes on.
-        must_resubmit: Whether the backend must take it out and go on from `context_ids`.
+        must_resubmit: Whether the backend must take it out and go on from `context_ids`, and set this back.
         text: The answer, once it has ended.
         reasoning: Reasoning of the model once the sequence has ended, None where it shows none.
         sampler: What a backend that samples itself keeps for this phase.
@@ -390,10 +376,6 @@ class Sequence:
         if self.finish_reason is None:
             self._guarded(self._add, text, "")
 
-    def resubmit(self) -> None:
-        """Note that the backend goes on from `context_ids`."""
-        self.must_resubmit = False
-
     def finish(self, reason: FinishReason) -> None:
         """End the sequence."""
         if self.finish_reason is not None:
@@ -408,17 +390,13 @@ class Sequence:
     def _guarded(self, call: Any, *arguments: Any) -> None:
         try:
             call(*arguments)
-        except RequestError as exc:
-            self.state.fail(exc.code, str(exc))
         except Exception as exc:
-            logger.warning("The text of request %r cannot be made.", self.state.request.id, exc_info=True)
-            self.state.fail("engine_error", f"The text cannot be made: {type(exc).__name__}: {exc}. Report it.")
+            self.state.fail_with(exc, "The text cannot be made", "Report it.")
 
     def _begin_text(self) -> None:
         options, tokenizer, reasoning = self.state.options, self.state.tokenizer, self.state.reasoning
         self._detokenizer = None if tokenizer is None else tokenizer.open_stream()
         self._splitter = None if reasoning is None else ReasoningSplitter(reasoning)
-        self._tags = self.state.tags
         self._stops = StopStrings(options.stop)
         is_json = options.response_format is not None and options.response_format.json_schema is not None
         self._guard = WhiteSpaceGuard() if is_json else None
@@ -430,16 +408,15 @@ class Sequence:
         self._text_out.restart()
         self._reasoning_out.restart()
         # Where nobody looks at the text before its end, it is cheaper to decode all of it at once.
-        self._is_watched = bool(
-            options.stop or self._text_out or self._reasoning_out or is_json or self._tags or self.phase == "reasoning"
-        )
+        is_streamed = bool(self._text_out or self._reasoning_out)
+        self._is_watched = bool(options.stop or is_streamed or is_json or self.state.tags or self.phase == "reasoning")
         self._text_out.push(self.state.echo)
 
     def _read(self, token: int) -> None:
         assert self._detokenizer is not None
         self._fed += 1
         text = self._detokenizer.step(token)
-        text = self._tags.get(token, text)
+        text = self.state.tags.get(token, text)
         if text:
             self._decoded = self._fed
             began = self._read_text(text)
@@ -470,12 +447,10 @@ class Sequence:
             return
         self._answer.append(text)
         self._text_out.push(text)
-        if self._guard is not None:
-            self._watch_form(self._guard, text)
-
-    def _watch_form(self, guard: WhiteSpaceGuard, text: str) -> None:
+        if self._guard is None:
+            return
         try:
-            guard.feed(text)
+            self._guard.feed(text)
         except RequestError:
             if self.state.request.check_form:
                 raise
@@ -530,7 +505,7 @@ class Sequence:
         is_open = form.starts_open or form.start in text
         closing = ""
         if form.end not in text and (is_open or count == len(self.tokens)):
-            closing = form.closing if is_open else form.start + form.closing
+            closing = ("" if is_open else form.start) + (form.closing or f"\n{form.end}\n\n")
         inserted = tokenizer.encode(closing, add_special_tokens=False) if closing else []
         self.tokens, self.logprobs = [*kept, *inserted], self.logprobs[:count]
         self._inserted, self._inserted_at = len(inserted), count

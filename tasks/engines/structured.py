@@ -190,13 +190,7 @@ class GrammarCompiler:
     """Makes the grammars of one tokenizer, with llguidance (the extra `structured`)."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_ids: Collection[int]) -> None:
-        """Take a tokenizer.
-
-        Args:
-            tokenizer: Tokenizer of Transformers.
-            vocabulary: Number of scores of the model.
-            end_ids: Tokens that end an answer.
-        """
+        """Take a tokenizer of Transformers, and the number of scores and the end tokens of the model."""
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_ids = end_ids

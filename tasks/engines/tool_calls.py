@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from prefect_huggingface.tasks.engines.detokenizer import partial_length
 from prefect_huggingface.tasks.errors import SettingsError
 
 Tool = Mapping[str, Any]
@@ -221,11 +222,8 @@ class ToolCallParser:
         """Return the length of the end of the buffer, from a place on, that may become a mark."""
         if self._final:
             return 0
-        longest = max(map(len, self._readers))
-        for size in range(min(longest, len(self._buffer) - begin), 0, -1):
-            end = self._buffer[-size:]
-            if any(mark.startswith(end) for mark in self._readers):
-                return size
+        if size := partial_length(self._buffer[begin:], [*self._readers]):
+            return size
         blank = re.search(r"(?:^|\n)[ \t]+$", self._buffer)
         return len(blank[0].lstrip("\n")) if blank and self._stands_at_line(blank.start()) else 0
 
@@ -407,7 +405,7 @@ class ToolCallParser:
                 arguments = json.loads(arguments or "{}")
             except ValueError:
                 return InvalidCall(text, "The arguments of the call are not valid JSON.")
-        has_other = key is None and set(value) - {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_id"}
+        has_other = key is None and set(value) - {*KEYS}
         if name is None or has_other or not isinstance(arguments, Mapping):
             return InvalidCall(text, error)
         return ToolCall(name, dict(arguments))
@@ -479,15 +477,16 @@ def choose_tools(tools: Sequence[Tool], choice: Any) -> list[Tool]:
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """Return the JSON schema of a call of one of some tools."""
-    schemas = [_one_schema(tool["function"]) for tool in tools]
+    schemas = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "enum": [tool["function"]["name"]]},
+                "arguments": tool["function"].get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-def _one_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"type": "string", "enum": [function["name"]]}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.blocks import EngineOptions
 from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
+from prefect_huggingface.tasks.engines.memory import available_bytes, kv_bytes_per_token
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.torch_loading import input_device
-from prefect_huggingface.tasks.engines.torch_sampling import advance
+from prefect_huggingface.tasks.engines.torch_sampling import advance, log_probabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ MODEL_SETTINGS = (
 )  # fmt: skip
 CPU_SEQUENCES, CPU_STEP_TOKENS, CPU_MEMORY_SHARE = 64, 2048, 0.25
 GPU_SEQUENCES, GPU_STEP_TOKENS, GPU_MEMORY_SHARE = 128, 16384, 0.8
+KV_SETTINGS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
 # Share of the tokens of one joint prompt computation that must not be padding.
 LEAST_FILL = 0.75
 
@@ -105,9 +107,8 @@ class DenseBatch:
         sequences: The sequences, one per row.
     """
 
-    def __init__(self, model: Any, pad_token: int) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
-        self._pad = pad_token
         self._device = input_device(model)
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
@@ -138,12 +139,15 @@ class DenseBatch:
             Scores of the next token of the new sequences, [sequences, vocabulary].
         """
         import torch
+        from transformers import DynamicCache
 
         shared = [index for index, new in enumerate(sequences) if not index or not _shares(sequences[index - 1], new)]
         rows = [sequences[index].context_ids for index in shared]
-        cache = self._empty_cache()
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = _growing_layer()
         mask = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + [1] * len(row) for row in rows])
-        ids = torch.tensor([[self._pad] * (mask.shape[1] - len(row)) + row for row in rows])
+        # The attention never sees what rows are filled up with.
+        ids = torch.tensor([[0] * (mask.shape[1] - len(row)) + row for row in rows])
         scores = self._forward(ids, mask, cache)
         if len(shared) < len(sequences):
             starts = set(shared)
@@ -192,13 +196,6 @@ class DenseBatch:
         sequences, self.sequences, self._cache = self.sequences, [], None
         return sequences
 
-    def _empty_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        cache.layer_class_to_replicate = _growing_layer()
-        return cache
-
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         device = self._device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -243,14 +240,7 @@ def prepare_model(loaded: Any, pad_token: int) -> Any:
 
 
 def run_whole_batch(model: Any, sequences: Items[Sequence], inputs: dict[str, Any], abort: Abort) -> None:
-    """Generate sequences, one per row, until none of them runs. A row that ends early is filled up.
-
-    Args:
-        model: Model of `prepare_model`.
-        sequences: One per row of the inputs.
-        inputs: Arguments of `generate`: token ids, attention mask, images.
-        abort: Ends a request that must end.
-    """
+    """Generate sequences, one per row of the inputs of `generate`. A row that ends early is filled up."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -304,15 +294,7 @@ class _Rows:
 
 
 def run_beams(model: Any, state: RequestState, inputs: dict[str, Any], tokenizer: Tokenizer, abort: Abort) -> None:
-    """Generate the sequences of one request by beam search. Their text comes at the end, in one piece.
-
-    Args:
-        model: Model of `prepare_model`.
-        state: Request with its sequences, the best one first.
-        inputs: Arguments of `generate` for one row.
-        tokenizer: Gives the text of tokens.
-        abort: Ends a request that must end.
-    """
+    """Generate the sequences of one request by beam search, the best one first. Their text comes at the end, whole."""
     import torch
     from transformers import StoppingCriteriaList
 
@@ -351,9 +333,8 @@ def _beam_logprobs(model: Any, inputs: dict[str, Any], row: Tensor, start: int) 
         logits = model(**inputs, decoder_input_ids=ids).logits
     else:
         logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
-    logs = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1)
-    values: list[float] = logs.gather(-1, ids[0, start:, None])[:, 0].tolist()
-    return values
+    tokens = ids[0, start:].tolist()
+    return log_probabilities(logits[0, start - 1 : -1], range(len(tokens)), tokens)
 
 
 class _Interrupt:
@@ -397,11 +378,7 @@ def score_continuations(
 ) -> list[float]:
     """Return the log probability (nats) of each continuation of a context: the sum over its tokens.
 
-    Args:
-        model: Model of `prepare_model`.
-        context: Tokens before the continuations, at least one.
-        continuations: Tokens of each.
-        step_tokens: Number of tokens, with padding, that are computed at once where more than one row is.
+    No more than `step_tokens` tokens, with padding, are computed at once where more than one row is.
     """
     import torch
 
@@ -427,7 +404,7 @@ class EngineSizes:
         sequences: Number of sequences at once.
         step_tokens: Number of prompt tokens, with padding, that are computed at once.
         cache_bytes: Bytes of keys and values.
-        bytes_per_token: Bytes of keys and values of one token, as far as known.
+        bytes_per_token: Bytes of keys and values of one token, estimated until they are measured.
     """
 
     sequences: int
@@ -438,12 +415,20 @@ class EngineSizes:
     @classmethod
     def of(cls, loaded: Any, options: EngineOptions) -> EngineSizes:
         """Choose the sizes by the device of a loaded model, where the options leave them open."""
-        on_cpu = input_device(loaded).type == "cpu"
+        import torch
+
+        device, config = input_device(loaded), loaded.config.get_text_config(decoder=True)
+        on_cpu = device.type == "cpu"
+        if device.type == "cuda":
+            free = int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
+        else:
+            free = int(CPU_MEMORY_SHARE * available_bytes())
+        settings = {name: getattr(config, name, None) for name in KV_SETTINGS}
         return cls(
             sequences=options.max_num_seqs or (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES),
             step_tokens=options.max_num_batched_tokens or (CPU_STEP_TOKENS if on_cpu else GPU_STEP_TOKENS),
-            cache_bytes=int(options.cache_size_gb * 2**30) if options.cache_size_gb else _free_memory(loaded),
-            bytes_per_token=_expected_bytes_per_token(loaded),
+            cache_bytes=int(options.cache_size_gb * 2**30) if options.cache_size_gb else free,
+            bytes_per_token=int(kv_bytes_per_token(settings, getattr(loaded.dtype, "itemsize", 4))),
         )
 
     def lower(self, failed_with: int) -> None:
@@ -476,32 +461,6 @@ class EngineSizes:
 
 def _final_columns(sequence: Sequence) -> int:
     return len(sequence.context_ids) + sequence.tokens_left
-
-
-def _free_memory(loaded: Any) -> int:
-    device = input_device(loaded)
-    if device.type == "cuda":
-        import torch
-
-        return int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(CPU_MEMORY_SHARE * psutil.virtual_memory().available)
-
-
-def _expected_bytes_per_token(loaded: Any) -> int:
-    """Estimate the bytes of keys and values of a token, until they are measured."""
-    config = loaded.config.get_text_config(decoder=True)
-    layers = getattr(config, "num_hidden_layers", 1)
-    heads = getattr(config, "num_attention_heads", 1)
-    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // heads
-    return int(
-        2
-        * layers
-        * (getattr(config, "num_key_value_heads", None) or heads)
-        * size
-        * getattr(loaded.dtype, "itemsize", 4)
-    )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

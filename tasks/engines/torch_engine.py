@@ -1,4 +1,4 @@
-"""Text generation with a causal language model of Transformers, on the CPU or on GPUs.
+"""Text generation with models of Transformers, from text and from images, on the CPU or on GPUs.
 
 Requests join a running batch as soon as there is room and leave it when they end: a long answer holds up nobody.
 Models whose state is more than keys and values run in whole batches, and beam search runs request by request.
@@ -14,7 +14,6 @@ and on an H200 in bfloat16 0.48. It has no options, grammars, beams or seeds of 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import deque
 from pathlib import Path
 from typing import Any, Self
@@ -22,9 +21,12 @@ from typing import Any, Self
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
+from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
+from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.structured import GrammarCompiler
 from prefect_huggingface.tasks.engines.torch_batch import (
@@ -42,6 +44,7 @@ from prefect_huggingface.tasks.engines.torch_batch import (
 from prefect_huggingface.tasks.engines.torch_loading import (
     avoid_attention_plans,
     end_tokens,
+    input_device,
     load_tokenizer,
     load_torch_model,
     pad_token,
@@ -49,6 +52,7 @@ from prefect_huggingface.tasks.engines.torch_loading import (
 from prefect_huggingface.tasks.engines.torch_sampling import Sampler, advance
 from prefect_huggingface.tasks.engines.worker import EngineWorker
 from prefect_huggingface.tasks.errors import SettingsError
+from prefect_huggingface.tasks.records import Request
 
 logger = get_logger(__name__)
 
@@ -59,36 +63,39 @@ OUT_OF_MEMORY = (
 
 
 class TorchEngine(EngineWorker):
-    """What the engines on Transformers have in common: sequences and beam searches that wait, and their samplers."""
+    """What the engines on Transformers have in common: sequences and beam searches that wait, and their samplers.
+
+    Attributes:
+        auto_class: Class of Transformers that loads the model.
+        processor_class: Class of Transformers that loads its tokenizer or processor.
+        inputs_class: Makes the prompts.
+    """
+
+    auto_class: str
+    processor_class = "AutoTokenizer"
+    inputs_class: type[InputProcessor] = InputProcessor
 
     def __init__(self, path: Path, model: LocalModel) -> None:
-        """Load a model.
-
-        Args:
-            path: Folder of the snapshot.
-            model: Settings.
+        """Load the model of a snapshot.
 
         Raises:
             ModelSourceError: If the folder holds no weights that may be loaded.
             EngineError: If the settings do not fit this machine or this model.
         """
-        loaded, tokenizer = self._load(path, model)
-        self._start(loaded, tokenizer, self._make_inputs(path, model), model)
+        inputs = self.inputs_class.of_folder(path, model.chat_template, model.options)
+        loaded = self._load(path, model)
+        self._start(loaded, load_tokenizer(path, model, self.processor_class), inputs, model)
 
     @classmethod
-    def of_loaded(cls, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> Self:
+    def of_loaded(cls, loaded: Any, tokenizer: Any, model: LocalModel) -> Self:
         """Return an engine of a model and a tokenizer or processor that are loaded already. They are not changed."""
         avoid_attention_plans(loaded)
         engine = cls.__new__(cls)
-        engine._start(loaded, tokenizer, inputs, model)
+        engine._start(loaded, tokenizer, cls.inputs_class.of_tokenizer(tokenizer), model)
         return engine
 
-    @abstractmethod
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        """Return the model and its tokenizer or processor."""
-
-    def _make_inputs(self, path: Path, model: LocalModel) -> InputProcessor:
-        return InputProcessor.of_folder(path, model.chat_template, model.options)
+    def _load(self, path: Path, model: LocalModel) -> Any:
+        return load_torch_model(path, model, self.auto_class)
 
     def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
         """Take what is loaded, and start the thread."""
@@ -136,7 +143,7 @@ class TorchEngine(EngineWorker):
 
     def _enqueue_sequence(self, sequence: Sequence) -> None:
         """Let a sequence wait, from where it is, with a sampler for what comes next."""
-        sequence.resubmit()
+        sequence.must_resubmit = False
         state, form = sequence.state, sequence.response_format
         sequence.sampler = Sampler(
             state.options,
@@ -171,25 +178,37 @@ class TorchEngine(EngineWorker):
                 except RequestError as exc:
                     sequence.state.fail(exc.code, str(exc))
 
-    def _inputs_of(self, state: RequestState) -> dict[str, Any]:
-        """Return the arguments of `generate` for one request."""
-        return padded_inputs([state.prompt_ids], self._model, left=self.inputs.is_continued)
+    def step(self) -> None:
+        """Run the beam search that waits longest, and a whole batch of what waits."""
+        if self._searches:
+            self._search()
+        if self._waiting:
+            self._run_whole(self._next_group())
+
+    def _next_group(self) -> list[Sequence]:
+        """Take out the sequences that run next, side by side."""
+        return [self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))]
+
+    def _inputs_of(self, sequences: list[Sequence]) -> dict[str, Any]:
+        """Return the arguments of `generate`, one row for each sequence."""
+        rows = [sequence.context_ids for sequence in sequences]
+        return padded_inputs(rows, self._model, left=self.inputs.is_continued)
 
     def _search(self) -> None:
-        """Run the beam search that waits longest."""
         state = self._searches.popleft()
         try:
-            run_beams(self._model, state, self._inputs_of(state), self.tokenizer, self.abort_if_due)
+            inputs = self._inputs_of(state.sequences[:1])
+            run_beams(self._model, state, inputs, self.tokenizer, self.abort_if_due)
         except RuntimeError as exc:
             if not is_out_of_memory(exc):
                 raise
             free_cached_memory()
             state.fail("out_of_cache", OUT_OF_MEMORY)
 
-    def _run_whole(self, sequences: list[Sequence], inputs: dict[str, Any]) -> None:
+    def _run_whole(self, sequences: list[Sequence]) -> None:
         """Run sequences to their ends; after the memory ran out, those that have no token yet run with fewer others."""
         try:
-            run_whole_batch(self._model, sequences, inputs, self.abort_if_due)
+            run_whole_batch(self._model, sequences, self._inputs_of(sequences), self.abort_if_due)
         except RuntimeError as exc:
             if not is_out_of_memory(exc):
                 raise
@@ -209,12 +228,10 @@ class TorchEngine(EngineWorker):
 class TorchTextEngine(TorchEngine):
     """Causal language model in one thread, with a batch that requests join and leave."""
 
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        return load_torch_model(path, model, "AutoModelForCausalLM"), load_tokenizer(path, model)
+    auto_class = "AutoModelForCausalLM"
 
     def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
-        ends = end_tokens(loaded, tokenizer)
-        self._batch = DenseBatch(loaded, pad_token(tokenizer, ends))
+        self._batch = DenseBatch(loaded)
         self._joinable = can_join(loaded)
         self._border = longrope_border(loaded.config.to_dict())
         self._at_once = 0
@@ -266,7 +283,7 @@ class TorchTextEngine(TorchEngine):
         """Let as many sequences join as there is room for."""
         while self._waiting:
             if not self._joinable:
-                self._run_group()
+                self._run_whole(self._next_group())
                 continue
             self._sizes.bytes_per_token = self._batch.bytes_per_token or self._sizes.bytes_per_token
             room = self._sizes.room(self._batch.sequences, self._waiting)
@@ -288,14 +305,12 @@ class TorchTextEngine(TorchEngine):
         self._batch.leave(gone)
         self._resubmit(list(gone.values()))
 
-    def _run_group(self) -> None:
-        """Run a whole batch of the first sequence that waits and those that can run beside it."""
+    def _next_group(self) -> list[Sequence]:
         first = self._waiting[0]
         group = [one for one in self._waiting if one is first or self._goes_with(first, one)]
         group = group[: self._sizes.room([], group)]
         self._waiting = deque(one for one in self._waiting if one not in group)
-        self._at_once = len(group)
-        self._run_whole(group, padded_inputs([one.context_ids for one in group], self._model, left=True))
+        return group
 
     def _goes_with(self, first: Sequence, other: Sequence) -> bool:
         """Return whether two sequences stay on the same side of the border of a longrope model."""
@@ -327,7 +342,71 @@ class TorchTextEngine(TorchEngine):
             )
 
 
-def engine_of_pipeline(pipeline: Any) -> Engine:
+class TorchVisionInputs(MultimodalInputProcessor):
+    """Inputs that the processor of a model makes of text and images.
+
+    Attributes:
+        processor: Processor of Transformers.
+        place: Device and data type of the model.
+    """
+
+    processor: Any
+    place: tuple[Any, Any]
+
+    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
+        """Put messages and tools into the template, with parts for the images."""
+        return template.render(messages, request.tools, **more)
+
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        images = state.multimodal.images
+        place = getattr(self.processor, "image_token", None)
+        if place and prompt.text.count(place) != len(images):
+            # The model would fail in the middle of its work.
+            raise RequestError(
+                "invalid_prompt",
+                f"The prompt has {prompt.text.count(place)} places for images ({place!r}), and there are "
+                f"{len(images)} images. Give each a place, or send messages.",
+            )
+        try:
+            inputs = self.processor(
+                text=[prompt.text],
+                images=images or None,
+                add_special_tokens=prompt.add_special_tokens,
+                return_tensors="pt",
+            )
+        except Exception as exc:
+            raise RequestError(
+                "invalid_prompt",
+                f"The processor of the model refuses the text with {len(images)} images: "
+                f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
+            ) from exc
+        state.multimodal.prepared = dict(inputs.to(*self.place))
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        return ids
+
+
+class TorchVisionEngine(TorchEngine):
+    """Model for images and text in one thread. Requests run one by one."""
+
+    auto_class, processor_class = "AutoModelForImageTextToText", "AutoProcessor"
+    inputs_class = TorchVisionInputs
+
+    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
+        assert isinstance(inputs, TorchVisionInputs)
+        inputs.processor = tokenizer
+        inputs.place = (input_device(loaded), loaded.dtype)
+        super()._start(loaded, tokenizer, inputs, model)
+        self.in_flight = 8
+
+    def _next_group(self) -> list[Sequence]:
+        return [self._waiting.popleft()]
+
+    def _inputs_of(self, sequences: list[Sequence]) -> dict[str, Any]:
+        inputs: dict[str, Any] = sequences[0].state.multimodal.prepared
+        return inputs
+
+
+def engine_of_pipeline(pipeline: Any) -> TorchEngine:
     """Return an engine that runs the model of a pipeline object, with its tokenizer and on its device.
 
     The weights are shared. The pipeline itself is neither used nor changed; its settings for generation are not taken
@@ -351,12 +430,9 @@ def engine_of_pipeline(pipeline: Any) -> Engine:
     model = LocalModel.model_construct(model_id=name or "pipeline", backend="torch", task=pipeline.task)
     processor = getattr(pipeline, "processor", None)
     if pipeline.task == "image-text-to-text" and processor is not None:
-        from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine, TorchVisionInputs
-
-        return TorchVisionEngine.of_loaded(loaded, processor, TorchVisionInputs.of_tokenizer(processor), model)
-    inputs = InputProcessor.of_tokenizer(tokenizer)
+        return TorchVisionEngine.of_loaded(loaded, processor, model)
     if loaded.config.is_encoder_decoder:
-        from prefect_huggingface.tasks.engines.torch_seq2seq import Seq2SeqEngine
+        from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine
 
-        return Seq2SeqEngine.of_loaded(loaded, tokenizer, inputs, model)
-    return TorchTextEngine.of_loaded(loaded, tokenizer, inputs, model)
+        return TorchSeq2SeqEngine.of_loaded(loaded, tokenizer, model)
+    return TorchTextEngine.of_loaded(loaded, tokenizer, model)

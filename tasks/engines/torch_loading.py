@@ -20,12 +20,7 @@ PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
-    """Load a model in evaluation mode.
-
-    Args:
-        path: Folder of the snapshot.
-        model: Device, data type and the other settings.
-        auto_class: Name of the class of Transformers that loads it, `AutoModelForCausalLM` for instance.
+    """Load the model of a snapshot, in evaluation mode, with a class of Transformers (`AutoModelForCausalLM`).
 
     Raises:
         ModelSourceError: If the folder holds no weights that may be loaded.
@@ -39,13 +34,16 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
     try:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(path, **_source(model))
+        source = _source(model)
+        config = transformers.AutoConfig.from_pretrained(path, **source)
+        if not model.allow_pickle:
+            source["use_safetensors"] = True
         arguments["dtype"] = _data_type(model, config, arguments)
         if model.attn_implementation is not None:
             arguments["attn_implementation"] = model.attn_implementation
         device = arguments.pop("device", None)
         loaded, found = getattr(transformers, auto_class).from_pretrained(
-            path, output_loading_info=True, **_source(model), **_weights(model), **{**arguments, **model.model_kwargs}
+            path, output_loading_info=True, **source, **{**arguments, **model.model_kwargs}
         )
         if found["missing_keys"]:
             # Transformers would make them up.
@@ -69,17 +67,8 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
     return loaded.eval()
 
 
-def load_tokenizer(path: Path, model: LocalModel) -> Any:
-    """Load the tokenizer of a snapshot.
-
-    Raises:
-        EngineError: If there is none that can be loaded.
-    """
-    return load_processor(path, model, "AutoTokenizer")
-
-
-def load_processor(path: Path, model: LocalModel, auto_class: str) -> Any:
-    """Load a tokenizer or a processor with a class of Transformers.
+def load_tokenizer(path: Path, model: LocalModel, auto_class: str = "AutoTokenizer") -> Any:
+    """Load the tokenizer of a snapshot, or its processor with another class of Transformers.
 
     Raises:
         EngineError: If there is none that can be loaded.
@@ -224,29 +213,25 @@ def _source(model: LocalModel) -> dict[str, Any]:
     return {"local_files_only": True, "trust_remote_code": model.trust_remote_code}
 
 
-def _weights(model: LocalModel) -> dict[str, Any]:
-    return {} if model.allow_pickle else {"use_safetensors": True}
+def _require(package: str, setting: str, way_out: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        text = (
+            f"{setting} needs {package}, which is not installed. Install it with pip install {package}, or {way_out}."
+        )
+        raise EngineError(text)
 
 
 def _placement(model: LocalModel) -> dict[str, Any]:
     if model.device_map is None:
         return {"device": resolve_device(model.device)}
-    if importlib.util.find_spec("accelerate") is None:
-        raise EngineError(
-            f"`device_map` ({model.device_map!r}) needs Accelerate, which is not installed. "
-            "Install it with pip install accelerate, or use `device`."
-        )
+    _require("accelerate", f"`device_map` ({model.device_map!r})", "use `device`")
     return {"device_map": model.device_map}
 
 
 def _quantization(model: LocalModel) -> dict[str, Any]:
     if model.load_in is None:
         return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EngineError(
-            f"`load_in` ({model.load_in!r}) needs bitsandbytes, which is not installed. "
-            "Install it with pip install bitsandbytes, or leave `load_in` out."
-        )
+    _require("bitsandbytes", f"`load_in` ({model.load_in!r})", "leave `load_in` out")
     from transformers import BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(load_in_4bit=model.load_in == "4bit", load_in_8bit=model.load_in == "8bit")

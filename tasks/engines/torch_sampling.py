@@ -27,7 +27,10 @@ class Sampler:
 
     Attributes:
         is_greedy: Whether the likeliest token is taken.
-        keeps_scores: Whether the scores of the model are taken as they are.
+        distribution: Temperature, top-k, top-p and min-p to draw with.
+        random: Gives the random numbers of the sequence.
+        adjustments: Penalties and limits of the options. Each takes the scores of the next token, one float32 per token
+            of the vocabulary, may change them, and returns them.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Sampler:
         end_ids: Collection[int],
         seed: int | None = None,
         grammar: Grammar | None = None,
-        least_tokens: int | None = None,
+        least_tokens: int = 0,
     ) -> None:
         """Start before the first token.
 
@@ -47,7 +50,7 @@ class Sampler:
             end_ids: End tokens, which stay out until enough tokens are there.
             seed: Seed of the sequence, or None to draw differently each time.
             grammar: Form that the answer must have.
-            least_tokens: Number of tokens before an end token is allowed, None for `min_new_tokens`.
+            least_tokens: Number of tokens before an end token is allowed.
         """
         self._options = options
         self._tokens = list(prompt_ids)
@@ -57,45 +60,24 @@ class Sampler:
         self._seen: Tensor | None = None
         self._ngrams: dict[tuple[int, ...], list[int]] = {}
         self._counts: Tensor | None = None
-        self._least_tokens = options.min_new_tokens if least_tokens is None else least_tokens
-        self._random = random.Random(seed)
-        self._adjustments = self._needed_adjustments()
+        self._least_tokens = least_tokens
+        self.is_greedy = not options.do_sample
+        temperature = 1.0 if options.temperature is None else options.temperature
+        self.distribution = (temperature, options.top_k, options.top_p, options.min_p)
+        self.random = random.Random(seed)
+        self.adjustments = self._needed_adjustments()
         for end in range(1, len(self._tokens) + 1):
             self._remember_ngram(end)
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return not self._options.do_sample
-
-    @property
-    def keeps_scores(self) -> bool:
-        """Whether the scores are taken as they are."""
-        return not self._adjustments
-
-    @property
-    def distribution(self) -> tuple[float, int | None, float | None, float | None]:
-        """Temperature, top-k, top-p and min-p to draw with."""
-        options = self._options
-        return 1.0 if options.temperature is None else options.temperature, options.top_k, options.top_p, options.min_p
-
     def adjust(self, scores: Tensor) -> Tensor:
-        """Return the scores of the next token with the penalties and limits of the options.
-
-        Args:
-            scores: One score per token of the vocabulary, float32. It may be changed.
-        """
-        for adjustment in self._adjustments:
+        """Return the scores of the next token with the penalties and limits of the options."""
+        for adjustment in self.adjustments:
             scores = adjustment(scores)
         return scores
 
-    def draw(self) -> float:
-        """Return the next random number in [0, 1)."""
-        return self._random.random()
-
     def accept(self, token: int) -> None:
         """Take note of the token that was chosen."""
-        if not self._adjustments:
+        if not self.adjustments:
             return
         self._tokens.append(token)
         self._remember_ngram(len(self._tokens))
@@ -113,9 +95,9 @@ class Sampler:
             (options.presence_penalty != 0.0 or options.frequency_penalty != 0.0, self._penalise_presence),
             (options.no_repeat_ngram_size > 0, self._forbid_repeated_ngrams),
             (self._least_tokens > 0, self._forbid_an_early_end),
-            (self._grammar is not None, self._keep_to_the_grammar),
         ]
-        return [adjustment for is_needed, adjustment in needed if is_needed]
+        grammar = [] if self._grammar is None else [self._grammar.mask]
+        return [adjustment for is_needed, adjustment in needed if is_needed] + grammar
 
     def _penalise_repetition(self, scores: Tensor) -> Tensor:
         import torch
@@ -153,10 +135,6 @@ class Sampler:
             scores[[token for token in self._end_ids if token < len(scores)]] = float("-inf")
         return scores
 
-    def _keep_to_the_grammar(self, scores: Tensor) -> Tensor:
-        assert self._grammar is not None
-        return self._grammar.mask(scores)
-
 
 def advance(sequences: Items[Sequence], scores: Tensor) -> None:
     """Give every sequence its next token.
@@ -182,7 +160,7 @@ def sample_tokens(samplers: Items[Sampler], scores: Tensor) -> list[int]:
     import torch
 
     scores = scores.float()
-    changed = [row for row, sampler in enumerate(samplers) if not sampler.keeps_scores]
+    changed = [row for row, sampler in enumerate(samplers) if sampler.adjustments]
     if changed:
         scores = scores.clone()
         for row in changed:
@@ -193,7 +171,7 @@ def sample_tokens(samplers: Items[Sampler], scores: Tensor) -> list[int]:
         if not sampler.is_greedy:
             groups.setdefault(sampler.distribution, []).append(row)
     for distribution, rows in groups.items():
-        uniform = torch.tensor([samplers[row].draw() for row in rows], dtype=torch.float64)
+        uniform = torch.tensor([samplers[row].random.random() for row in rows], dtype=torch.float64)
         for row, token in zip(rows, _draw(scores[rows], uniform, *distribution), strict=True):
             tokens[row] = token
     for sampler, token in zip(samplers, tokens, strict=True):

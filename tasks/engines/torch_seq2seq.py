@@ -13,78 +13,37 @@ from typing import Any
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.inputs import InputProcessor
-from prefect_huggingface.tasks.engines.torch_batch import padded_inputs
+from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.torch_engine import TorchEngine
-from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer, load_torch_model
-from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.records import Request
 
 LANGUAGE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 
 
-class Seq2SeqEngine(TorchEngine):
-    """Encoder-decoder model in one thread."""
+class Seq2SeqInputs(InputProcessor):
+    """Prompts with the words and the language tokens that a model wants.
 
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        raise EngineError("A pipeline brings its own model. Use `of_loaded`.")
-
-    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
-        inputs.is_continued = False
-        inputs.prefix = task_prefix(loaded.config, model.task)
-        inputs.languages = Languages(tokenizer)
-        super()._start(loaded, tokenizer, inputs, model)
-
-    def step(self) -> None:
-        """Run a beam search, and a whole batch of what waits."""
-        if self._searches:
-            self._search()
-        if not self._waiting:
-            return
-        sequences = [self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))]
-        inputs = padded_inputs([sequence.state.prompt_ids for sequence in sequences], self._model, left=False)
-        self._run_whole(sequences, inputs)
-
-
-class TorchSeq2SeqEngine(Seq2SeqEngine):
-    """Encoder-decoder model of Transformers."""
-
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        return load_torch_model(path, model, "AutoModelForSeq2SeqLM"), load_tokenizer(path, model)
-
-
-class OpenVINOSeq2SeqEngine(Seq2SeqEngine):
-    """Encoder-decoder model of Optimum on OpenVINO."""
-
-    def _load(self, path: Path, model: LocalModel) -> tuple[Any, Any]:
-        from prefect_huggingface.tasks.engines.openvino_runtime import load_optimum_model
-
-        return load_optimum_model(path, model, "OVModelForSeq2SeqLM"), load_tokenizer(path, model)
-
-
-class Languages:
-    """The languages of a tokenizer that marks them with tokens, as those of NLLB, M2M100 and mBART do.
-
-    The token of the prompt's language stands at its beginning or its end, that of the answer's is its first one.
-
-    Args:
-        tokenizer: Tokenizer of Transformers. It is not changed.
+    Tokenizers such as those of NLLB, M2M100 and mBART mark languages with tokens. That of the prompt's language stands
+    at its beginning or its end, that of the answer's is its first token.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._ids = language_ids(tokenizer)
-        self._tokens = frozenset(self._ids.values())
+    is_continued = False
 
-    def adapt(self, options: GenerationOptions) -> GenerationOptions:
-        """Return the options with the first token of the answer.
+    def learn(self, tokenizer: Any, prefix: str) -> None:
+        """Take the languages of a tokenizer of Transformers, and the words that stand before a prompt."""
+        self._prefix = prefix
+        self._languages = language_ids(tokenizer)
+        self._language_tokens = frozenset(self._languages.values())
 
-        Raises:
-            RequestError: If the tokenizer does not know a language.
-        """
+    def _resolve(self, request: Request) -> GenerationOptions:
+        options = super()._resolve(request)
         for name in ("src_lang", "tgt_lang"):
             self._check(name, getattr(options, name))
         if options.tgt_lang is None:
             return options
-        first = self._ids[options.tgt_lang]
+        first = self._languages[options.tgt_lang]
         if options.forced_bos_token_id not in (None, first):
             raise RequestError(
                 "invalid_option",
@@ -93,28 +52,59 @@ class Languages:
             )
         return options.model_copy(update={"forced_bos_token_id": first})
 
-    def mark_source(self, ids: list[int], options: GenerationOptions) -> list[int]:
-        """Return the tokens of a prompt with that of its language."""
-        if options.src_lang is None:
+    def _write(self, state: RequestState) -> Prompt:
+        prompt = super()._write(state)
+        if prompt.text.startswith(self._prefix):
+            return prompt
+        first, *rest = prompt.segments
+        return Prompt((self._prefix + first, *rest), prompt.add_special_tokens)
+
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        ids, language = super()._tokenize(state, prompt), state.options.src_lang
+        if language is None:
             return ids
-        token = self._ids[options.src_lang]
+        token = self._languages[language]
         for place in (0, -1):
-            if ids and ids[place] in self._tokens:
+            if ids and ids[place] in self._language_tokens:
                 return [token, *ids[1:]] if place == 0 else [*ids[:-1], token]
         return [token, *ids]
 
+    def _reasoning_of(self, state: RequestState, prompt: Prompt) -> None:
+        return None
+
     def _check(self, name: str, code: str | None) -> None:
-        if code is None or code in self._ids:
+        if code is None or code in self._languages:
             return
-        if not self._ids:
+        if not self._languages:
             text = f"The tokenizer of this model has no languages, got `{name}` {code!r}. Leave it out."
             raise RequestError("invalid_option", text)
-        near = get_close_matches(code, self._ids, n=3, cutoff=0.3) or sorted(self._ids)[:3]
+        near = get_close_matches(code, self._languages, n=3, cutoff=0.3) or sorted(self._languages)[:3]
         raise RequestError(
             "invalid_option",
-            f"`{name}` must be one of the {len(self._ids)} languages of the tokenizer, got {code!r}. "
+            f"`{name}` must be one of the {len(self._languages)} languages of the tokenizer, got {code!r}. "
             f"Use {', '.join(map(repr, near))} for instance.",
         )
+
+
+class TorchSeq2SeqEngine(TorchEngine):
+    """Encoder-decoder model of Transformers in one thread."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    inputs_class = Seq2SeqInputs
+
+    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
+        assert isinstance(inputs, Seq2SeqInputs)
+        inputs.learn(tokenizer, task_prefix(loaded.config, model.task))
+        super()._start(loaded, tokenizer, inputs, model)
+
+
+class OpenVINOSeq2SeqEngine(TorchSeq2SeqEngine):
+    """Encoder-decoder model of Optimum on OpenVINO."""
+
+    def _load(self, path: Path, model: LocalModel) -> Any:
+        from prefect_huggingface.tasks.engines.openvino_runtime import load_optimum_model
+
+        return load_optimum_model(path, model, "OVModelForSeq2SeqLM")
 
 
 def language_ids(tokenizer: Any) -> dict[str, int]:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
+from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.engines.inputs import InputProcessor
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
@@ -163,12 +163,8 @@ class EngineWorker(Engine):
             if not state.is_done:
                 self.active_requests[state] = None
                 self.add(state)
-        except RequestError as exc:
-            state.prompt_tokens = state.prompt_tokens or exc.prompt_tokens
-            state.fail(exc.code, str(exc))
         except Exception as exc:
-            logger.warning("Request %r cannot be taken in.", state.request.id, exc_info=True)
-            state.fail("engine_error", f"The request failed: {type(exc).__name__}: {exc}. Check its prompt.")
+            state.fail_with(exc, "The request failed", "Check its prompt.")
         if state.is_done:
             self._retire(state)
 

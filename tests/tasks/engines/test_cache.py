@@ -34,7 +34,7 @@ def empty_cache() -> Iterator[None]:
 
 
 def loaded() -> list[Path]:
-    return [Path(key.source) for key in registry._registry._entries]
+    return [Path(key.source) for key in registry._registry.entries]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_models_that_differ_in_options_or_secrets_share_an_engine(models):
     assert {id(handle.unshared) for handle in handles} == {id(engine.unshared)}
     assert ask(handles[0], "The capital of").generated_tokens == 3
     assert ask(handles[2], "The capital of").prompt_tokens > ask(engine, "The capital of").prompt_tokens
-    assert "hf_secret" not in repr(registry._registry.__dict__)
+    assert "hf_secret" not in repr(vars(registry._registry))
 
 
 @pytest.mark.parametrize("change", [{"ov_config": {}}, {"device": "CPU"}])

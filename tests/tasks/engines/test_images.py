@@ -58,7 +58,7 @@ def settings(folder: Path, **more) -> LocalModel:
 @pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     if request.param == "torch":
-        from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
+        from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
         loaded: Engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
     else:
@@ -81,7 +81,7 @@ def test_text_is_that_of_transformers(folder, pictures):
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
+    from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -98,7 +98,7 @@ def test_text_is_that_of_transformers(folder, pictures):
 
 
 def test_every_engine_answers_as_the_one_of_transformers(engine, folder, pictures):
-    from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
+    from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
     with TorchVisionEngine(folder, settings(folder, backend="torch", dtype="float32")) as reference:
         for count in (0, 1, 2):
@@ -181,7 +181,7 @@ def test_bad_requests_are_refused_alone(engine, pictures):
 def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
     import socket
 
-    from prefect_huggingface.tasks.engines.torch_vision import TorchVisionEngine
+    from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"

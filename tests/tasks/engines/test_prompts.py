@@ -143,14 +143,14 @@ def test_options_that_do_not_go_together_are_refused():
 )
 def test_prompts_are_cut_to_the_context(policy, wanted):
     options = GenerationOptions(max_new_tokens=4, context_overflow=policy)
-    assert fit_context(range(8), options, 7) == wanted
-    assert fit_context([0, 1, 2], options, 7) == [0, 1, 2]
-    assert fit_context(range(8), options, None) == list(range(8))
+    assert fit_context(range(8), options, 7, 4) == wanted
+    assert fit_context([0, 1, 2], options, 7, 4) == [0, 1, 2]
+    assert fit_context(range(8), options, None, 4) == list(range(8))
 
 
 def test_a_prompt_with_no_room_at_all_is_an_error():
     with pytest.raises(RequestError, match="too_long|does not fit"):
-        fit_context([1], GenerationOptions(max_new_tokens=9, context_overflow="truncate_left"), 8)
+        fit_context([1], GenerationOptions(max_new_tokens=9, context_overflow="truncate_left"), 8, 9)
 
 
 def test_the_template_of_a_request_says_how_it_reasons_and_ends(tiny_llama):

@@ -9,7 +9,6 @@ from prefect_huggingface.tasks.engines.reasoning import (
     ReasoningFormat,
     ReasoningSplitter,
     find_reasoning_format,
-    split_reasoning,
 )
 
 THINK = ReasoningFormat("<think>", "</think>")
@@ -18,6 +17,12 @@ HARMONY = next(known for known in FORMATS if known.end == "<|end|>")
 ONE_OF_HARMONY = (
     "<|channel|>analysis<|message|>Four, I think.<|end|><|start|>assistant<|channel|>final<|message|>It is 4."
 )
+
+
+def split_reasoning(text: str, known: ReasoningFormat) -> tuple[str, str]:
+    splitter = ReasoningSplitter(known)
+    (thought, answer), (last_thought, last_answer) = splitter.feed(text), splitter.finish()
+    return thought + last_thought, answer + last_answer
 
 
 @pytest.mark.parametrize(
@@ -71,15 +76,6 @@ def test_a_stream_gives_thoughts_as_they_come() -> None:
     assert pieces == [("", ""), ("Two", ""), (" and", ""), (" two", ""), *[("", "")] * 3, ("", "Fo"), ("", "ur")]
 
 
-def test_in_reasoning_tells_when_the_answer_begins() -> None:
-    splitter = ReasoningSplitter(OPEN)
-    states = []
-    for text in ("a", "</think>", "\n", "b"):
-        splitter.feed(text)
-        states.append((splitter.in_reasoning, splitter.in_answer))
-    assert states == [(True, False), (False, False), (False, False), (False, True)]
-
-
 @pytest.mark.parametrize(
     ("template", "start"),
     [
@@ -90,14 +86,14 @@ def test_in_reasoning_tells_when_the_answer_begins() -> None:
     ],
 )
 def test_the_template_shows_the_format(template: str, start: str) -> None:
-    found = find_reasoning_format(template)
+    found = find_reasoning_format([template])
     assert found is not None
     assert (found.start, found.starts_open) == (start, False)
 
 
 def test_a_template_without_tags_has_no_reasoning() -> None:
-    assert find_reasoning_format("<|user|>{{ m.content }}<|end|><|assistant|>") is None
-    assert find_reasoning_format(None) is None
+    assert find_reasoning_format(["<|user|>{{ m.content }}<|end|><|assistant|>"]) is None
+    assert find_reasoning_format([]) is None
 
 
 @pytest.mark.parametrize(
@@ -109,14 +105,11 @@ def test_a_template_without_tags_has_no_reasoning() -> None:
     ],
 )
 def test_the_prompt_shows_whether_thinking_has_begun(prompt: str, starts_open: bool) -> None:
-    found = find_reasoning_format("... </think> ...", prompt)
+    found = find_reasoning_format(["... </think> ..."], prompt)
     assert found is not None
     assert found.starts_open is starts_open
 
 
 def test_the_format_can_be_overridden() -> None:
-    assert find_reasoning_format("</think>", override=False) is None
-    assert find_reasoning_format(None, "so: <a>", override=("<a>", "</a>")) == ReasoningFormat("<a>", "</a>", True)
-    assert find_reasoning_format("</think>", "", override=OPEN) == OPEN
-    with pytest.raises(ValueError, match="Name both tags"):
-        find_reasoning_format(None, override=("", "</a>"))
+    assert find_reasoning_format(["</think>"], tags=[]) is None
+    assert find_reasoning_format([], "so: <a>", ["<a>", "</a>"]) == ReasoningFormat("<a>", "</a>", True)

@@ -72,7 +72,7 @@ def test_extreme_settings_are_stable():
 
 def test_scores_of_the_caller_are_not_changed():
     scores = SCORES[None].clone()
-    sampler = Sampler(GenerationOptions(repetition_penalty=2.0, min_new_tokens=3), [0], [1])
+    sampler = Sampler(GenerationOptions(repetition_penalty=2.0), [0], [1], least_tokens=3)
     sample_tokens([sampler], scores)
     assert torch.equal(scores[0], SCORES)
 

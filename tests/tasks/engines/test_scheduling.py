@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions
-from prefect_huggingface.tasks.engines.memory import available_bytes, resident_bytes, total_bytes
+from prefect_huggingface.tasks.engines.memory import available_bytes, kv_bytes_per_token, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.openvino_scheduler import (
     BLOCK_TOKENS,
     SHARED_TOKENS,
     ScheduledRequest,
     Scheduler,
     choose_sizes,
-    kv_bytes_per_token,
 )
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.records import Request
@@ -38,7 +37,8 @@ def test_the_cache_has_room_for_the_rows_and_leaves_most_of_the_memory(folder):
     sizes = choose_sizes(folder, EngineOptions(), "u8")
     assert sizes.cache_tokens >= 64 * 2048 or sizes.cache_bytes >= 0.25 * available_bytes()
     assert sizes.cache_bytes < 0.5 * total_bytes()
-    assert sizes.cache_bytes >= sizes.kv_blocks * BLOCK_TOKENS * kv_bytes_per_token(folder, "u8")
+    token_bytes = kv_bytes_per_token(json.loads((folder / "config.json").read_text()), 1.125)
+    assert sizes.cache_bytes >= sizes.kv_blocks * BLOCK_TOKENS * token_bytes
 
 
 def test_what_the_user_gives_is_taken(folder):

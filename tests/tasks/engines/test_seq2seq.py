@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.inputs import InputProcessor
 from prefect_huggingface.tasks.engines.torch_seq2seq import (
     OpenVINOSeq2SeqEngine,
-    Seq2SeqEngine,
     TorchSeq2SeqEngine,
     task_prefix,
 )
@@ -37,7 +35,7 @@ def settings(folder: Path, backend: str, task: str = "text2text-generation", **m
 
 
 @pytest.fixture(scope="module", params=["torch", "openvino"])
-def engine(request: pytest.FixtureRequest, tiny_t5: Path) -> Iterator[Seq2SeqEngine]:
+def engine(request: pytest.FixtureRequest, tiny_t5: Path) -> Iterator[TorchSeq2SeqEngine]:
     if request.param == "torch":
         loaded = TorchSeq2SeqEngine(tiny_t5, settings(tiny_t5, "torch"))
     else:
@@ -77,7 +75,7 @@ def expected(reference: Reference) -> list[str]:
     return texts
 
 
-def run(engine: Seq2SeqEngine, prompts: list[str], in_flight: int | None = None, **options) -> list[Completion]:
+def run(engine: TorchSeq2SeqEngine, prompts: list[str], in_flight: int | None = None, **options) -> list[Completion]:
     chosen = GenerationOptions(**options) if options else None
     requests = [Request(prompt=prompt, id=index, options=chosen) for index, prompt in enumerate(prompts)]
     return sorted(engine.generate(requests, in_flight), key=lambda completion: completion.request_id)
@@ -192,7 +190,6 @@ def test_memory_that_runs_out_only_makes_the_batch_smaller(tiny_t5, expected):
 def test_a_loaded_model_is_used_and_not_changed(reference, expected):
     before = reference.model.generation_config.to_dict()
     block = LocalModel.model_construct(model_id="x", options=GenerationOptions(max_new_tokens=NEW_TOKENS))
-    writer = InputProcessor.of_tokenizer(reference.tokenizer)
-    with Seq2SeqEngine.of_loaded(reference.model, reference.tokenizer, writer, block) as engine:
+    with TorchSeq2SeqEngine.of_loaded(reference.model, reference.tokenizer, block) as engine:
         assert run(engine, PROMPTS[:2])[1].text == expected[1]
     assert reference.model.generation_config.to_dict() == before
