@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefect_huggingface.tasks.storage.exports.exporter import die_with_parent, peak_memory, report
+from prefect_huggingface.tasks.storage.exports.exporter import begin_child, peak_memory, report
 from prefect_huggingface.tasks.storage.gguf_files import checkpoint_config, read_file
 from prefect_huggingface.tasks.storage.gguf_tokenizers import ROUND_TRIPS, build_tokenizer, special_tokens
 
@@ -33,7 +33,7 @@ def main(job_path: str) -> None:
         job_path: JSON file with `source`, `output` and `parent`, the id of the parent process.
     """
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    die_with_parent(int(job["parent"]))
+    begin_child(int(job["parent"]))
     source, output, started = Path(job["source"]), Path(job["output"]), time.monotonic()
     fields, tensors = read_file(source)
     report(step="weights")

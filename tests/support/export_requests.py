@@ -17,11 +17,12 @@ from prefect_huggingface.tasks.records import Export
 
 @dataclass(frozen=True, slots=True)
 class LoggedExport:
-    """An export that a flow made, with the messages in the log of its run."""
+    """An export that a flow made, with the messages in the log of its run and the home folder of its child."""
 
     model: LocalModel
     export: Export
     messages: list[str]
+    home: Path
 
 
 PROGRAM = """

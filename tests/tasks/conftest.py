@@ -30,7 +30,11 @@ def logged_export(
     def export_with_log(store: Path) -> LoggedExport:
         shutil.copytree(crowd[0], store)
         model = LocalModel(model_id=str(tiny_llama), weight_format="int4", store=ModelStore(path=store))
-        state = prepare_model(model, return_state=True)
-        return LoggedExport(model, state.result(), messages_of(state.state_details.flow_run_id))
+        home = store.with_name("home-of-an-export")
+        home.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HOME", str(home))
+            state = prepare_model(model, return_state=True)
+        return LoggedExport(model, state.result(), messages_of(state.state_details.flow_run_id), home)
 
     return made_once("logged-export", export_with_log)

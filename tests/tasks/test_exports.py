@@ -16,6 +16,10 @@ def test_a_flow_makes_an_export(logged_export: LoggedExport) -> None:
     assert (export.path / "openvino_model.xml").is_file()
 
 
+def test_no_library_of_an_export_reports_its_work(logged_export: LoggedExport) -> None:
+    assert not [path for path in logged_export.home.rglob("*") if "openvino" in path.name]
+
+
 def test_the_tasks_work_without_prefect(logged_export: LoggedExport, tmp_path: Path) -> None:
     model = logged_export.model
     assert export_to_openvino.fn(model).reused

@@ -20,8 +20,8 @@ import numpy as np
 from prefect_huggingface.tasks.storage.exports.exporter import (
     PlainEngine,
     PlainModel,
+    begin_child,
     check_gap,
-    die_with_parent,
     log_softmax,
     report,
 )
@@ -41,7 +41,7 @@ def main(job_path: str) -> None:
     `dtype`, `trust_remote_code`, `work` and `parent`.
     """
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    die_with_parent(int(job["parent"]))
+    begin_child(int(job["parent"]))
     report(step="source")
     kinds = (Seq2SeqSource, Seq2SeqExport) if job["task"].startswith("text2text") else (CausalSource, CausalExport)
     gc.disable()  # as in the exporter: the libraries bring a million objects that stay

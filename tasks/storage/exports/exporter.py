@@ -46,7 +46,7 @@ LIFTED_UP_TO = "5.5.99"
 def main(job_path: str) -> None:
     """Make the export that a JSON file describes: `source`, `output`, `recipe` and `parent`, the id of the parent."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    die_with_parent(int(job["parent"]))
+    begin_child(int(job["parent"]))
     source, output, recipe = job["source"], Path(job["output"]), job["recipe"]
     started = time.monotonic()
     export_model(source, output, recipe)
@@ -62,8 +62,14 @@ def main(job_path: str) -> None:
     report(step="done", seconds=seconds, peak_memory_bytes=peak_memory(), weights=count_weights(output))
 
 
-def die_with_parent(parent: int) -> None:
-    """End this process when the process with the id `parent` does, however that happens."""
+def begin_child(parent: int) -> None:
+    """Do what every child does first: see to it that it ends with its parent, and that no library reports its work.
+
+    Args:
+        parent: Id of the process that this one ends with, however that happens.
+    """
+    # OpenVINO and NNCF send what they are used for to Google Analytics, unless this package is missing.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
     # On Windows, a virtual environment puts a process between the two.
