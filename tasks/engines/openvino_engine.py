@@ -11,22 +11,25 @@ streamed. OpenVINO's own defaults round differently in different batches.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border, read_end_tokens
-from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
+from prefect_huggingface.tasks.engines.multimodal import IMAGE, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     GenaiPipeline,
     apply_tuning,
@@ -290,6 +293,37 @@ def _read_handle(handle: Any, sequences: list[Sequence]) -> None:
 
 class OpenVINOVisionInputs(MultimodalInputProcessor):
     """Prompts with the tags of OpenVINO GenAI in the places of the images."""
+
+    @cached_property
+    def _image_mark(self) -> str:
+        """What the template writes in the place of an image, "" where that is not known."""
+        if self.template is None:
+            return ""
+        text = {"type": "text", "text": "PROBE"}
+        try:
+            without, with_image = (
+                self.template.render([{"role": "user", "content": parts}]) for parts in ([text], [IMAGE, text])
+            )
+        except ChatTemplateError:
+            return ""
+        if "'type'" in with_image:  # a template for plain text shows the list as it is
+            return ""
+        start = len(os.path.commonprefix([without, with_image]))
+        return with_image[start : start + len(with_image) - len(without)].strip()
+
+    def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
+        """Put tags in the places that a text which has been through the template has for its images."""
+        prompt, mark = super()._from_text(request, options), self._image_mark
+        text = prompt.text
+        for number in range(len(request.images) if mark else 0):
+            text = text.replace(mark, f"<ov_genai_image_{number}>", 1)
+            if f"<ov_genai_image_{number}>" not in text:
+                raise RequestError(
+                    "invalid_prompt",
+                    f"The prompt has places for {number} of its {len(request.images)} images. Write {mark!r} where "
+                    "each belongs, or give messages.",
+                )
+        return replace(prompt, segments=(text,))
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         images = state.multimodal.images
