@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from prefect.blocks.core import Block
 from pydantic import ConfigDict, GetJsonSchemaHandler, HttpUrl, model_validator
@@ -12,7 +13,7 @@ from pydantic_core import CoreSchema
 
 # The picture of Hugging Face's organization on GitHub: square at every size.
 LOGO_URL = HttpUrl("https://avatars.githubusercontent.com/u/25720743?s=200&v=4")
-_schemas: dict[tuple[Any, ...], dict[str, Any]] = {}
+_schemas: WeakKeyDictionary[type[Block], dict[tuple[Any, ...], dict[str, Any]]] = WeakKeyDictionary()
 
 
 class ConfigurationBlock(Block):
@@ -49,10 +50,10 @@ class ConfigurationBlock(Block):
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the JSON schema, which is made once: Prefect asks for it some 200 times while it saves one block."""
-        key = (cls, args, tuple(kwargs.items()))
-        if key not in _schemas:
-            _schemas[key] = super().model_json_schema(*args, **kwargs)
-        return deepcopy(_schemas[key])
+        made, key = _schemas.setdefault(cls, {}), (args, tuple(kwargs.items()))
+        if key not in made:
+            made[key] = super().model_json_schema(*args, **kwargs)
+        return deepcopy(made[key])
 
     def ref(self) -> dict[str, dict[str, str]]:
         """Return the reference to use for this block in the parameters of a deployment or a run.

@@ -100,6 +100,7 @@ def batch_inference(
 
     Raises:
         BatchError: If the batch cannot start or go on.
+        ChainError: If the steps do not fit the columns or each other.
         TableError: If the input cannot be read or the output cannot be written.
     """
     return _put_through(model, source, destination, more, prompt=prompt, options=options, system=system, rows=rows)

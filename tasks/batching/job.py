@@ -280,6 +280,8 @@ def plan_job(
     given = options.model_dump(mode="json", exclude_unset=True) if options else {}
     ways = {"`prompt`": prompt, "`messages_column`": more.messages_column, "`steps`": more.steps or None}
     asked = [name for name, value in ways.items() if value is not None]
+    if input_type is not None and prompt is None:
+        raise BatchError("Vectors of a table need a template over its columns as `prompt`, '{text}' for instance.")
     if not asked:
         return _plan_openai_job(source, system, given, more)
     if len(asked) > 1 or more.source_format == "openai":

@@ -101,7 +101,10 @@ def _check_apart(source: str, destination: Place) -> None:
     place = Place.of(source)
     given, target = (os.path.realpath(each.url) if each.is_local else each.url for each in (place, destination))
     if is_pattern(source):
-        inside = bool(re.fullmatch(glob_translate(given), target))
+        try:
+            inside = bool(re.fullmatch(glob_translate(given), target))
+        except ValueError as exc:
+            raise BatchError(f"`source` {source!r} is no pattern: {exc}. Correct it.") from None
     else:
         inside = given == target or (place.is_folder() and f"{target}/".startswith(f"{given}/"))
     if inside:
@@ -299,11 +302,15 @@ def _answered(job: BatchJob, journal: Journal, chosen: Rows | None) -> Iterator[
     sweep = JournalRows(journal, job.key)
     rows = range(job.table.rows) if chosen is None else chosen
     for chunk in read_chunks(job.table, rows[0], rows[-1] + 1):
-        last = chunk.first + len(chunk)
-        drawn = [] if isinstance(rows, range) else [row for row in rows if chunk.first <= row < last]
-        for part in [chunk] if isinstance(rows, range) else [chunk.part(row, row + 1) for row in drawn]:
-            table = sweep.take(part.first, part.first + len(part))
-            answers = _fold(table, job) if job.steps else table.filter(table["is_last"])
+        table = sweep.take(chunk.first, chunk.first + len(chunk))
+        found = _fold(table, job) if job.steps else table.filter(table["is_last"])
+        parts = [(chunk, found)]
+        if not isinstance(rows, range):
+            drawn = [row for row in rows if chunk.first <= row < chunk.first + len(chunk)]
+            places = {row: place for place, row in enumerate(found["row"].to_pylist())}
+            picked = [found.slice(places[row], 1) if row in places else found.slice(0, 0) for row in drawn]
+            parts = list(zip((chunk.part(row, row + 1) for row in drawn), picked, strict=True))
+        for part, answers in parts:
             if (lacking := len(part) - answers.num_rows) != 0:
                 raise BatchError(
                     f"The journal {journal.place.url!r} lacks {lacking} rows from row {part.first + 1} on. Start again."

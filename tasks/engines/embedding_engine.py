@@ -321,7 +321,10 @@ def _tokenizer_of(folder: Path, model: LocalModel) -> RustTokenizer:
         from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer
 
         backend = getattr(load_tokenizer(folder, model), "backend_tokenizer", None)
-        found = None if backend is None else RustTokenizer(backend)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+            found = RustTokenizer(backend)
     if found is None:
         raise EngineError(
             f"The model in {str(folder)!r} has no fast tokenizer (`tokenizer.json`) that can be read, which vectors "

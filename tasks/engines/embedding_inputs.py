@@ -125,8 +125,9 @@ class ModelFiles:
 
     @cached_property
     def _lengths(self) -> dict[str, Any]:
-        # The file is named after the first family that it was for, sentence_bert_config.json for instance.
-        return next((found for path in self.folder.glob("sentence_*_config.json") if (found := read_json(path))), {})
+        # The file is named after the first family that it was for, most often sentence_bert_config.json.
+        places = [self.folder / "sentence_bert_config.json", *sorted(self.folder.glob("sentence_*_config.json"))]
+        return next((found for path in places if (found := read_json(path))), {})
 
     def _read_modules(self) -> dict[str, Any]:
         """Return what the steps after the model say."""

@@ -131,6 +131,8 @@ class EndpointEngine(Engine):
             raise EngineError(failure.message, error_code=failure.code) from None
         except CancelledError:
             raise EngineError(CLOSED) from None
+        except Exception as exc:  # its text may hold the token
+            raise EngineError(f"{self.endpoint.base_url!r} answers oddly ({type(exc).__name__}). Check it.") from None
 
     def _start(self, state: RequestState, context: contextvars.Context) -> None:
         task = self._loop.create_task(self._serve(state), context=context)

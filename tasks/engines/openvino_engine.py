@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -49,6 +50,8 @@ from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 from prefect_huggingface.tasks.storage.files import link_file
 
 logger = get_logger(__name__)
+
+MARK_OF_IMAGE = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 # The pipeline keeps the interpreter to itself during a step. After a request has ended, callers get this long to react.
 REACTION_SECONDS = 0.002
@@ -308,14 +311,17 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
             return ""
         if "'type'" in with_image:  # a template for plain text shows the list as it is
             return ""
-        start = len(os.path.commonprefix([without, with_image]))
-        return with_image[start : start + len(with_image) - len(without)].strip()
+        start, length = len(os.path.commonprefix([without, with_image])), len(with_image) - len(without)
+        # Of the places that give the same text, that of a whole mark: what follows may begin as the mark does.
+        marks = (with_image[first : first + length].strip() for first in range(start, max(start - length, -1), -1))
+        return next((mark for mark in marks if MARK_OF_IMAGE.fullmatch(mark)), "")
 
     def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
         """Put tags in the places that a text which has been through the template has for its images."""
         prompt, mark = super()._from_text(request, options), self._image_mark
         text = prompt.text
-        for number in range(len(request.images) if mark else 0):
+        placed = mark and not self._takes_template(request)
+        for number in range(len(request.images) if placed else 0):
             text = text.replace(mark, f"<ov_genai_image_{number}>", 1)
             if f"<ov_genai_image_{number}>" not in text:
                 raise RequestError(

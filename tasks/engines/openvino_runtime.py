@@ -113,6 +113,8 @@ def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
             export=False,
             compile=True,
         )
+    except ImportError as exc:
+        raise EngineError(f"OpenVINO models of this kind need optimum-intel: {last_line(exc)}. Install it.") from exc
     except Exception as exc:
         raise loading_error(path, device, exc) from exc
 

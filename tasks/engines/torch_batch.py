@@ -419,7 +419,9 @@ class EngineSizes:
 
         device, config = input_device(loaded), loaded.config.get_text_config(decoder=True)
         on_cpu = device.type == "cpu"
-        if device.type == "cuda":
+        if options.cache_size_gb:
+            free = int(options.cache_size_gb * 2**30)
+        elif device.type == "cuda":
             free = int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0])
         else:
             free = int(CPU_MEMORY_SHARE * available_bytes())
@@ -427,8 +429,9 @@ class EngineSizes:
         return cls(
             sequences=options.max_num_seqs or (CPU_SEQUENCES if on_cpu else GPU_SEQUENCES),
             step_tokens=options.max_num_batched_tokens or (CPU_STEP_TOKENS if on_cpu else GPU_STEP_TOKENS),
-            cache_bytes=int(options.cache_size_gb * 2**30) if options.cache_size_gb else free,
-            bytes_per_token=int(kv_bytes_per_token(settings, getattr(loaded.dtype, "itemsize", 4))),
+            cache_bytes=free,
+            # Where the configuration does not say, the smallest model there is, until a batch was measured.
+            bytes_per_token=int(kv_bytes_per_token(settings, getattr(loaded.dtype, "itemsize", 4))) or 8,
         )
 
     def lower(self, failed_with: int) -> None:

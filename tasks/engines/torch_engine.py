@@ -309,6 +309,7 @@ class TorchTextEngine(TorchEngine):
         first = self._waiting[0]
         group = [one for one in self._waiting if one is first or self._goes_with(first, one)]
         group = group[: self._sizes.room([], group)]
+        self._at_once = len(group)
         self._waiting = deque(one for one in self._waiting if one not in group)
         return group
 
@@ -334,7 +335,7 @@ class TorchTextEngine(TorchEngine):
         if self._at_once > 1:
             self._sizes.lower(self._at_once)
             logger.warning("The memory ran out with %d sequences at once; going on with fewer.", self._at_once)
-        else:
+        elif self._waiting:
             self._waiting[0].state.fail(
                 "out_of_cache",
                 "The request does not fit into the memory of the device, even alone. "

@@ -78,10 +78,11 @@ def _check_model_files(model: LocalModel, names: list[str]) -> None:
     """Refuse a folder that holds no model, or not the kind that the backend loads."""
     where, is_openvino = f"Folder {model.model_id!r}", is_openvino_folder(names)
     has_weights = is_openvino or any(is_safe_weight(name) for name in names)
+    has_only_openvino = model.backend == "openvino" or not any(map(is_safe_weight, names))
     files = sorted(path.name for path in Path(model.model_id).glob("*.gguf"))
     if files and not has_weights:
         raise ModelSourceError(f"{where} holds GGUF files. Set `model_id` to one of them: {', '.join(files[:5])}.")
-    if "config.json" not in names and not is_openvino:
+    if "config.json" not in names and not (is_openvino and has_only_openvino):
         if "adapter_config.json" in names:
             raise ModelSourceError(f"{where} {describe_weights(set(names), model.backend)}")
         raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")

@@ -14,7 +14,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import PlanError, QualityError
 from prefect_huggingface.tasks.evaluation import compare_export, compare_formats
 from prefect_huggingface.tasks.quality import ExportQuality, FormatQuality, quality_rows
-from prefect_huggingface.tasks.storage.exports.evaluator import compare
+from prefect_huggingface.tasks.storage.exports.evaluator import Seq2SeqSource, compare
 from prefect_huggingface.tasks.storage.exports.exporter import log_softmax
 from support.export_requests import LoggedExport
 
@@ -64,6 +64,26 @@ def test_the_divergence_is_that_of_the_definition(expected: tuple[np.ndarray, li
     ratio = np.exp(np.log(source[rows, targets] / other[rows, targets]).mean())
     assert found["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
     assert found["agreement"] == 1.0
+
+
+def test_an_encoder_decoder_model_reads_each_prompt_as_if_it_were_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
+
+    # Its encoder counts positions from the left, those of what is filled in too.
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    BartForConditionalGeneration(BartConfig(vocab_size=99, init_std=0.5, **sizes, **heads)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    settings = {"source": str(tmp_path), "dtype": "float32", "trust_remote_code": False, "max_new_tokens": 6}
+    source, prompts = Seq2SeqSource(settings), [[5, 6, 7], [8, 9], [5, 6, 7, 8, 9, 10], [13, 14]]
+    found = dict(source.answer_all(prompts))
+    for index, prompt in enumerate(prompts):
+        answer, logits = found[index]
+        with torch.inference_mode():
+            alone = source.model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([answer[:-1]]))
+        assert np.allclose(logits, alone.logits[0].numpy(), atol=1e-4)
 
 
 def test_exports_are_compared_with_their_source(logged_export: LoggedExport) -> None:

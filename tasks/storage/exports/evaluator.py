@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from prefect_huggingface.tasks.storage.exports.exporter import (
     report,
 )
 
-# Entries of the logits of one batch of the source: half a gigabyte.
-LARGEST_LOGITS = 1 << 27
+# Entries of the logits of one batch of the source, a quarter of a gigabyte, of which there are three copies at once.
+LARGEST_LOGITS = 1 << 26
+ROW_BLOCK = 256
 SPEED_TOKENS = 16
 # The engine computes in the precision of the model's properties, half precision and a KV cache in 8 bits for instance,
 # which moves a probability by some hundredths of a nat. Attention that it does not know moves them by far more.
@@ -49,12 +51,15 @@ def main(job_path: str) -> None:
     gc.freeze()
     gc.enable()
     prompts = [source.tokenizer(prompt)["input_ids"] for prompt in job["prompts"]]
-    expected = [
-        keep_answer(prompts[index], answer, logits, Path(job["work"]) / f"{index}.npy")
+    kept = {
+        index: keep_answer(prompts[index], answer, logits, Path(job["work"]) / f"{index}.npy")
         for index, (answer, logits) in source.answer_all(prompts)
-    ]
+    }
+    expected = [kept[index] for index in range(len(prompts))]
     speed, job["eos_token_ids"] = source.speed, source.eos_token_ids
     del source
+    gc.unfreeze()  # what holds the source by a cycle goes with it
+    gc.collect()
     found = {}
     for name, folder in job["exports"].items():
         report(step="export", name=name)
@@ -77,6 +82,7 @@ class CausalSource:
     """The source of a text-generation model, with torch. `speed` is in tokens per second of one prompt alone."""
 
     kind = "AutoModelForCausalLM"
+    takes_padding = True
 
     def __init__(self, job: dict[str, Any]) -> None:
         import transformers
@@ -104,21 +110,20 @@ class CausalSource:
         longest = max(map(len, prompts)) + self.max_new_tokens
         size = max(1, LARGEST_LOGITS // (logits.shape[2] * longest))
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            yield from zip(part, self._answer([prompts[index] for index in part]), strict=True)
+        for _, group in groupby(order, lambda index: 0 if self.takes_padding else len(prompts[index])):
+            alike = list(group)
+            for part in (alike[start : start + size] for start in range(0, len(alike), size)):
+                yield from zip(part, self._answer([prompts[index] for index in part]), strict=True)
 
-    def _answer(self, prompts: list[list[int]]) -> list[tuple[list[int], Any]]:
+    def _answer(self, prompts: list[list[int]]) -> Iterator[tuple[list[int], Any]]:
         import torch
 
         made, logits = self._generate(prompts, self.max_new_tokens)
-        found = []
         for tokens, row, last in zip(prompts, made, logits, strict=True):
             answer = cut(row[-len(last) :], self.eos_token_ids, 0)
             with torch.inference_mode():
                 first = self.model(input_ids=torch.tensor([tokens])).logits[0, :-1].float().numpy()
-            found.append((answer, np.concatenate((first, last[: len(answer)]))))
-        return found
+            yield answer, np.concatenate((first, last[: len(answer)]))
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[list[int]], Any]:
         """Return the rows of tokens that are generated greedily, and the logits of the new ones."""
@@ -170,11 +175,13 @@ class Seq2SeqSource(CausalSource):
     """The source of an encoder-decoder model, with torch. Its answers begin with the start token."""
 
     kind = "AutoModelForSeq2SeqLM"
+    takes_padding = False  # the encoders of Marian and BART count the positions of what is filled in
 
-    def _answer(self, prompts: list[list[int]]) -> list[tuple[list[int], Any]]:
+    def _answer(self, prompts: list[list[int]]) -> Iterator[tuple[list[int], Any]]:
         made, logits = self._generate(prompts, self.max_new_tokens)
-        answers = [cut(row, self.eos_token_ids, 1) for row in made]
-        return [(answer, logits[row, : len(answer) - 1]) for row, answer in enumerate(answers)]
+        for tokens, found in zip(made, logits, strict=True):
+            answer = cut(tokens, self.eos_token_ids, 1)
+            yield answer, found[: len(answer) - 1]
 
 
 class Seq2SeqExport(Seq2SeqSource):
@@ -223,12 +230,17 @@ def compare(candidate: Any, expected: list[dict[str, Any]], ends: list[int]) -> 
     agreeing, divergence = 0, 0.0
     wanted_chosen, found_chosen = [], []
     for entry in expected:
-        wanted, found = np.load(entry["place"]), log_softmax(candidate.logits(entry["tokens"], entry["answer"]))
-        agreeing += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-        divergence += float((np.exp(wanted) * (wanted - found)).sum())
-        chosen = np.arange(len(wanted)), np.asarray(entry["targets"])
-        wanted_chosen.append(wanted[chosen])
-        found_chosen.append(found[chosen])
+        kept, logits = np.load(entry["place"], mmap_mode="r"), candidate.logits(entry["tokens"], entry["answer"])
+        of_entry = []
+        for start in range(0, len(kept), ROW_BLOCK):
+            block = slice(start, start + ROW_BLOCK)
+            wanted, found = np.asarray(kept[block]), log_softmax(logits[block])
+            agreeing += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+            divergence += float((np.exp(wanted) * (wanted - found)).sum())
+            chosen = np.arange(len(wanted)), np.asarray(entry["targets"][block])
+            wanted_chosen.append(wanted[chosen])
+            of_entry.append(found[chosen])
+        found_chosen.append(np.concatenate(of_entry))
     reference, given = np.concatenate(wanted_chosen), np.concatenate(found_chosen)
     if isinstance(candidate, CausalExport):
         told = candidate.log_probabilities([entry["tokens"] + entry["answer"] for entry in expected])

@@ -151,8 +151,8 @@ def known_source(model: LocalModel) -> str | None:
     return known_commit(RepositoryFolder.of(model), revision) if works_offline(model) else None
 
 
-def describe_source(model: LocalModel) -> ExportSource:
-    """Return what is known of the source of a model. Nothing is downloaded or converted.
+def describe_source(model: LocalModel, planned: DownloadPlan | None = None) -> ExportSource:
+    """Return what is known of the source of a model, perhaps with its plan. Nothing is downloaded or converted.
 
     Raises:
         ModelSourceError: If the model is a folder or file that is missing or holds no model.
@@ -162,9 +162,10 @@ def describe_source(model: LocalModel) -> ExportSource:
         found = describe_gguf(model)
         return ExportSource(gguf_commit(model), found.config, found.weights, problem=found.problem)
     if not model.is_local:
-        planned = plan_snapshot(model)
+        planned = planned or plan_snapshot(model)
         if not planned.complete:
             return _describe_remote(model, planned)
+        model = model.model_copy(update={"revision": planned.commit})  # the branch may move
     return describe_snapshot(get_snapshot(model))
 
 

@@ -302,12 +302,15 @@ def parse_module(path: str) -> tuple[dict[str, Any], list[ast.ClassDef]]:
 
     To import it takes ten seconds, which a plan does not have. Both are empty if it cannot be read.
     """
-    nodes = ast.parse(read_source("optimum-intel", path)).body
+    try:
+        nodes = ast.parse(read_source("optimum-intel", path)).body
+    except SyntaxError:
+        nodes = []
     constants: dict[str, Any] = {}
     for node in nodes:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                with suppress(ValueError):
+                with suppress(ValueError, TypeError):
                     constants[name] = literal_value(value, constants)
     return constants, [node for node in nodes if isinstance(node, ast.ClassDef)]
 
@@ -371,8 +374,9 @@ def support_table() -> dict[str, Support]:
                     keywords=[ast.keyword(arg="library_name", value=ast.Constant(value="transformers"))] | [],
                 ):
                     known = table.get(model_type, Support(frozenset())).tasks
-                    named = frozenset(literal_value(ast.List(elts=tasks), constants))
-                    table[model_type] = Support(known | named, *(own.get(name) for name in LIMITS))
+                    with suppress(ValueError, TypeError):
+                        named = frozenset(literal_value(ast.List(elts=tasks), constants))
+                        table[model_type] = Support(known | named, *(own.get(name) for name in LIMITS))
     return table
 
 

@@ -61,6 +61,7 @@ from prefect_huggingface.tasks.storage.files import (
 )
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 from prefect_huggingface.tasks.storage.hub.cache import known_licence
+from prefect_huggingface.tasks.storage.hub.download import plan_snapshot
 from prefect_huggingface.tasks.storage.locks import hold_export, note_use
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot, hash_files
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
@@ -202,11 +203,14 @@ def find_damage(folder: Path, manifest: Manifest, verify: bool = False) -> str |
             return f"File {name!r} is missing."
         if size != entry["size"]:
             return f"File {name!r} has {size} bytes instead of {entry['size']}."
-    hashes = {} if verify else hash_files(folder, list(manifest.files), folder / HASHES)
-    for name, entry in manifest.files.items():
-        digest = hashes[name][1] if name in hashes else hash_file(folder / name)
-        if digest != entry["sha256"]:
-            return f"File {name!r} does not have the content that was exported."
+    try:
+        hashes = {} if verify else hash_files(folder, list(manifest.files), folder / HASHES)
+        for name, entry in manifest.files.items():
+            digest = hashes[name][1] if name in hashes else hash_file(folder / name)
+            if digest != entry["sha256"]:
+                return f"File {name!r} does not have the content that was exported."
+    except OSError as exc:  # another process may just have removed it
+        return f"File {exc.filename!r} cannot be read: {exc.strerror}."
     return None
 
 
@@ -226,15 +230,20 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
         ExportError: If the export failed; nothing was published.
     """
     recipe, commit = resolve_recipe(model, None if model.is_local else model.model_id), known_source(model)
+    planned = plan_snapshot(model) if commit is None and not model.is_local else None
+    commit = planned.commit if planned else commit
     # The source may have been evicted since; what was made from it is enough.
     found = None if commit is None else find_export(model.store_path, export_key(commit, recipe), verify)
     if found is not None:
         return found
-    source = describe_source(model)
-    found = find_export(model.store_path, export_key(source.commit, recipe), verify)
+    source = describe_source(model, planned)
+    if source.commit != commit:
+        found = find_export(model.store_path, export_key(source.commit, recipe), verify)
     if found is not None:
         return found
-    if source.snapshot is None and source.problem is None and not is_openvino_folder(source.files):
+    # What the Hub refuses has an error of its own, in the next step.
+    is_refused = source.problem is not None and not model.is_gguf
+    if source.snapshot is None and not is_refused and not is_openvino_folder(source.files):
         check_plan(make_plan(model, recipe, source))
     snapshot = source.snapshot or get_snapshot(model)
     if snapshot is not source.snapshot:

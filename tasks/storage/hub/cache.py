@@ -64,10 +64,8 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
 _SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
-RULES = 3
-"""Raised whenever other files are chosen than before, so that old manifests are not taken for complete."""
-ADAPTER = "adapter"
-"""What stands in place of a backend where a repository holds no model but an adapter of PEFT."""
+RULES = 3  # raised when other files are chosen than before, so that old manifests are not taken for complete
+ADAPTER = "adapter"  # in place of a backend, for a repository that holds no model but an adapter of PEFT
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -449,11 +447,14 @@ def verify_files(
 
     It is kept where the cache can be written, so that the files are read once.
     """
+    try:  # before they are read, since a copy may be written to meanwhile
+        manifest = make_manifest(folder, commit, key, chosen, **facts)
+    except OSError:
+        return None
     for file in chosen:
         if not has_content(folder.snapshot(commit) / file.path, file.size or 0, str(file.blob_name)):
             logger.warning("%s of %s does not have its hash. Download the model again.", file.path, folder.repo_id)
             return None
-    manifest = make_manifest(folder, commit, key, chosen, **facts)
     logger.info("Verified %d files of %s at %s that were in the cache.", len(chosen), folder.repo_id, commit)
     with suppress(OSError):
         write_manifest(folder, manifest)

@@ -296,7 +296,7 @@ def not_here(model: LocalModel, revision: str) -> OfflineError:
     root = str(RepositoryFolder.of(model).root)
     switch, remedy = "`offline`", "Download it once without `offline`."
     if not model.offline:
-        switch, remedy = "HF_HUB_OFFLINE", "Unset it and download the model once."
+        switch, remedy = "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE)", "Unset it and download the model once."
     return OfflineError(
         f"{model.model_id!r} at {revision!r} is not complete in {root!r} and {switch} is set. {remedy}",
         repo_id=model.model_id,
