@@ -78,9 +78,9 @@ def choose_rows(table_rows: int, rows: int | None, options: BatchOptions) -> Row
     """
     if rows is not None and options.sample is not None:
         raise BatchError(f"`rows` ({rows}) and `sample` ({options.sample}) are two kinds of trial. Leave one out.")
-    if rows is not None and rows < 1:
-        raise BatchError(f"`rows` must be 1 or more, got {rows}. Leave it out for all rows.")
     if rows is not None:
+        if rows < 1:
+            raise BatchError(f"`rows` must be 1 or more, got {rows}. Leave it out for all rows.")
         return range(min(rows, table_rows))
     if options.sample is None:
         return None

@@ -17,14 +17,13 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
@@ -316,27 +315,21 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
         marks = (with_image[first : first + length].strip() for first in range(start, max(start - length, -1), -1))
         return next((mark for mark in marks if MARK_OF_IMAGE.fullmatch(mark)), "")
 
-    def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
-        """Put tags in the places that a text which has been through the template has for its images."""
-        prompt, mark = super()._from_text(request, options), self._image_mark
-        text = prompt.text
-        placed = mark and not self._takes_template(request)
-        for number in range(len(request.images) if placed else 0):
-            text = text.replace(mark, f"<ov_genai_image_{number}>", 1)
-            if f"<ov_genai_image_{number}>" not in text:
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        images, text, mark = state.multimodal.images, prompt.text, self._image_mark
+        tags = [f"<ov_genai_image_{number}>" for number in range(len(images))]
+        for number, tag in enumerate(tags):
+            # A text that has been through the template has the template's own marks.
+            text = text.replace(mark, tag, 1) if mark and tag not in text else text
+            if mark and tag not in text:
                 raise RequestError(
                     "invalid_prompt",
-                    f"The prompt has places for {number} of its {len(request.images)} images. Write {mark!r} where "
-                    "each belongs, or give messages.",
+                    f"The prompt has places for {number} of its {len(images)} images. Write {mark!r} where each "
+                    "belongs, or give messages.",
                 )
-        return replace(prompt, segments=(text,))
-
-    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
-        images = state.multimodal.images
-        state.multimodal.prepared = (prompt.text, [_tensor(image) for image in images])
-        text = prompt.text
-        for number in range(len(images)):
-            text = text.replace(f"<ov_genai_image_{number}>", "", 1)
+        state.multimodal.prepared = (text, [_tensor(image) for image in images])
+        for tag in tags:
+            text = text.replace(tag, "", 1)
         return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
 
     def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
