@@ -43,10 +43,10 @@ stop:
 blocks: $(READY)
 	@$(RUN) -m prefect_huggingface.deployments.defaults $(if $(OVERWRITE),--overwrite)
 
-# Two processes, a file at a time (tests/conftest.py says which stay together): what one of them exports, the other takes
-# from the store that they share.
+# Three processes, a file at a time (tests/conftest.py says which stay together): what one of them exports, the others
+# take from the store that they share. One of them mostly waits for servers, so that three keep two processors busy.
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"

@@ -145,6 +145,42 @@ def batch_embedding(
     )
 
 
+@form_flow(name="batch-rerank", task_runner=_runner)
+def batch_rerank(
+    model: Annotated[LocalModel, titled("Model")],
+    source: Annotated[str, titled("Input file", min_length=1)],
+    destination: Annotated[str, titled("Output file", min_length=1)],
+    query: Annotated[str, titled("Query template", min_length=1)],
+    text: Annotated[str, titled("Text template", min_length=1)],
+    options: Annotated[GenerationOptions | None, titled("Options")] = None,
+    rows: Annotated[Annotated[int, Field(ge=1)] | None, titled("Rows of a trial")] = None,
+    more: Annotated[BatchOptions | None, titled("More options")] = None,
+) -> BatchSummary:
+    """Score how well the text of every row of a table answers its query, and write the scores beside the rows.
+
+    Everything is as for `batch_inference`. The column `score` holds the scores, the higher the better; it is null for a
+    row that failed.
+
+    Args:
+        model: Model with task "text-ranking".
+        source: Input: a JSONL, JSON, CSV, Parquet or Arrow file, a folder or pattern of such files, or an fsspec URL.
+        destination: Output file or URL. Its ending tells the format. It must not exist.
+        query: Template over the columns of what is asked, "{question}" for instance. Other braces are doubled.
+        text: Template over the columns of what is scored, "{title}: {body}" for instance.
+        options: `context_overflow` says what happens to pairs that are too long.
+        rows: Score the first rows only, into a file of their own beside the output.
+        more: Everything that is rarely changed. In Python, its fields may also be given by their own names.
+
+    Returns:
+        Counts, and where the output is.
+
+    Raises:
+        BatchError: If the batch cannot start or go on.
+        TableError: If the input cannot be read or the output cannot be written.
+    """
+    return _put_through(model, source, destination, more, prompt=query, options=options, rows=rows, pair=text)
+
+
 def _put_through(model: Model, source: str, destination: str, more: BatchOptions | None, **asked: Any) -> BatchSummary:
     """Plan a batch and run it, in the journal that is beside its output."""
     more = more or BatchOptions()

@@ -70,6 +70,7 @@ def check_batch(
     rows: int | None = None,
     more: BatchOptions | None = None,
     input_type: InputType | None = None,
+    pair: str | None = None,
 ) -> BatchPlan:
     """Check a batch in the order of cost: the destination, then the input and its columns. Nothing is changed.
 
@@ -80,7 +81,7 @@ def check_batch(
     """
     more = more or BatchOptions()
     output = plan_output(source, destination)
-    job = plan_job(source, prompt, system, options, more, input_type)
+    job = plan_job(source, prompt, system, options, more, input_type, pair)
     if more.id_column:
         check_ids(job.table, more.id_column)
     models = list_models(model, more.steps or ())

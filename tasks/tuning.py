@@ -1,8 +1,9 @@
 """The task that finds the fastest settings of an engine on this machine, and keeps them with the model.
 
 Settings are tried one after the other, each beside the best ones so far: both engines answer the same prompts in turn,
-so that a machine that gets slower for a while makes neither look better. A setting is kept when it is clearly faster
-and the answers stay as good, which is measured by how far they agree with those in full precision.
+so that a machine that gets slower for a while makes neither look better. One turn is enough for a setting that is
+slower. A setting is kept when it is clearly faster and the answers stay as good, which is measured by how far they
+agree with those in full precision.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("DYNAMIC_QUANTIZATION_GROUP_SIZE", (64, 128, 0)),
     ("max_num_batched_tokens", (256, 1024)),
     ("max_num_seqs", (32, 128)),
+    ("prompt_lookup_tokens", (3, 6)),
     ("KV_CACHE_PRECISION", ("bf16", "u4")),
     ("INFERENCE_PRECISION_HINT", ("bf16", "f16")),
     ("INFERENCE_NUM_THREADS", (1, 2, 4, 8, 16)),
@@ -52,6 +54,7 @@ PROMPTS = (
     "Name the planets of the solar system in the order of their distance from the sun.",
 )
 ROWS = 48
+FEW_ROWS = 8
 NEW_TOKENS = 32
 REPEATS = 3
 CLEAR_GAIN = 1.03
@@ -68,7 +71,8 @@ class TuningTrial:
         setting: Name of the setting.
         value: Value that was tried.
         speed_up: How many times as fast as the best settings before it.
-        agreement: Share of the answers, from their beginning, that is the same as in full precision.
+        agreement: Share of the answers, from their beginning, that is the same as in full precision. None for a
+            setting that is no gain, whose answers nobody needs.
         kept: Whether it is faster and answers as well.
         problem: Why it could not be tried, or None.
     """
@@ -76,7 +80,7 @@ class TuningTrial:
     setting: str
     value: Any
     speed_up: float
-    agreement: float
+    agreement: float | None
     kept: bool
     problem: str | None = None
 
@@ -98,30 +102,36 @@ class Tuning:
     path: str
 
 
-def find_settings(model: LocalModel, prompts: Sequence[str] | None = None) -> Tuning:
+def find_settings(model: LocalModel, prompts: Sequence[str] | None = None, *, concurrency: int | None = None) -> Tuning:
     """Measure a small grid of engine settings on this machine and keep the fastest for `load_engine`.
 
     What the model's block gives is not changed and not tried. An engine that is loaded already keeps its settings.
 
     Args:
         model: Model with backend "openvino" for text generation.
-        prompts: Prompts like those of the work to come. When left out, eight of different kinds.
+        prompts: Prompts like those of the work to come. When left out, eight of different kinds. Guessing from the
+            prompt, which pays where answers repeat it and rules out beams, is tried with prompts that are given only.
+        concurrency: Number of prompts at a time in the work to come. When left out, as many as the engine takes.
 
     Returns:
         The settings, their gain, and all trials.
 
     Raises:
-        PlanError: If the model does not run on this engine.
+        PlanError: If the model does not run on this engine, or `concurrency` is below 1.
     """
+    if concurrency is not None and concurrency < 1:
+        raise PlanError(f"`concurrency` must be 1 or more, got {concurrency}. Leave it out for batches.")
     if (model.backend, model.task) != ("openvino", "text-generation"):
         raise PlanError(
             f"Only text generation on OpenVINO is tuned, got task {model.task!r} with backend {model.backend!r}. "
             "Use the settings of the block."
         )
-    with closing(_Search(model, list(prompts or PROMPTS))) as search:
+    with closing(_Search(model, list(prompts or PROMPTS), concurrency)) as search:
         search.begin()
         for name, values in GRID:
-            if name not in model.ov_config and getattr(model.engine, name, None) is None:
+            taken = name in model.ov_config or getattr(model.engine, name, None) is not None
+            fits = prompts and model.engine.draft_model is None and model.options.num_beams == 1
+            if not taken and (fits or name != "prompt_lookup_tokens"):
                 search.try_values(name, values)
         return search.finish()
 
@@ -129,10 +139,12 @@ def find_settings(model: LocalModel, prompts: Sequence[str] | None = None) -> Tu
 class _Search:
     """The best settings so far, with their engine."""
 
-    def __init__(self, model: LocalModel, prompts: list[str]) -> None:
+    def __init__(self, model: LocalModel, prompts: list[str], concurrency: int | None) -> None:
         self._model = model.model_copy(update={"options": GenerationOptions()})
         self._folder = model_folder(model)
-        self._prompts = [prompts[row % len(prompts)] for row in range(max(ROWS, len(prompts)))]
+        rows = max(ROWS, len(prompts)) if concurrency is None else max(concurrency, FEW_ROWS)
+        self._prompts = [prompts[row % len(prompts)] for row in range(rows)]
+        self._concurrency = concurrency or rows
         self._compared = [f"{row}. {prompts[row % len(prompts)]}" for row in range(max(COMPARED_ROWS, len(prompts)))]
         self._round = 0
         self._settings: dict[str, Any] = {}
@@ -157,9 +169,10 @@ class _Search:
             trial = self._try(name, value)
             self._trials.append(trial)
             run_log().info(
-                "%s=%s: %.2f times as fast, agreement %.2f%s (%.0f s)",
-                name, value, trial.speed_up, trial.agreement, ", kept" if trial.kept else "",
-                time.perf_counter() - started,
+                "%s=%s: %.2f times as fast%s%s (%.0f s)",
+                name, value, trial.speed_up,
+                "" if trial.agreement is None else f", agreement {trial.agreement:.2f}",
+                ", kept" if trial.kept else "", time.perf_counter() - started,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -171,7 +184,8 @@ class _Search:
         """Write the settings and return them."""
         trials = [
             {"setting": trial.setting, "value": trial.value, "speed_up": round(trial.speed_up, 3),
-             "agreement": round(trial.agreement, 3), "kept": trial.kept, "problem": trial.problem}
+             "agreement": None if trial.agreement is None else round(trial.agreement, 3), "kept": trial.kept,
+             "problem": trial.problem}
             for trial in self._trials
         ]  # fmt: skip
         facts = {"model": self._folder.name, "speed_up": round(self._speed_up, 3), "trials": trials}
@@ -189,10 +203,13 @@ class _Search:
             engine = self._load(settings)
         except Exception as exc:
             # Not every device and version knows every value.
-            return TuningTrial(name, value, 0.0, 0.0, kept=False, problem=str(exc))
-        agreements = _agreements(_answer(engine, self._compared), self._wanted)
+            return TuningTrial(name, value, 0.0, None, kept=False, problem=str(exc))
         speed_up = self._race(engine)
-        kept = speed_up >= CLEAR_GAIN and not _is_worse(agreements, self._defaults)
+        if speed_up < CLEAR_GAIN:
+            engine.close()
+            return TuningTrial(name, value, speed_up, None, kept=False)
+        agreements = _agreements(_answer(engine, self._compared), self._wanted)
+        kept = not _is_worse(agreements, self._defaults)
         if kept:
             self._best.close()
             self._best, self._settings, self._speed_up = engine, settings, self._speed_up * speed_up
@@ -201,21 +218,28 @@ class _Search:
         return TuningTrial(name, value, speed_up, fmean(agreements), kept=kept)
 
     def _race(self, engine: OpenVINOTextEngine) -> float:
-        """Return how many times as fast as the best one an engine is."""
+        """Return how many times as fast as the best one an engine is. An engine that is slower gets no second turn."""
         seconds: dict[int, list[float]] = {0: [], 1: []}
+        _answer(engine, self._prompts[:1])  # what is made at the first answer
         for _ in range(REPEATS):
             self._round += 1
             for place, runner in enumerate((self._best, engine)):
-                seconds[place].append(_time(runner, [f"{self._round} {prompt}" for prompt in self._prompts]))
+                seconds[place].append(self._time(runner))
+            if seconds[1][0] > seconds[0][0]:
+                break
         return median(seconds[0]) / median(seconds[1])
 
-
-def _time(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> float:
-    options = GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-    started = time.perf_counter()
-    for _ in engine.generate(Request(f"{row} {prompt}", options=options) for row, prompt in enumerate(prompts)):
-        pass
-    return time.perf_counter() - started
+    def _time(self, engine: OpenVINOTextEngine) -> float:
+        """Return the seconds for all prompts, `concurrency` of them at a time."""
+        options = GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        requests = [
+            Request(f"{self._round} {row} {prompt}", options=options) for row, prompt in enumerate(self._prompts)
+        ]
+        started = time.perf_counter()
+        for first in range(0, len(requests), self._concurrency):
+            for _ in engine.generate(requests[first : first + self._concurrency]):
+                pass
+        return time.perf_counter() - started
 
 
 def _answer(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> list[str]:

@@ -38,7 +38,7 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     inspect_table,
 )
 
-JOURNAL_VERSION = 4
+JOURNAL_VERSION = 5
 VERSIONED_PACKAGES = {"openvino": ("openvino", "openvino-genai"), "torch": ("torch", "transformers")}
 ENDPOINT_FIELDS = ("url", "model_id", "provider", "protocol", "send_prompts_as", "extra_options")
 DECISIVE_FIELDS = (
@@ -46,14 +46,15 @@ DECISIVE_FIELDS = (
 )  # fmt: skip
 SOURCE_FIELDS = ("model_id", "revision", "weight_format", "quantization", "adapters")
 FINGERPRINT_FIELDS = (
-    "prompt", "messages_column", "system", "option_columns", "options", "steps", "input_type", "versions",
+    "prompt", "messages_column", "system", "option_columns", "options", "steps", "input_type", "pair", "versions",
 )  # fmt: skip
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
-VECTOR_COLUMNS = ("embedding", "status", "prompt_tokens", "seconds", "error")
+VECTOR_COLUMNS = ("status", "prompt_tokens", "seconds", "error")
 MAX_DUPLICATES = 10_000
 
 KeepJournal = Literal["failed", "always", "never"]
 Model = LocalModel | InferenceEndpoint
+OutputKind = Literal["text", "vectors", "scores"]
 InputType = Literal["query", "document"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Commits = Sequence[str | None]
@@ -122,7 +123,7 @@ class Output:
         timings: Whether the column `seconds` is filled. Times differ from run to run.
         fields: Columns for the values of structured answers, with their JSON types.
         steps: Names of the steps of a chain, whose outputs take the place of the completion.
-        vectors: Whether vectors take the place of the completion.
+        kind: Whether vectors or scores take the place of the completion.
     """
 
     destination: str
@@ -132,13 +133,13 @@ class Output:
     timings: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     steps: tuple[str, ...] = ()
-    vectors: bool = False
+    kind: OutputKind = "text"
 
     @property
     def own(self) -> tuple[str, ...]:
         """Columns that every output has, without the prefix."""
-        if self.vectors:
-            return VECTOR_COLUMNS
+        if self.kind != "text":
+            return ("embedding" if self.kind == "vectors" else "score", *VECTOR_COLUMNS)
         return (*(self.steps or OUTPUT_COLUMNS[:1]), *OUTPUT_COLUMNS[1:])
 
     @property
@@ -162,6 +163,7 @@ class BatchJob:
         served_names: Names under which requests in the OpenAI format may call the model.
         duplicate_rows: Rows of the OpenAI format whose id an earlier row has.
         input_type: Whether the texts are queries or documents, in a batch of vectors; None in others.
+        pair: Template of the texts that are scored for the prompt, in a batch of scores; None in others.
     """
 
     table: Table
@@ -179,6 +181,12 @@ class BatchJob:
     served_names: tuple[str, ...] = ()
     duplicate_rows: tuple[int, ...] = ()
     input_type: InputType | None = None
+    pair: str | None = None
+
+    @property
+    def kind(self) -> OutputKind:
+        """What the rows get."""
+        return "scores" if self.pair is not None else "text" if self.input_type is None else "vectors"
 
     @property
     def key(self) -> str:
@@ -218,8 +226,9 @@ class BatchJob:
             task = self.asked[0].get("task") if self.asked else None
             return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task)
         return PromptRows(
-            self.prompt, self.system, self.messages_column, self.option_columns, options, is_greedy, self.input_type
-        )
+            self.prompt, self.system, self.messages_column, self.option_columns, options, is_greedy, self.input_type,
+            self.pair,
+        )  # fmt: skip
 
 
 def _hash(value: Any) -> str:
@@ -268,6 +277,7 @@ def plan_job(
     options: GenerationOptions | None = None,
     more: BatchOptions | None = None,
     input_type: InputType | None = None,
+    pair: str | None = None,
 ) -> BatchJob:
     """Look at the input and check that it has what the prompt needs. The models are added by `describe_models`.
 
@@ -296,7 +306,7 @@ def plan_job(
     if more.steps and more.option_columns:
         raise BatchError("`option_columns` does not go with `steps`. Give the steps `options`.")
     ChainRows(more.steps or ())  # so that a broken template is found before the input is read
-    needed = PromptRows(prompt, system, more.messages_column, tuple(more.option_columns)).columns
+    needed = PromptRows(prompt, system, more.messages_column, tuple(more.option_columns), pair=pair).columns
     table = inspect_table(source, more.source_format, more.source_options)
     missing = [name for name in needed if name not in table.columns]
     if missing:
@@ -311,7 +321,9 @@ def plan_job(
         for step, number in zip(more.steps or (), number_models(more.steps or ()), strict=True)
     )
     columns = tuple(more.option_columns)
-    return BatchJob(table, prompt, more.messages_column, system, columns, given, steps, input_type=input_type)
+    return BatchJob(
+        table, prompt, more.messages_column, system, columns, given, steps, input_type=input_type, pair=pair
+    )
 
 
 def number_models(steps: Sequence[ChainStep]) -> list[int]:
@@ -461,10 +473,12 @@ def describe_models(job: BatchJob, models: Sequence[Model], served_names: Sequen
     """
     for model in models:
         task = getattr(model, "task", None)
-        if job.input_type is None and task in VECTOR_TASKS and job.table.format != "openai":
-            raise BatchError(f"{model.model_id!r} is for {task!r} and generates no text. Use `batch_embedding`.")
-        if job.input_type is not None and task != "feature-extraction":
-            raise BatchError(f"The `task` of {model.model_id!r} must be 'feature-extraction', got {task!r}. Set it.")
+        if job.kind == "text" and task in VECTOR_TASKS and job.table.format != "openai":
+            flow = "batch_embedding" if task == "feature-extraction" else "batch_rerank"
+            raise BatchError(f"{model.model_id!r} is for {task!r} and generates no text. Use `{flow}`.")
+        wanted = {"vectors": "feature-extraction", "scores": "text-ranking"}.get(job.kind, task)
+        if task != wanted:
+            raise BatchError(f"The `task` of {model.model_id!r} must be {wanted!r}, got {task!r}. Set it.")
     given = GenerationOptions(**job.options)
 
     def is_greedy(number: int, own: Mapping[str, Any] | None) -> bool:

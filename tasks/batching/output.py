@@ -138,16 +138,16 @@ def choose_columns(
     if columns and len(set(columns)) < len(columns):
         repeated = sorted({name for name in columns if list(columns).count(name) > 1})
         raise BatchError(f"`columns` names {', '.join(map(repr, repeated))} twice. Name each column once.")
-    steps, is_vectors = tuple(step["name"] for step in job.steps), job.input_type is not None
-    if is_vectors and output.format not in VECTOR_FORMATS:
+    steps = tuple(step["name"] for step in job.steps)
+    if job.kind == "vectors" and output.format not in VECTOR_FORMATS:
         raise BatchError(
             f"`destination` must be a table that holds vectors, got {output.destination!r}. End it with .parquet."
         )
     asked = [model.options.model_dump(mode="json") if model else None, job.options]
-    fields = {} if steps or is_vectors else get_fields(asked)
+    fields = {} if steps or job.kind != "text" else get_fields(asked)
     kept_columns = None if columns is None else tuple(columns)
     chosen = Output(
-        output.destination, output.format, kept_columns, more.output_prefix, more.timings, fields, steps, is_vectors
+        output.destination, output.format, kept_columns, more.output_prefix, more.timings, fields, steps, job.kind
     )
     kept = table.columns if columns is None else columns
     twice = sorted(set(kept) & set(chosen.added) | {name for name in steps if name in OUTPUT_COLUMNS[1:]})
@@ -362,7 +362,7 @@ def _json_type(schema: Any) -> str:
 
 
 class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
-    """Writes the rows of the input with the columns that are added: answers, values in them, reasoning, vectors.
+    """Writes the rows of the input with what is added: answers, values in them, reasoning, vectors, scores.
 
     The journal, which has all rows, is looked through for reasoning, or for the first vector.
     """
@@ -373,12 +373,13 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         self._output, maker = output, job.make_requests()
         steps = maker.steps if isinstance(maker, ChainRows) else ()
         self._parsed = {step.name: step for step in steps if step.parser != "text"}
-        self._vector_type = pa.list_(pa.float32(), _dimensions_of(job, journal) if output.vectors else 0)
+        size = _dimensions_of(job, journal) if output.kind == "vectors" else 0
+        self._vector_type = pa.list_(pa.float32(), size) if output.kind == "vectors" else pa.float64()
         # Columns for the reasoning of the model, each with the column of the journal's rows that holds it.
-        self._reasoning = {} if output.vectors else _reasoning_columns(job, journal, output)
+        self._reasoning = _reasoning_columns(job, journal, output) if output.kind == "text" else {}
         kinds = {
             "prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64(),
-            "embedding": self._vector_type if output.vectors else pa.string(),
+            **({output.own[0]: self._vector_type} if output.kind != "text" else {}),
         }  # fmt: skip
         json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
         self._fields = {name: json_kinds.get(kind, pa.string()) for name, kind in output.fields.items()}
@@ -399,8 +400,8 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         import pyarrow as pa
 
         columns = {name: answers[name].combine_chunks() for name in self._output.own if name in answers.column_names}
-        if self._output.vectors:
-            columns["embedding"] = _vector_column(answers, self._vector_type)
+        if self._output.kind != "text":
+            columns[self._output.own[0]] = _vector_column(answers, self._vector_type)
         if not self._output.timings:
             columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
         for name, step in self._parsed.items():
@@ -455,17 +456,19 @@ def read_vector(details: str | None) -> Any | None:
 
 
 def _vector_column(answers: Any, kind: Any) -> Any:
-    """Return the vectors as lists of a fixed size; those of rows that failed are null."""
+    """Return the vectors as lists of a fixed size, or as scores; those of rows that failed are null."""
     import numpy as np
     import pyarrow as pa
 
     found = [read_vector(details) for details in answers["details"].to_pylist()]
-    values = np.zeros((len(found), kind.list_size), dtype=np.float32)
+    missing = np.array([vector is None for vector in found], dtype=bool)
+    values = np.zeros((len(found), kind.list_size if pa.types.is_fixed_size_list(kind) else 1), dtype=np.float32)
     for place, vector in enumerate(found):
         if vector is not None:
             values[place] = vector
-    missing = pa.array([vector is None for vector in found], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=missing)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=pa.array(missing))
+    return pa.array(values[:, 0], kind, mask=missing)
 
 
 def _read_details(text: str | None) -> dict[str, Any]:

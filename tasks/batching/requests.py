@@ -139,7 +139,7 @@ class PromptRows:
     """Makes requests of a template or of a column of messages.
 
     `greedy` says whether equal prompts have equal answers; each of the `option_columns` holds the generation option of
-    the same name, put over the `options` of the batch.
+    the same name, put over the `options` of the batch. `pair` is the template of a text that is scored for the prompt.
     """
 
     def __init__(
@@ -151,18 +151,22 @@ class PromptRows:
         options: GenerationOptions | None = None,
         greedy: bool = True,
         input_type: Literal["query", "document"] | None = None,
+        pair: str | None = None,
     ) -> None:
         self._prompt = Template(prompt) if isinstance(prompt, str) else prompt
+        self._pair = Template(pair) if pair is not None else None
         self._system = Template(system) if system is not None else None
         self._messages, self._option_columns, self._greedy = messages_column, option_columns, greedy
         self._options = options or GenerationOptions()
-        self._values = {"options": self._options, "input_type": input_type}
+        self._values: dict[str, Any] = {"options": self._options, "input_type": input_type}
         self._known: dict[str, GenerationOptions] = {}
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that every row must have."""
-        templates = [name for template in (self._prompt, self._system) if template for name in template.columns]
+        templates = [
+            name for template in (self._prompt, self._system, self._pair) if template for name in template.columns
+        ]
         own = (self._messages,) if self._messages else ()
         return tuple(dict.fromkeys([*templates, *own, *self._option_columns]))
 
@@ -181,6 +185,9 @@ class PromptRows:
         if self._prompt is not None and self._system is None:
             prompt = self._prompt.render(row)
             values = self._values if options is self._options else {**self._values, "options": options}
+            if self._pair is not None:
+                values = {**values, "pair": self._pair.render(row)}
+                suffix = f"\0{values['pair']}{suffix}"
             return RowRequest(number, prompt + suffix, prompt, values, greedy)
         messages = self._conversation(row)
         text = json.dumps(messages, ensure_ascii=False, default=str) + suffix

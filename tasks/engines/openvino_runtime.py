@@ -44,7 +44,7 @@ NO_TOKEN = 2**31 - 1
 CLEARING_STEPS = 4
 # Settings that `tune_engine` finds for one model on one machine.
 TUNINGS_FOLDER = "tunings"
-ENGINE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens")
+ENGINE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens", "prompt_lookup_tokens")
 
 
 def compile_properties(model: LocalModel) -> dict[str, Any]:
@@ -135,6 +135,9 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
     names = [name for name in ("presence_penalty", "frequency_penalty") if getattr(options, name) < 0]
     remedy = "Use `repetition_penalty` below 1, or the torch backend."
     refuse_options(options, names, "below zero does not work on OpenVINO", remedy)
+    if engine.prompt_lookup_tokens is not None:
+        remedy = "Load the model without it, with `tuned=False` in its engine options where tuning found it."
+        refuse_options(options, ["num_beams"], "does not work with `prompt_lookup_tokens`", remedy)
     if engine.draft_model is not None:
         # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
         # https://github.com/openvinotoolkit/openvino.genai/issues/4190 and 4081

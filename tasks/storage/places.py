@@ -50,6 +50,11 @@ class Place:
         return "://" not in self.url
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the place is in a repository of the Hub."""
+        return self.url.startswith("hf://")
+
+    @property
     def name(self) -> str:
         """Last part of the path."""
         return self.url.rstrip("/").rpartition("/")[2]
@@ -284,7 +289,7 @@ def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
     if "://" not in url:
         return fsspec.filesystem("file"), url
     try:
-        system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
+        system, path = fsspec.url_to_fs(url, **(_hub if Place(url).is_on_hub else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     if is_fresh:

@@ -52,13 +52,13 @@ def main() -> None:
             arguments.rows[0], arguments.format, arguments.folder
         )
         return
+    home = str(arguments.folder / "prefect")
+    environment = {**os.environ, "PREFECT_HOME": home, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     defaults = {"scale": [10_000, 100_000, 1_000_000], "overhead": [2000], "sharing": [1000]}
     for rows in arguments.rows or defaults[arguments.benchmark]:
         command = [sys.executable, __file__, f"_{arguments.benchmark}", "--rows", str(rows)]
         more = ["--format", arguments.format, "--folder", str(arguments.folder)]
-        subprocess.run(
-            command + more, check=True, env={**os.environ, "PREFECT_HOME": str(arguments.folder / "prefect")}
-        )
+        subprocess.run(command + more, check=True, env=environment)
 
 
 @contextmanager

@@ -19,13 +19,14 @@ Run = Callable[[Job], int]
 STATIC_BATCH = 8
 
 
-def ours(folder: str, *, tuned: bool = True) -> Run:
+def ours(folder: str, *, tuned: bool = True, **properties: Any) -> Run:
     """Return this library's engine, with or without the settings that were found for this machine."""
     from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
     from prefect_huggingface.tasks.engines.registry import load_engine
     from prefect_huggingface.tasks.records import Request
 
-    engine = load_engine(LocalModel(model_id=folder, chat_template="never", engine=EngineOptions(tuned=tuned)))
+    options = EngineOptions(tuned=tuned)
+    engine = load_engine(LocalModel(model_id=folder, chat_template="never", engine=options, ov_config=properties))
 
     def request(prompt: str, tokens: int) -> Request:
         return Request(prompt, options=GenerationOptions(max_new_tokens=tokens, ignore_eos=True))
@@ -161,7 +162,7 @@ def in_one_list(run: Run) -> Run:
 
 
 CONTENDERS: dict[str, Callable[..., Run]] = {
-    "ours": lambda folder: ours(folder, tuned=False),
+    "ours": lambda folder, **properties: ours(folder, tuned=False, **properties),
     "ours, tuned": ours,
     "ours, one list": lambda folder: in_one_list(ours(folder, tuned=False)),
     "continuous batching, tuned by hand": lambda folder: continuous_batching(
@@ -177,11 +178,11 @@ CONTENDERS: dict[str, Callable[..., Run]] = {
 }
 
 
-def serve(name: str, folder: str) -> None:
-    """Load an engine, and do the workloads that come on the standard input."""
+def serve(name: str, folder: str, properties: str = "{}") -> None:
+    """Load an engine, with properties of OpenVINO in JSON, and do the workloads that come on the standard input."""
     # What the libraries print must not come between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
-    run = CONTENDERS[name](folder)
+    run = CONTENDERS[name](folder, **json.loads(properties))
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         started, processor = time.perf_counter(), time.process_time()
@@ -192,4 +193,4 @@ def serve(name: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2])
+    serve(*sys.argv[1:])

@@ -132,20 +132,21 @@ def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], re
                     figures[workload.name].setdefault(worker.name, []).append(rates)
         for worker in workers:
             worker.close()
-        print_table(workload.name, figures[workload.name], limits)
+        print_table(workload, figures[workload.name], limits)
     return figures
 
 
-def print_table(title: str, figures: dict[str, list[tuple[float, float]]], limits: Limits) -> None:
+def print_table(workload: Workload, figures: dict[str, list[tuple[float, float]]], limits: Limits) -> None:
     """Print the medians of one workload, how many times slower than this library each engine is, and shares of limits.
 
-    The limit of one stream is the read bandwidth over the bytes of the weights, that of a batch the rate of products in
-    bfloat16. What is read of keys and values is left out, so that the shares are a little too small.
+    The limit of one stream is the read bandwidth over the bytes of the weights, that of a batch the rate of products
+    for its new tokens and those of its prompts, in the fastest precision of this machine. What is read of keys and
+    values, and the products of attention, are left out, so that the shares are a little too small.
     """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=workload.name)
     for heading in ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit"):
         table.add_column(heading)
     own, own_core = medians(figures["ours"])
@@ -153,7 +154,7 @@ def print_table(title: str, figures: dict[str, list[tuple[float, float]]], limit
         (clock, core), by_clock = medians(rates), [rate for rate, _ in rates]
         cells = (clock, min(by_clock), max(by_clock), own / clock, core, own_core / core)
         shown = [f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)]
-        table.add_row(name, *shown, f"{limits.share(title, clock):.2f}")
+        table.add_row(name, *shown, f"{limits.share(workload, clock):.2f}")
     Console(width=120).print(table)
 
 
@@ -171,11 +172,13 @@ class Limits:
     weight_bytes: int
     parameters: int
 
-    def share(self, workload: str, tokens_per_second: float) -> float:
+    def share(self, workload: Workload, tokens_per_second: float) -> float:
         """Return the share of the limit of a workload."""
-        if workload == "alone":
+        if workload.name == "alone":
             return share_of_bandwidth(self.machine, tokens_per_second, self.weight_bytes)
-        return share_of_products(self.machine, tokens_per_second, self.parameters, "bf16")
+        tokens = tokens_per_second * (1 + workload.read_tokens / workload.tokens)
+        products = self.machine.products
+        return share_of_products(self.machine, tokens, self.parameters, max(products, key=products.__getitem__))
 
 
 def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:

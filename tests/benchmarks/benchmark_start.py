@@ -20,6 +20,16 @@ from benchmark_engines import install_peer
 from benchmark_models import make_checkpoint, make_exports
 
 PROMPT = "The capital of France is"
+BARE = f"""
+import sys
+from openvino_genai import GenerationConfig, LLMPipeline, StreamingStatus
+config = GenerationConfig()
+config.max_new_tokens, config.ignore_eos, config.apply_chat_template = 8, True, False
+def show(piece):
+    print(repr(piece), flush=True)
+    return StreamingStatus.STOP
+LLMPipeline(sys.argv[1], "CPU").generate({PROMPT!r}, config, show)
+"""
 SCRIPTS = {
     "ours": f"""
 import sys
@@ -32,16 +42,9 @@ print(repr(next(stream)), flush=True)
 stream.close()
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """,
-    "bare OpenVINO GenAI": f"""
-import sys
-from openvino_genai import GenerationConfig, LLMPipeline, StreamingStatus
-config = GenerationConfig()
-config.max_new_tokens, config.ignore_eos, config.apply_chat_template = 8, True, False
-def show(piece):
-    print(repr(piece), flush=True)
-    return StreamingStatus.STOP
-LLMPipeline(sys.argv[1], "CPU").generate({PROMPT!r}, config, show)
-""",
+    "bare OpenVINO GenAI": BARE,
+    # What this library needs of Prefect: blocks and tasks.
+    "bare OpenVINO GenAI after Prefect's import": f"import prefect.blocks.core, prefect.tasks{BARE}",
     "langchain-huggingface, openvino": f"""
 import sys
 from langchain_huggingface import HuggingFacePipeline
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often each script is started")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
-    work = arguments.output.absolute() / "smollm2-135m-shape"
+    work = arguments.output.absolute() / "135m-shape"
     export = make_exports(make_checkpoint(work / "checkpoint"), work / "store", ["int8"])["int8"]
     peers = install_peer(arguments.output.absolute() / "peers")
     names = [name for name in SCRIPTS if peers is not None or not name.startswith("langchain")]

@@ -13,12 +13,15 @@ class Workload:
 
     Attributes:
         threads: Number of threads that submit one prompt at a time, 0 for one list.
+        read_tokens: Tokens of all prompts, about: what makes them differ in every repeat is not counted, and of a
+            beginning that they share only one.
     """
 
     name: str
     prompts: list[str]
     new_tokens: list[int]
     threads: int = 0
+    read_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -48,13 +51,19 @@ def make_workloads(tokenizer_file: Path, *, quick: bool = False) -> list[Workloa
         return str(tokenizer.decode([choose.randrange(300, vocabulary) for _ in range(tokens)]))
 
     rows, new = (16, 16) if quick else (64, 64)
-    mixed = [text(choose.randint(16, 256)) for _ in range(rows)]
+    lengths = [choose.randint(16, 256) for _ in range(rows)]
+    mixed = [text(length) for length in lengths]
     shared = text(300)
     skewed = [min(int(choose.expovariate(1 / 40)) + 4, 256) for _ in range(rows)]
     return [
-        Workload("mixed", mixed, [new] * rows),
-        Workload("shared", [f"{shared} {text(12)}" for _ in range(4 * rows)], [16] * 4 * rows),
-        Workload("skewed", [text(32) for _ in range(rows)], skewed),
-        Workload("alone", mixed[:1], [new]),
-        Workload("threads", mixed, [new] * rows, threads=8),
+        Workload("mixed", mixed, [new] * rows, read_tokens=sum(lengths)),
+        Workload(
+            "shared",
+            [f"{shared} {text(12)}" for _ in range(4 * rows)],
+            [16] * 4 * rows,
+            read_tokens=300 + 12 * 4 * rows,
+        ),
+        Workload("skewed", [text(32) for _ in range(rows)], skewed, read_tokens=32 * rows),
+        Workload("alone", mixed[:1], [new], read_tokens=lengths[0]),
+        Workload("threads", mixed, [new] * rows, threads=8, read_tokens=sum(lengths)),
     ]

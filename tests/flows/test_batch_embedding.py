@@ -1,4 +1,4 @@
-"""Vectors of tables: the flow from the input to a column of vectors, and lines of OpenAI's batch format."""
+"""Vectors and scores of tables: the flows from the input to their columns, and lines of OpenAI's batch format."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.flows import batch_embedding, batch_inference
-from prefect_huggingface.tasks import embed_texts
+from prefect_huggingface.flows import batch_embedding, batch_inference, batch_rerank
+from prefect_huggingface.tasks import embed_texts, rerank_texts
 from prefect_huggingface.tasks.errors import BatchError
 from support.batch_runs import read_answers, start_batch
 from support.prefect_services import wait_until
-from support.vector_models import TEXTS, make_embedder
+from support.vector_models import TEXTS, make_embedder, make_ranker
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -27,6 +28,12 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 def model(session_folder: Path) -> LocalModel:
     folder = make_embedder(session_folder / "batches" / "embedder", "xlm-roberta")
     return LocalModel(model_id=str(folder), task="feature-extraction", backend="torch", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def reranker(session_folder: Path) -> LocalModel:
+    folder = make_ranker(session_folder / "batches" / "reranker", "bge-reranker")
+    return LocalModel(model_id=str(folder), task="text-ranking", backend="torch", dtype="float32")
 
 
 @pytest.fixture
@@ -97,6 +104,45 @@ def test_lines_of_the_openai_format_are_embedded(tmp_path: Path, model: LocalMod
     assert answers[0]["body"]["usage"]["prompt_tokens"] > 0
     [error] = (tmp_path / "out.errors.jsonl").read_text().splitlines()
     assert json.loads(error)["response"]["status_code"] == 400
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_scores_stand_beside_the_rows(tmp_path: Path, source: Path, reranker: LocalModel, form: str) -> None:
+    destination = tmp_path / f"out.{form}"
+
+    summary = batch_rerank(reranker, str(source), str(destination), "Row?", "{text}", show_progress=False)
+
+    table = pq.read_table(destination) if form == "parquet" else csv.read_csv(destination)
+    assert table["status"].to_pylist() == ["ok"] * 6 + ["missing_value", "ok", "too_long"]
+    expected = [score.score for score in rerank_texts.fn(reranker, "Row?", [*TEXTS, TEXTS[0]])]
+    scores = table["score"].to_pylist()
+    assert [score is None for score in scores] == [status != "ok" for status in table["status"].to_pylist()]
+    assert np.allclose([score for score in scores if score is not None], expected, atol=1e-6)
+    assert len(set(scores[:6])) == 6
+    assert (summary.rows, summary.succeeded, summary.failed, summary.shared) == (9, 7, 2, 1)
+
+
+def test_pairs_are_the_same_only_with_the_same_query(tmp_path: Path, reranker: LocalModel) -> None:
+    source, destination = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text("asked,answer\nOne?,Two\nTwo?,Two\nOne?,Two\n")
+
+    summary = batch_rerank(reranker, str(source), str(destination), "{asked}", "{answer}", show_progress=False)
+
+    found = [json.loads(line)["score"] for line in destination.read_text().splitlines()]
+    assert found[0] == found[2] != found[1]
+    assert summary.shared == 1
+
+
+def test_a_batch_of_scores_that_cannot_be_is_refused(
+    tmp_path: Path, source: Path, model: LocalModel, reranker: LocalModel
+) -> None:
+    out = str(tmp_path / "out.csv")
+    with pytest.raises(BatchError, match="text-ranking"):
+        batch_rerank(model, str(source), out, "One?", "{text}", show_progress=False)
+    with pytest.raises(BatchError, match="batch_rerank"):
+        batch_inference(reranker, str(source), out, "{text}", show_progress=False)
+    with pytest.raises(BatchError, match="no column 'body'"):
+        batch_rerank(reranker, str(source), out, "{text}", "{body}", show_progress=False)
 
 
 @pytest.mark.slow

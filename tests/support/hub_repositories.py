@@ -54,13 +54,14 @@ def store_file(name: str, content: bytes | Path) -> StoredFile:
 
 @dataclass
 class Repository:
-    """One model repository with its history.
+    """One repository with its history: of a model, or of data if its name begins with `datasets/`.
 
     Attributes:
         name: Id of the repository, `organisation/name`.
         gated: False, "auto" or "manual", as on the Hub.
         private: Whether only `readers` may see that it exists.
         readers: Users that may read the content of a gated or private repository.
+        writers: Users that may write to it.
         commits: Files of each commit, by the commit's sha.
         references: Commit of each branch and tag.
         tags: Those references that are tags.
@@ -73,6 +74,7 @@ class Repository:
     gated: str | bool = False
     private: bool = False
     readers: set[str] = field(default_factory=set)
+    writers: set[str] = field(default_factory=set)
     commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import time
@@ -18,10 +20,11 @@ from support.hub_transfers import FileResponse
 
 _API = re.compile(
     # An id may lack its organisation, so that a word of the API is no name after a first part.
-    r"^/api/models/((?:[^/]+/(?!(?:revision|tree|paths-info|refs|auth-check)(?:/|$)))?[^/]+?)"
-    r"(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+))?)?(?:/(.*))?$"
+    r"^/api/(?:models/|(?=datasets/))"
+    r"((?:datasets/)?(?:[^/]+/(?!(?:revision|tree|paths-info|refs|auth-check|preupload|commit)(?:/|$)))?[^/]+?)"
+    r"(?:/(revision|tree|paths-info|refs|auth-check|preupload|commit)(?:/([^/]+))?)?(?:/(.*))?$"
 )
-RESOLVE = re.compile(r"^/((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)$")
+RESOLVE = re.compile(r"^/((?:datasets/)?(?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)$")
 _CDN = re.compile(r"^/lfs/([0-9a-f]{64})/(.+)$")
 
 
@@ -79,19 +82,43 @@ class HubRoutes:
             return JSONResponse(_references(repository))
         if verb == "auth-check":
             return self._gate(repository, user) or JSONResponse({})
+        if verb in ("preupload", "commit"):
+            return await self._write(repository, user, verb, request)
         commit = repository.find(unquote(revision or "main"))
         if commit is None:
             return _refusal(404, "RevisionNotFound", f"Invalid rev id: {unquote(revision or 'main')}")
         if verb == "tree":
-            return self._tree(repository, commit, request)
+            return self._tree(repository, commit, unquote(rest or ""), request)
         if verb == "paths-info":
             wanted = parse_qs((await request.body()).decode()).get("paths", [])
             return JSONResponse([entry for entry in repository.tree(commit) if entry["path"] in wanted])
         return JSONResponse(repository.describe(commit, "blobs" in request.query_params))
 
-    def _tree(self, repository: Repository, commit: str, request: Request) -> Response:
+    async def _write(self, repository: Repository, user: str | None, verb: str, request: Request) -> Response:
+        """Take files on the branch `main` as they stand in the request, none of them as a large one."""
+        if user not in repository.writers:
+            return _refusal(403, None, "You have no right to write to this repository")
+        body = await request.body()
+        if verb == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return JSONResponse(
+                {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+            )
+        files = {name: file.content for name, file in repository.commits[repository.references["main"]].items()}
+        for entry in map(json.loads, body.splitlines()):
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "deletedFile":
+                del files[entry["value"]["path"]]
+        commit = repository.commit(files)
+        address = f"{self.endpoint}/{repository.name}/commit/{commit}"
+        return JSONResponse({"success": True, "commitOid": commit, "commitUrl": address})
+
+    def _tree(self, repository: Repository, commit: str, folder: str, request: Request) -> Response:
         start = int(request.query_params.get("cursor", 0))
-        entries = repository.tree(commit)
+        entries = [entry for entry in repository.tree(commit) if str(entry["path"]).startswith(folder and f"{folder}/")]
+        if folder and not entries:
+            return _refusal(404, "EntryNotFound", f"{folder} does not exist")
         page, headers = entries[start : start + self.page_size], {}
         if start + self.page_size < len(entries):
             address = (

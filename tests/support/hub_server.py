@@ -2,7 +2,7 @@
 
 It runs on two loopback ports, one for the Hub and one for the CDN, which is another host for the client. It knows users
 and their tokens, public, private and gated repositories, branches and tags, ranges and signed addresses that expire,
-and it makes the faults that it is told to make (see `hub_faults`). Uploads are not supported.
+repositories of data that take small files, and it makes the faults that it is told to make (see `hub_faults`).
 
 To try it, put checkpoints into folders FOLDER/organisation/name and start it from the folder `tests`:
 

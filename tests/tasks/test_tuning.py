@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from prefect_huggingface.blocks import EngineOptions, LocalModel, ModelStore
+from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ModelStore
 from prefect_huggingface.tasks import tuning
 from prefect_huggingface.tasks.engines.openvino_runtime import read_settings, tuning_file, with_settings, write_settings
 from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import PlanError
+from prefect_huggingface.tasks.records import Request
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_settings_are_tried_kept_and_used(model, tiny_openvino, monkeypatch):
         ("KV_CACHE_PRECISION", "nonsense", False),
     ]
     assert "nonsense" in found.trials[-1].problem
-    assert all(0 <= trial.agreement <= 1 for trial in found.trials)
+    assert all(0 <= trial.agreement <= 1 for trial in found.trials[:2])
     assert json.loads(Path(found.path).read_text())["settings"] == dict(found.settings)
     engine = load_engine(model).unshared
     assert engine.tuned(model, tiny_openvino).ov_config == {"KV_CACHE_PRECISION": "u8"}
@@ -44,8 +45,52 @@ def test_what_is_no_gain_is_not_kept(model, monkeypatch):
     monkeypatch.setattr(tuning, "GRID", (("max_num_seqs", (1,)),))
     found = tuning.find_settings(model, ["Hello there"])
     assert found.trials[0].speed_up < 1
+    assert found.trials[0].agreement is None  # nobody needs its answers
     assert found.settings == {}
     assert found.speed_up == 1.0
+
+
+def test_guessing_from_the_prompt_is_tried_on_the_work_to_come_and_used(model, monkeypatch):
+    monkeypatch.setattr(tuning, "GRID", (("prompt_lookup_tokens", (3,)),))
+    monkeypatch.setattr(tuning, "CLEAR_GAIN", 0.01)
+    prompts = ["One two three one two three one two three"]
+    expected = [load_engine(model).generate([Request(prompt)]) for prompt in prompts]
+    expected = [completion.text for answers in expected for completion in answers]
+    unload_engines()
+    found = tuning.find_settings(model, prompts, concurrency=1)
+    assert dict(found.settings) == {"prompt_lookup_tokens": 3}
+    engine = load_engine(model)
+    assert engine.unshared.tuned(model, Path(model.model_id)).engine.prompt_lookup_tokens == 3
+    assert [completion.text for completion in engine.generate(map(Request, prompts))] == expected
+    unlike = model.model_copy(update={"options": GenerationOptions(num_beams=2)})
+    assert not tuning.find_settings(unlike, prompts, concurrency=1).trials
+    assert not tuning.find_settings(model, concurrency=1).trials
+    drafted = model.model_copy(update={"engine": EngineOptions(draft_model=model.model_id)})
+    assert not tuning.find_settings(drafted, prompts, concurrency=1).trials
+
+
+@pytest.mark.parametrize("asked", [{"do_sample": True, "n": 2, "seed": 1}, {"logprobs": True}, {"min_new_tokens": 8}])
+def test_requests_are_answered_while_guessing(model, tiny_openvino, asked):
+    request = Request("One two three one two three", options={"max_new_tokens": 8, **asked})
+    [expected] = load_engine(model).generate([request])
+    unload_engines()
+    write_settings(model, tiny_openvino, {"prompt_lookup_tokens": 3}, {})
+    [found] = load_engine(model).generate([request])
+    assert (found.error, found.text) == (None, expected.text)
+    assert len(found.logprobs or ()) == len(expected.logprobs or ())
+
+
+def test_beams_and_guessing_exclude_each_other_by_name(model, tiny_openvino):
+    write_settings(model, tiny_openvino, {"prompt_lookup_tokens": 3}, {})
+    [found] = load_engine(model).generate([Request("One two three", options={"num_beams": 2})])
+    assert found.error_code == "invalid_option"
+    assert "`num_beams`" in found.error
+    assert "tuned=False" in found.error
+
+
+def test_no_prompts_at_a_time_are_refused(model):
+    with pytest.raises(PlanError, match="concurrency.*0"):
+        tuning.find_settings(model, concurrency=0)
 
 
 def test_answers_that_are_worse_are_not_kept():

@@ -1,7 +1,8 @@
 """The journal of a batch: what the job is, and every finished row, durable from the moment its segment is there.
 
-It is a folder beside the destination. Every file belongs to one owner, whose number (`epoch`) stands in its name, so
-that nobody ever writes or deletes what another owner has written:
+It is a folder beside the destination, or, where that is on the Hub, in the store of this machine: each write to the Hub
+is a commit for ever, and it takes a hundred or so in an hour. Every file belongs to one owner, whose number (`epoch`)
+stands in its name, so that nobody ever writes or deletes what another owner has written:
 
     owner-000001.json      a run that owns the journal, or did; the highest number owns it, see `ownership`
     alive-000001-ID.json   written again and again while that run lives (remote journals)
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 from prefect.logging import get_logger
 from typing_extensions import override
 
+from prefect_huggingface.blocks.store import default_store_path
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.places import Place
 
@@ -209,7 +211,11 @@ class Journal:
     @classmethod
     def beside(cls, destination: str) -> Journal:
         """Return the journal of a destination."""
-        return cls(Place.of(destination).beside(SUFFIX))
+        place = Place.of(destination)
+        if place.is_on_hub:
+            name = f"{place.name}-{blake2b(place.url.encode(), digest_size=8).hexdigest()}"
+            place = Place.of(default_store_path() / "journals" / name)
+        return cls(place.beside(SUFFIX))
 
     @property
     def poll_seconds(self) -> float:

@@ -1,0 +1,68 @@
+"""Inputs and outputs on the Hub (`hf://datasets/...`) are read and written with the token of the block alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel
+from prefect_huggingface.flows import batch_inference
+from prefect_huggingface.tasks.errors import HuggingFaceTaskError
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+TOKEN, AMBIENT = "hf_TokenOfTheBlock", "hf_TokenOfTheMachine"
+SOURCE, DESTINATION = "hf://datasets/org/questions/in.jsonl", "hf://datasets/org/answers/out.jsonl"
+ROWS = [{"id": number, "country": name} for number, name in enumerate(("France", "Spain", "Peru"))]
+PROMPT = "What is the capital of {country}?"
+
+
+@pytest.fixture
+def data(hub, monkeypatch):
+    """A Hub with a private data set to read and one to write, on a machine that has a token for another Hub."""
+    hub.users[TOKEN] = "me"
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    hub.create("datasets/org/questions", {"in.jsonl": rows}, private=True, readers={"me"})
+    hub.create("datasets/org/answers", {"README.md": b"Answers"}, private=True, readers={"me"}, writers={"me"})
+    monkeypatch.setenv("HF_TOKEN", AMBIENT)
+    return hub
+
+
+def model_of(hub, folder: Path, token: str | None) -> LocalModel:
+    credentials = HuggingFaceCredentials(token=token, endpoint=hub.endpoint)
+    return LocalModel(model_id=str(folder), backend="torch", credentials=credentials, options={"max_new_tokens": 4})
+
+
+def test_rows_are_read_from_the_hub_with_the_token_of_the_block(data, tiny_llama, tmp_path):
+    model, destination = model_of(data, tiny_llama, TOKEN), tmp_path / "out.jsonl"
+    summary = batch_inference(model, SOURCE, str(destination), PROMPT, show_progress=False)
+    assert summary.succeeded == len(ROWS)
+    assert [json.loads(line)["country"] for line in destination.read_text().splitlines()] == [
+        row["country"] for row in ROWS
+    ]
+    assert {entry.token for entry in data.journal.requests} == {TOKEN}
+
+
+def test_answers_are_written_to_the_hub_with_the_token_of_the_block(data, tiny_llama, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    summary = batch_inference(model_of(data, tiny_llama, TOKEN), str(source), DESTINATION, PROMPT, show_progress=False)
+    assert (summary.succeeded, summary.destination) == (len(ROWS), DESTINATION)
+    repository = data.repositories["datasets/org/answers"]
+    files = repository.commits[repository.references["main"]]
+    assert [json.loads(line)["id"] for line in files["out.jsonl"].content.splitlines()] == [0, 1, 2]
+    assert sorted(files) == ["README.md", "out.jsonl"]
+    assert {entry.token for entry in data.journal.requests} == {TOKEN}
+    # A commit is for ever, and the Hub takes few in an hour: one for the repository as it was, and one for the answers.
+    assert len(repository.commits) == 2
+
+
+@pytest.mark.parametrize("token", [None, "hf_AnotherToken"])
+def test_no_other_token_is_tried(data, tiny_llama, tmp_path, token):
+    model = model_of(data, tiny_llama, token)
+    with pytest.raises(HuggingFaceTaskError, match="org/questions"):
+        batch_inference(model, SOURCE, str(tmp_path / "out.jsonl"), PROMPT, show_progress=False)
+    assert AMBIENT not in {entry.token for entry in data.journal.requests}
+    assert not (tmp_path / "out.jsonl").exists()
