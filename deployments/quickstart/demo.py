@@ -117,12 +117,14 @@ def main() -> int:
     outcomes = prepare_formats(subject)
     for name, outcome in outcomes.items():
         answer_questions(subject, name, folder, outcome)
-    with working("comparing the next tokens with those of the original"):
-        prompts = [json.loads(line)["question"] for line in subject.questions.read_text("utf-8").splitlines()[:8]]
-        quality = compare_export.fn(subject.model("int8"), prompts, FORMATS, max_new_tokens=24)
-    show_samples(subject, outcomes)
-    show_chain(subject)
-    show_extraction(subject)
+    with ThreadPoolExecutor(1) as pool:
+        # While the libraries are imported in the process of the comparison, the loaded model has something to do.
+        compared = pool.submit(copy_context().run, compare_formats, subject)
+        show_samples(subject, outcomes)
+        show_chain(subject)
+        show_extraction(subject)
+        with working("comparing the next tokens with those of the original"):
+            quality = compared.result()
     console.print(table_of(outcomes, quality))
     console.print(f"{time.monotonic() - STARTED:.0f} s in all. The answers are in {os.path.relpath(folder)}.")
     return check(quality)
@@ -216,6 +218,12 @@ def working(what: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(f"{what} ...")
         yield
+
+
+def compare_formats(subject: Subject) -> ExportQuality:
+    """Compare the exports with their source on some of the questions."""
+    prompts = [json.loads(line)["question"] for line in subject.questions.read_text("utf-8").splitlines()[:8]]
+    return compare_export.fn(subject.model("int8"), prompts, FORMATS, max_new_tokens=24)
 
 
 def show_samples(subject: Subject, outcomes: Mapping[str, Outcome]) -> None:

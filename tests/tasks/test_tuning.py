@@ -16,6 +16,13 @@ from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
 
 
+@pytest.fixture(autouse=True)
+def _short_races(monkeypatch):
+    monkeypatch.setattr(tuning, "ROWS", 16)
+    monkeypatch.setattr(tuning, "COMPARED_ROWS", 8)
+    monkeypatch.setattr(tuning, "REPEATS", 2)
+
+
 @pytest.fixture
 def model(tiny_openvino: Path, tmp_path: Path) -> Iterator[LocalModel]:
     yield LocalModel(model_id=str(tiny_openvino), store=ModelStore(path=tmp_path / "store"))

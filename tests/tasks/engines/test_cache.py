@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
 from prefect_huggingface.tasks.engines import registry
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
 from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines, weight_bytes
@@ -170,8 +171,12 @@ def test_a_folder_in_use_is_held(tiny_llama, tmp_path):
     from prefect_huggingface.tasks.storage.exports.store import get_export
     from prefect_huggingface.tasks.storage.locks import LEASE, take_alone
 
-    model = LocalModel(model_id=str(tiny_llama), weight_format="fp32")
+    made = get_export(LocalModel(model_id=str(tiny_llama), weight_format="fp32")).path
+    # A store of its own: other processes of tests use that of the session.
+    shutil.copytree(made, tmp_path / "exports" / made.name)
+    model = LocalModel(model_id=str(tiny_llama), weight_format="fp32", store=ModelStore(path=tmp_path))
     lease = get_export(model).path / LEASE
+    assert lease.is_relative_to(tmp_path)
     engine = load_engine(model)
     assert take_alone(lease) is None
     del engine

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -79,16 +80,17 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["openvino-text", "torch-text", "torch-seq2seq", "torch-images", "endpoint"])
-def test_a_reference_that_cannot_be_resolved_is_refused_at_once(family_of, listener, tmp_path, monkeypatch, name, kind):
-    monkeypatch.chdir(tmp_path)
+def test_a_reference_that_cannot_be_resolved_is_refused_at_once(family_of, listener, tmp_path_factory, name, kind):
+    folder = tmp_path_factory.mktemp("schemas")
     family = family_of(name)
     expected = [family.text(prompt) for prompt in PROMPTS[:3]]
-    schema = unresolvable(listener, tmp_path)[kind]
+    schema = unresolvable(listener, folder)[kind]
     neighbours = [family.submit(prompt) for prompt in PROMPTS[:2]]
     started = time.monotonic()
-    bad = family.submit(PROMPTS[0], response_format=ResponseFormat(json_schema=schema), max_new_tokens=40)
-    neighbours.append(family.submit(PROMPTS[2]))
-    completion = bad.result(timeout=20)
+    with chdir(folder):
+        bad = family.submit(PROMPTS[0], response_format=ResponseFormat(json_schema=schema), max_new_tokens=40)
+        neighbours.append(family.submit(PROMPTS[2]))
+        completion = bad.result(timeout=20)
     assert (completion.error_code, completion.text) == ("invalid_option", ""), completion
     reference = (
         listener.url
