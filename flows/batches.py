@@ -77,9 +77,9 @@ def batch_inference(
 ) -> BatchSummary:
     """Put every row of a table through a model, or through a chain of prompts, and write the answers beside the rows.
 
-    Finished rows are kept in a journal beside the destination. Killed and started again with the same parameters, the
-    batch goes on where it was, and its output is the same as without the interruption. The same call after its end
-    returns the same summary.
+    Finished rows are kept in a journal beside the destination, or on this machine if that is on the Hub. Killed and
+    started again with the same parameters, the batch goes on where it was, and its output is the same as without the
+    interruption. The same call after its end returns the same summary.
 
     Dates in `source` and `destination` are those for which the run was scheduled, so that a run that is started again
     finds its files: {date}, {yesterday}, {time}, {year}, {month}, {day}, {hour}, {minute} and {week}. Braces that stand
@@ -182,13 +182,13 @@ def batch_rerank(
 
 
 def _put_through(model: Model, source: str, destination: str, more: BatchOptions | None, **asked: Any) -> BatchSummary:
-    """Plan a batch and run it, in the journal that is beside its output."""
+    """Plan a batch and run it, in the journal of its output."""
     more = more or BatchOptions()
     end_with_parent()
     start, template = find_start(more.time_zone), destination
     source, destination = fill_dates("source", source, start), fill_dates("destination", destination, start)
-    warn_of_unfinished(template, destination)
     with hub_of(model):
+        warn_of_unfinished(template, destination)
         journal = Journal.beside(destination)
         check_free(destination, replaceable=bool(journal.read_published()))
         plan = plan_batch(model, source, destination, more=more, **asked)

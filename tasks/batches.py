@@ -217,7 +217,13 @@ def infer_shard(models: Sequence[ShardModel], journal: Journal, shard: Shard) ->
     here = [model.borrow() for model in models]
     with library_logs(), hub_of(here[0]):
         engines = [load_engine(model) for model in here]
-        identities = (journal.read_job() or {}).get("models", ())
+        record = journal.read_job()
+        if record is None:
+            raise BatchError(
+                f"There is no journal in {journal.place.url!r} on this machine. Let the workers share that folder, "
+                "that of `PREFECT_HUGGINGFACE_HOME` for an output on the Hub."
+            )
+        identities = record.get("models", ())
         for model, identity in zip(here, identities, strict=True):
             # What is pinned to a commit cannot change.
             parts: list[Any] = [model, *model.adapters] if isinstance(model, LocalModel) else []

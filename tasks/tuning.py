@@ -1,7 +1,7 @@
 """The task that finds the fastest settings of an engine on this machine, and keeps them with the model.
 
 Settings are tried one after the other, each beside the best ones so far: both engines answer the same prompts in turn,
-so that a machine that gets slower for a while makes neither look better. One turn is enough for a setting that is
+so that a machine that gets slower for a while makes neither look better. One turn is enough where a setting is clearly
 slower. A setting is kept when it is clearly faster and the answers stay as good, which is measured by how far they
 agree with those in full precision.
 """
@@ -128,10 +128,10 @@ def find_settings(model: LocalModel, prompts: Sequence[str] | None = None, *, co
         )
     with closing(_Search(model, list(prompts or PROMPTS), concurrency)) as search:
         search.begin()
+        can_guess = bool(prompts) and model.engine.draft_model is None and model.options.num_beams == 1
         for name, values in GRID:
             taken = name in model.ov_config or getattr(model.engine, name, None) is not None
-            fits = prompts and model.engine.draft_model is None and model.options.num_beams == 1
-            if not taken and (fits or name != "prompt_lookup_tokens"):
+            if not taken and (can_guess or name != "prompt_lookup_tokens"):
                 search.try_values(name, values)
         return search.finish()
 
@@ -142,7 +142,8 @@ class _Search:
     def __init__(self, model: LocalModel, prompts: list[str], concurrency: int | None) -> None:
         self._model = model.model_copy(update={"options": GenerationOptions()})
         self._folder = model_folder(model)
-        rows = max(ROWS, len(prompts)) if concurrency is None else max(concurrency, FEW_ROWS)
+        rows = max(ROWS if concurrency is None else FEW_ROWS, concurrency or 1, len(prompts))
+        rows += -rows % (concurrency or 1)  # so that the last ones are as many at a time
         self._prompts = [prompts[row % len(prompts)] for row in range(rows)]
         self._concurrency = concurrency or rows
         self._compared = [f"{row}. {prompts[row % len(prompts)]}" for row in range(max(COMPARED_ROWS, len(prompts)))]
@@ -218,14 +219,14 @@ class _Search:
         return TuningTrial(name, value, speed_up, fmean(agreements), kept=kept)
 
     def _race(self, engine: OpenVINOTextEngine) -> float:
-        """Return how many times as fast as the best one an engine is. An engine that is slower gets no second turn."""
+        """Return how many times as fast as the best one an engine is. One that is clearly slower gets one turn only."""
         seconds: dict[int, list[float]] = {0: [], 1: []}
-        _answer(engine, self._prompts[:1])  # what is made at the first answer
+        _answer(engine, self._prompts)  # what is made at the first answers
         for _ in range(REPEATS):
             self._round += 1
             for place, runner in enumerate((self._best, engine)):
                 seconds[place].append(self._time(runner))
-            if seconds[1][0] > seconds[0][0]:
+            if seconds[1][0] > CLEAR_GAIN * seconds[0][0]:
                 break
         return median(seconds[0]) / median(seconds[1])
 

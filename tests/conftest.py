@@ -53,8 +53,8 @@ if _WORKER is not None and hasattr(os, "sched_setaffinity"):
     # a sixth of the processor time of these tests and gain nothing.
     import openvino
 
-    _processors = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(_processors)})
+    _processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_processors[int(_WORKER.removeprefix("gw")) % len(_processors)]})
     openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
     os.sched_setaffinity(0, _processors)
 
@@ -110,8 +110,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         # The first of these waits until the server has started and everything is deployed.
         if "services" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(900))
-    if _WORKER is not None:
-        items.sort(key=lambda item: not _needs_server(item.nodeid.split("::")[0]))
+    if _WORKER is not None:  # those of the top level are long, too
+        items.sort(key=lambda item: (not _needs_server(item.nodeid.split("::")[0]), item.nodeid.count("/") > 1))
 
 
 def pytest_collection_finish() -> None:

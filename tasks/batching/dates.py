@@ -120,7 +120,7 @@ def find_unfinished(template: str, destination: str) -> list[str]:
 
     `destination` is that of this run, which is left out.
     """
-    location = Place.of(template).url
+    location = Journal.beside(template).place.url.removesuffix(SUFFIX)
     parts = _parse("destination", location)
     pieces = [re.escape(literal) + (PLACEHOLDERS[field][1] if field else "") for literal, field in parts]
     pattern = re.compile("".join(pieces) + re.escape(SUFFIX))
@@ -128,7 +128,8 @@ def find_unfinished(template: str, destination: str) -> list[str]:
     depth = location.count("/") - root.url.rstrip("/").count("/")
     found = {place.url for place in _descend(root, depth)}
     begun = [url.removesuffix(SUFFIX) for url in sorted(found) if pattern.fullmatch(url)]
-    return [each for each in begun if each not in {*found, Place.of(destination).url} and _is_left(each)]
+    own = Journal.beside(destination).place.url.removesuffix(SUFFIX)
+    return [each for each in begun if each not in {*found, own} and _is_left(each)]
 
 
 def _descend(folder: Place, depth: int) -> Iterator[Place]:

@@ -270,6 +270,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
+def _check_vectors(prompt: str | None, system: str | None, input_type: InputType | None, pair: str | None) -> None:
+    if prompt is None and (input_type is not None or pair is not None):
+        raise BatchError("Vectors and scores need a template over the columns as `prompt`, '{text}' for instance.")
+    if pair is not None and (system is not None or input_type is not None):
+        raise BatchError("`pair` goes with `prompt` alone. Leave `system` and `input_type` out.")
+
+
 def plan_job(
     source: str,
     prompt: str | None,
@@ -290,8 +297,7 @@ def plan_job(
     given = options.model_dump(mode="json", exclude_unset=True) if options else {}
     ways = {"`prompt`": prompt, "`messages_column`": more.messages_column, "`steps`": more.steps or None}
     asked = [name for name, value in ways.items() if value is not None]
-    if input_type is not None and prompt is None:
-        raise BatchError("Vectors of a table need a template over its columns as `prompt`, '{text}' for instance.")
+    _check_vectors(prompt, system, input_type, pair)
     if not asked:
         return _plan_openai_job(source, system, given, more)
     if len(asked) > 1 or more.source_format == "openai":

@@ -32,7 +32,7 @@ from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
 from prefect_huggingface.tasks.storage.files import hash_file
-from prefect_huggingface.tasks.storage.journals.journal import SUFFIX, Journal, JournalRows
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.places import Place, is_pattern
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk, check_unchanged, get_format, get_schema, read_chunks
@@ -175,7 +175,7 @@ def check_free(destination: str, replaceable: bool = False) -> None:
     if not replaceable and Place.of(destination).exists():
         raise BatchError(
             f"`destination` {destination!r} exists already, and nothing is overwritten. "
-            f"Choose another name, or move it away (and {SUFFIX!r} beside it)."
+            f"Choose another name, or move it away (and its journal, {Journal.beside(destination).place.url!r})."
         )
 
 
@@ -216,7 +216,7 @@ class Publication:
     errors_destination: str | None = None
     summary: BatchSummary = BatchSummary(0, 0, 0, "")
 
-    def count(self, chunk: Chunk, answers: Any, texts: Sequence[str] = ()) -> None:
+    def count(self, chunk: Chunk, answers: Any, output: Output | None = None) -> None:
         """Count the answers of a chunk, and keep its first rows as samples."""
         import pyarrow.compute as pc
 
@@ -229,10 +229,10 @@ class Publication:
         for item in pc.value_counts(answers["generated_tokens"]).to_pylist():
             self.lengths[max(bound for bound in LENGTH_BOUNDS if bound <= item["values"])] += item["counts"]
         if len(self.samples) < SAMPLE_ROWS:
-            self.samples += _samples(chunk, answers.slice(0, SAMPLE_ROWS - len(self.samples)), texts)
+            self.samples += _samples(chunk, answers.slice(0, SAMPLE_ROWS - len(self.samples)), output)
         if len(self.failures) < SAMPLE_ROWS and answers["error"].null_count < answers.num_rows:
             failed = answers.filter(pc.is_valid(answers["error"])).slice(0, SAMPLE_ROWS - len(self.failures))
-            self.failures += _samples(chunk, failed, texts)
+            self.failures += _samples(chunk, failed, output)
 
     def summarize(self, destination: str, progress: Progress) -> BatchSummary:
         """Return the summary of the batch."""
@@ -242,12 +242,16 @@ class Publication:
         )  # fmt: skip
 
 
-def _samples(chunk: Chunk, answers: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
-    names = ("row", *(texts or OUTPUT_COLUMNS[:1]), "status", "generated_tokens", "error")
-    return [
-        {**chunk.rows[answer["row"] - chunk.first], **{name: answer[name] for name in names}}
-        for answer in answers.select(names).to_pylist()
-    ]
+def _samples(chunk: Chunk, answers: Any, output: Output | None) -> list[dict[str, Any]]:
+    kind = output.kind if output else "text"
+    texts = output.steps if output and output.steps else OUTPUT_COLUMNS[:1] if kind == "text" else ()
+    names = ("row", *texts, "status", "generated_tokens" if kind == "text" else "prompt_tokens", "error")
+    found = []
+    for answer in answers.select(sorted({*names, "details"})).to_pylist():
+        vector = read_vector(answer["details"]) if kind == "scores" else None
+        score = {} if kind != "scores" else {"score": None if vector is None else float(vector[0])}
+        found.append({**chunk.rows[answer["row"] - chunk.first], **{name: answer[name] for name in names}, **score})
+    return found
 
 
 def place_beside(destination: str, word: str) -> str:
@@ -287,7 +291,7 @@ def publish_output(
             writer = AnswerTableWriter(path, job, journal, output)
         with writer:
             for chunk, answers in _answered(job, journal, chosen):
-                publication.count(chunk, answers, output.steps)
+                publication.count(chunk, answers, output)
                 writer.write(chunk, answers)
         publication.summary = publication.summarize(output.destination, progress or Progress(0))
         owner.check()
@@ -373,13 +377,15 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         self._output, maker = output, job.make_requests()
         steps = maker.steps if isinstance(maker, ChainRows) else ()
         self._parsed = {step.name: step for step in steps if step.parser != "text"}
-        size = _dimensions_of(job, journal) if output.kind == "vectors" else 0
-        self._vector_type = pa.list_(pa.float32(), size) if output.kind == "vectors" else pa.float64()
+        # Type of what takes the place of the completion.
+        self._value_type = {"text": pa.string(), "scores": pa.float64()}.get(output.kind)
+        if self._value_type is None:
+            self._value_type = pa.list_(pa.float32(), _dimensions_of(job, journal))
         # Columns for the reasoning of the model, each with the column of the journal's rows that holds it.
         self._reasoning = _reasoning_columns(job, journal, output) if output.kind == "text" else {}
         kinds = {
             "prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64(),
-            **({output.own[0]: self._vector_type} if output.kind != "text" else {}),
+            output.own[0]: self._value_type,
         }  # fmt: skip
         json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
         self._fields = {name: json_kinds.get(kind, pa.string()) for name, kind in output.fields.items()}
@@ -401,7 +407,9 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
 
         columns = {name: answers[name].combine_chunks() for name in self._output.own if name in answers.column_names}
         if self._output.kind != "text":
-            columns[self._output.own[0]] = _vector_column(answers, self._vector_type)
+            vectors = [read_vector(details) for details in answers["details"].to_pylist()]
+            make = _vector_column if self._output.kind == "vectors" else _score_column
+            columns[self._output.own[0]] = make(vectors, self._value_type)
         if not self._output.timings:
             columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
         for name, step in self._parsed.items():
@@ -455,20 +463,24 @@ def read_vector(details: str | None) -> Any | None:
     return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
 
 
-def _vector_column(answers: Any, kind: Any) -> Any:
-    """Return the vectors as lists of a fixed size, or as scores; those of rows that failed are null."""
+def _vector_column(vectors: list[Any], kind: Any) -> Any:
+    """Return the vectors as lists of a fixed size; those of rows that failed are null."""
     import numpy as np
     import pyarrow as pa
 
-    found = [read_vector(details) for details in answers["details"].to_pylist()]
-    missing = np.array([vector is None for vector in found], dtype=bool)
-    values = np.zeros((len(found), kind.list_size if pa.types.is_fixed_size_list(kind) else 1), dtype=np.float32)
-    for place, vector in enumerate(found):
+    values = np.zeros((len(vectors), kind.list_size), dtype=np.float32)
+    for place, vector in enumerate(vectors):
         if vector is not None:
             values[place] = vector
-    if pa.types.is_fixed_size_list(kind):
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=pa.array(missing))
-    return pa.array(values[:, 0], kind, mask=missing)
+    missing = pa.array([vector is None for vector in vectors], pa.bool_())
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=missing)
+
+
+def _score_column(vectors: list[Any], kind: Any) -> Any:
+    """Return the scores, each a vector of one; those of rows that failed are null."""
+    import pyarrow as pa
+
+    return pa.array([None if vector is None else float(vector[0]) for vector in vectors], kind)
 
 
 def _read_details(text: str | None) -> dict[str, Any]:
@@ -560,12 +572,12 @@ def describe_batch(
     if len(rates) > 1:  # a short run commits all at once, after its last measurement
         every = -(-len(rates) // 12)
         parts += ["## Throughput", markdown_table(("time", "rows per second"), rates[::every])]
-    if publication is not None:
+    if publication is not None and publication.generated_tokens:
         lengths = [(f"{bound:,}", f"{count:,}") for bound in LENGTH_BOUNDS if (count := publication.lengths.get(bound))]
         parts += ["## Lengths of the answers", markdown_table(("tokens, from", "rows"), lengths)]
-        if publication.failures:
-            failures = [(row["row"] + 1, row["status"], row["error"]) for row in publication.failures]
-            parts += ["## First failures", markdown_table(("row", "status", "error"), failures)]
+    if publication is not None and publication.failures:
+        failures = [(row["row"] + 1, row["status"], row["error"]) for row in publication.failures]
+        parts += ["## First failures", markdown_table(("row", "status", "error"), failures)]
     if summary.failed:
         parts.append(f"The journal {escape_markdown(journal.place.url)} can be used to retry the failed rows.")
     return "\n\n".join(parts)

@@ -187,7 +187,7 @@ class PromptRows:
             values = self._values if options is self._options else {**self._values, "options": options}
             if self._pair is not None:
                 values = {**values, "pair": self._pair.render(row)}
-                suffix = f"\0{values['pair']}{suffix}"
+                suffix = f"\0{len(prompt)}\0{values['pair']}{suffix}"
             return RowRequest(number, prompt + suffix, prompt, values, greedy)
         messages = self._conversation(row)
         text = json.dumps(messages, ensure_ascii=False, default=str) + suffix

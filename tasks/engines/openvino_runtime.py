@@ -136,7 +136,7 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
     remedy = "Use `repetition_penalty` below 1, or the torch backend."
     refuse_options(options, names, "below zero does not work on OpenVINO", remedy)
     if engine.prompt_lookup_tokens is not None:
-        remedy = "Load the model without it, with `tuned=False` in its engine options where tuning found it."
+        remedy = "Load the model with `prompt_lookup_tokens=None` in its engine options."
         refuse_options(options, ["num_beams"], "does not work with `prompt_lookup_tokens`", remedy)
     if engine.draft_model is not None:
         # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
@@ -390,9 +390,13 @@ def write_settings(model: LocalModel, folder: Path, settings: Mapping[str, Any],
 def with_settings(model: LocalModel, settings: Mapping[str, Any]) -> LocalModel:
     """Return a model with settings put under what its user gives.
 
-    Where the user asks for full precision, only the sizes are taken over.
+    Where the user asks for full precision, only the sizes are taken over. Guessing from the prompt is left out where it
+    would rule out what the user wants: beams, a draft, or no guessing (`prompt_lookup_tokens=None`).
     """
     sizes = {name: settings[name] for name in ENGINE_SETTINGS if name in settings}
+    chosen = {"prompt_lookup_tokens", "draft_model"} & model.engine.model_fields_set
+    if chosen or model.options.num_beams > 1:
+        sizes.pop("prompt_lookup_tokens", None)
     properties = {name: value for name, value in settings.items() if name not in ENGINE_SETTINGS}
     if wants_full_precision(model.ov_config):
         properties = {}

@@ -377,7 +377,7 @@ def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
     _make_room(weight_bytes(folder), key)
     cls = engine_class(key)
     # The engine has no defaults of its own: callers with different options share it.
-    plain = cls.tuned(model.model_copy(update={"options": GenerationOptions()}), folder)
+    plain = cls.tuned(model, folder).model_copy(update={"options": GenerationOptions()})
 
     def load() -> Engine:
         try:

@@ -51,8 +51,8 @@ class Place:
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the place is in a repository of the Hub."""
-        return self.url.startswith("hf://")
+        """Whether the place is in a repository of the Hub, where each write is a commit; buckets have none."""
+        return self.url.startswith("hf://") and not self.url.startswith("hf://buckets/")
 
     @property
     def name(self) -> str:
@@ -207,7 +207,7 @@ class Place:
     def _publish(self, temporary: Path, replace: bool) -> None:
         try:
             if not self.is_local:  # in parts, and as a whole for those who read
-                system, path = _file_system(self.url)
+                system, path = _file_system(self.url, is_fresh=True)
                 system.put_file(str(temporary), path, mode="overwrite" if replace else "create")
                 return
             sync_path(temporary)
@@ -289,7 +289,7 @@ def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
     if "://" not in url:
         return fsspec.filesystem("file"), url
     try:
-        system, path = fsspec.url_to_fs(url, **(_hub if Place(url).is_on_hub else {}))
+        system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     if is_fresh:

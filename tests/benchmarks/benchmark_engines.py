@@ -50,10 +50,10 @@ Figures = dict[str, dict[str, list[tuple[float, float]]]]
 
 
 class Worker:
-    """One engine in a process of its own."""
+    """One engine in a process of its own, with properties of OpenVINO for this library's."""
 
-    def __init__(self, name: str, folder: Path, peers: Path) -> None:
-        command = [sys.executable, str(HERE / "benchmark_contenders.py"), name, str(folder)]
+    def __init__(self, name: str, folder: Path, peers: Path = HERE, **properties: Any) -> None:
+        command = [sys.executable, str(HERE / "benchmark_contenders.py"), name, str(folder), json.dumps(properties)]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(peers),
         }  # fmt: skip
@@ -66,11 +66,23 @@ class Worker:
 
     def run(self, workload: Workload) -> tuple[float, float]:
         """Do a workload and return its tokens per second, by the clock and of one processor core."""
+        self.begin(workload)
+        answer = self.finish()
+        return answer["tokens"] / answer["seconds"], answer["tokens"] / answer["processor_seconds"]
+
+    def begin(self, workload: Workload) -> None:
+        """Begin a workload."""
         assert self._process.stdin is not None
         print(json.dumps(asdict(workload)), file=self._process.stdin, flush=True)
-        answer = self._read()
-        tokens = float(answer["tokens"])
-        return tokens / answer["seconds"], tokens / answer["processor_seconds"]
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the end of a workload and return its `seconds`, `processor_seconds` and `tokens`."""
+        return self._read()
+
+    def peak_mib(self) -> float:
+        """Return the greatest resident memory of the process."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     def close(self) -> None:
         """End the process."""

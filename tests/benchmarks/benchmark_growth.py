@@ -19,83 +19,41 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmark_engines import Worker
 from benchmark_models import find_real_weights, make_checkpoint, make_exports
 from benchmark_workloads import Workload
 from machine import measure_machine
 
-HERE = Path(__file__).parent
 CONCURRENCY = (1, 4, 16, 64, 256)
 PROMPT_TOKENS = (10, 100, 1000, 4000, 8000)
 PROCESSES = (1, 2, 4)
 NEW_TOKENS = 32
+PROMPT = 30  # tokens of a prompt, where their number is not what grows
 ROWS_OF_A_PROCESS = 16
 REPEATS = 3
 
 
-class Engine:
-    """An engine in a process of its own, that of `benchmark_contenders.py`."""
+def workload_of(folder: Path, rows: int, new_tokens: int, prompt_tokens: int, repeat: int) -> Workload:
+    """Return prompts of so many tokens that begin differently in every row and repeat."""
+    from tokenizers import Tokenizer
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
-        properties = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "benchmark_contenders.py"), "ours", str(folder), json.dumps(properties)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        self.finish()
-
-    def begin(self, workload: Workload) -> None:
-        """Begin a workload."""
-        assert self._process.stdin is not None
-        print(json.dumps(asdict(workload)), file=self._process.stdin, flush=True)
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for the end of a workload and return its figures."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"The engine ended with status {self._process.wait()}.")
-        return dict(json.loads(line))
-
-    def peak_mib(self) -> float:
-        """Return the greatest resident memory of the process."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-
-def workload_of(rows: int, new_tokens: int, prompt_tokens: int, repeat: int) -> Workload:
-    """Return prompts of a length, whose words no two repeats have in common."""
-    words = [f" {(repeat * 7919 + place) % 10_000}" for place in range(prompt_tokens)]
-    return Workload("growth", [f"{row}{''.join(words)}" for row in range(rows)], [new_tokens] * rows)
-
-
-def trimmed(workload: Workload, tokenizer: Any, tokens: int) -> Workload:
-    """Return the workload with prompts cut to a number of tokens."""
-    prompts = [tokenizer.decode(tokenizer.encode(prompt).ids[:tokens]) for prompt in workload.prompts]
-    return Workload(workload.name, prompts, workload.new_tokens)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words = "".join(f" {(repeat * 7919 + place) % 10_000}" for place in range(prompt_tokens))
+    ids = [tokenizer.encode(f"{repeat} {row}{words}").ids[:prompt_tokens] for row in range(rows)]
+    return Workload("growth", list(map(tokenizer.decode, ids)), [new_tokens] * rows)
 
 
 def measure(folder: Path, sizes: list[tuple[int, int, int]]) -> list[tuple[float, float]]:
     """Return the least seconds and the memory in MiB for each size: rows, new tokens, and tokens of a prompt."""
-    from tokenizers import Tokenizer
-
-    tokenizer, found = Tokenizer.from_file(str(folder / "tokenizer.json")), []
+    found = []
     for rows, new_tokens, prompt_tokens in sizes:
-        engine, seconds = Engine(folder), []
+        engine, seconds = Worker("ours", folder), []
         for repeat in range(REPEATS + 1):
-            engine.begin(trimmed(workload_of(rows, new_tokens, prompt_tokens, repeat), tokenizer, prompt_tokens))
+            engine.begin(workload_of(folder, rows, new_tokens, prompt_tokens, repeat))
             figures = engine.finish()
             if repeat:
                 seconds.append(figures["seconds"])
@@ -106,10 +64,11 @@ def measure(folder: Path, sizes: list[tuple[int, int, int]]) -> list[tuple[float
 
 def measure_processes(folder: Path, processes: int, threads: int | None) -> tuple[float, float]:
     """Return the tokens per second of several processes together, and their memory in MiB."""
-    engines = [Engine(folder, threads) for _ in range(processes)]
+    properties = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    engines = [Worker("ours", folder, **properties) for _ in range(processes)]
     rates = []
     for repeat in range(REPEATS + 1):
-        work = workload_of(ROWS_OF_A_PROCESS, NEW_TOKENS, 30, repeat)
+        work = workload_of(folder, ROWS_OF_A_PROCESS, NEW_TOKENS, PROMPT, repeat)
         for engine in engines:
             engine.begin(work)
         slowest = max(engine.finish()["seconds"] for engine in engines)
@@ -142,7 +101,7 @@ def show(title: str, headings: list[str], rows: list[list[str]]) -> None:
 
 def grow_concurrency(folder: Path) -> dict[str, Any]:
     """Measure requests at once."""
-    found = measure(folder, [(rows, NEW_TOKENS, 30) for rows in CONCURRENCY])
+    found = measure(folder, [(rows, NEW_TOKENS, PROMPT) for rows in CONCURRENCY])
     slope = exponent(list(CONCURRENCY), [seconds for seconds, _ in found])
     rows = [
         [str(count), f"{seconds:.2f}", f"{count * NEW_TOKENS / seconds:.1f}", f"{memory:.0f}"]

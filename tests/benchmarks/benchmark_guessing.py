@@ -71,7 +71,7 @@ def answer(engine: Engine, prompts: list[str], concurrency: int) -> tuple[float,
         part = prompts[first : first + concurrency]
         completions += sorted(
             engine.generate(Request(prompt, options=options, id=row) for row, prompt in enumerate(part)),
-            key=lambda completion: completion.id,
+            key=lambda completion: completion.request_id or 0,
         )
     seconds = time.perf_counter() - started
     return sum(one.generated_tokens for one in completions) / seconds, [one.text for one in completions]

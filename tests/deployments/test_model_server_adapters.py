@@ -15,11 +15,10 @@ from prefect_huggingface.deployments.model_server.models import ServedModel, Ser
 from prefect_huggingface.deployments.model_server.settings import ServerSettings
 from prefect_huggingface.tasks import generate_text, unload_engines
 
-peft = pytest.importorskip("peft", reason="the adapters are made with PEFT")
-
 
 @pytest.fixture
 def block(tiny_llama: Path, tmp_path: Path) -> LocalModel:
+    peft = pytest.importorskip("peft", reason="the adapters are made with PEFT")
     import torch
     from transformers import AutoModelForCausalLM
 

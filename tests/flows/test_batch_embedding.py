@@ -15,9 +15,10 @@ from pyarrow import csv
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.flows import batch_embedding, batch_inference, batch_rerank
-from prefect_huggingface.tasks import embed_texts, rerank_texts
+from prefect_huggingface.tasks import embed_texts, plan_batch, rerank_texts
 from prefect_huggingface.tasks.errors import BatchError
 from support.batch_runs import read_answers, start_batch
+from support.flow_logs import read_artifacts
 from support.prefect_services import wait_until
 from support.vector_models import TEXTS, make_embedder, make_ranker
 
@@ -110,8 +111,11 @@ def test_lines_of_the_openai_format_are_embedded(tmp_path: Path, model: LocalMod
 def test_scores_stand_beside_the_rows(tmp_path: Path, source: Path, reranker: LocalModel, form: str) -> None:
     destination = tmp_path / f"out.{form}"
 
-    summary = batch_rerank(reranker, str(source), str(destination), "Row?", "{text}", show_progress=False)
+    state = batch_rerank(
+        reranker, str(source), str(destination), "Row?", "{text}", show_progress=False, return_state=True
+    )
 
+    summary = state.result()
     table = pq.read_table(destination) if form == "parquet" else csv.read_csv(destination)
     assert table["status"].to_pylist() == ["ok"] * 6 + ["missing_value", "ok", "too_long"]
     expected = [score.score for score in rerank_texts.fn(reranker, "Row?", [*TEXTS, TEXTS[0]])]
@@ -119,12 +123,18 @@ def test_scores_stand_beside_the_rows(tmp_path: Path, source: Path, reranker: Lo
     assert [score is None for score in scores] == [status != "ok" for status in table["status"].to_pylist()]
     assert np.allclose([score for score in scores if score is not None], expected, atol=1e-6)
     assert len(set(scores[:6])) == 6
+    artifacts = read_artifacts(state.state_details.flow_run_id)
+    assert '"score": ' in str(artifacts["batch-samples"].data)
+    assert "completion" not in str(artifacts["batch-samples"].data)
+    assert "Lengths of the answers" not in str(artifacts["batch-summary"].data)
     assert (summary.rows, summary.succeeded, summary.failed, summary.shared) == (9, 7, 2, 1)
 
 
 def test_pairs_are_the_same_only_with_the_same_query(tmp_path: Path, reranker: LocalModel) -> None:
-    source, destination = tmp_path / "in.csv", tmp_path / "out.jsonl"
-    source.write_text("asked,answer\nOne?,Two\nTwo?,Two\nOne?,Two\n")
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    pairs = [("One?", "Two"), ("Two?", "Two"), ("One?", "Two"), ("a\0b", "c"), ("a", "b\0c")]
+    rows = [json.dumps({"asked": query, "answer": text}) + "\n" for query, text in pairs]
+    source.write_text("".join(rows))
 
     summary = batch_rerank(reranker, str(source), str(destination), "{asked}", "{answer}", show_progress=False)
 
@@ -141,6 +151,8 @@ def test_a_batch_of_scores_that_cannot_be_is_refused(
         batch_rerank(model, str(source), out, "One?", "{text}", show_progress=False)
     with pytest.raises(BatchError, match="batch_rerank"):
         batch_inference(reranker, str(source), out, "{text}", show_progress=False)
+    with pytest.raises(BatchError, match="`system`"):
+        plan_batch.fn(reranker, str(source), out, "One?", system="Be short.", pair="{text}")
     with pytest.raises(BatchError, match="no column 'body'"):
         batch_rerank(reranker, str(source), out, "{text}", "{body}", show_progress=False)
 

@@ -13,7 +13,6 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import Artifact
 from prefect.concurrency.sync import concurrency
 
 from prefect_huggingface.blocks import LocalModel
@@ -24,6 +23,7 @@ from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.batch_runs import read_answers, start_batch
+from support.flow_logs import read_artifacts
 from support.prefect_services import wait_until
 from support.request_counts import counted_requests
 from support.s3_servers import serve_s3
@@ -50,14 +50,6 @@ def source(tmp_path: Path) -> Path:
 
 def read_rows(place: str) -> list[dict[str, Any]]:
     return [row for chunk in read_chunks(inspect_table(place)) for row in chunk.rows]
-
-
-def read_artifacts(run_id: Any) -> dict[str | None, Artifact]:
-    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-
-    with get_client(sync_client=True) as client:
-        chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-        return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=chosen)}
 
 
 def test_from_the_file_to_the_answers(

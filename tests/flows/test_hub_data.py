@@ -9,7 +9,10 @@ import pytest
 
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel
 from prefect_huggingface.flows import batch_inference
-from prefect_huggingface.tasks.errors import HuggingFaceTaskError
+from prefect_huggingface.tasks.errors import HuggingFaceTaskError, TableError
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
+from prefect_huggingface.tasks.storage.places import Place, reach_hub
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -57,6 +60,35 @@ def test_answers_are_written_to_the_hub_with_the_token_of_the_block(data, tiny_l
     assert {entry.token for entry in data.journal.requests} == {TOKEN}
     # A commit is for ever, and the Hub takes few in an hour: one for the repository as it was, and one for the answers.
     assert len(repository.commits) == 2
+
+
+def test_what_came_to_the_hub_meanwhile_is_not_replaced(data):
+    repository = data.repositories["datasets/org/answers"]
+    with reach_hub(data.endpoint, TOKEN):
+        place = Place.of(DESTINATION)
+        assert not place.exists()
+        with pytest.raises(TableError, match="exists already"), place.published() as temporary:
+            temporary.write_bytes(b"ours")
+            repository.commit({"out.jsonl": b"theirs"})
+    assert repository.commits[repository.references["main"]]["out.jsonl"].content == b"theirs"
+
+
+def test_one_output_has_one_journal_on_this_machine():
+    journal = Journal.beside(DESTINATION).place
+    assert journal.is_local
+    assert Journal.beside(DESTINATION.replace("answers/", "answers@main/")).place == journal
+    assert Journal.beside(DESTINATION.replace("answers/", "answers@other/")).place != journal
+    assert not Journal.beside("hf://buckets/org/answers/out.jsonl").place.is_local
+
+
+def test_batches_of_other_dates_are_found(data, tiny_llama, tmp_path, caplog):
+    model, template = model_of(data, tiny_llama, TOKEN), DESTINATION.replace("out", "out-{date}")
+    left = Journal.beside(template.format(date="2026-01-02"))
+    with hold_journal(left) as owner:
+        owner.write("job", {"key": "1"})
+    batch_inference(model, SOURCE, template, PROMPT, show_progress=False)
+    assert "out-2026-01-02.jsonl' was left unfinished" in caplog.text
+    assert {entry.token for entry in data.journal.requests} == {TOKEN}
 
 
 @pytest.mark.parametrize("token", [None, "hf_AnotherToken"])

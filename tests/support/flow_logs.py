@@ -1,4 +1,4 @@
-"""The log of a flow run as the Prefect server has it."""
+"""The log and the artifacts of a flow run as the Prefect server has them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import time
 import uuid
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import LogFilter
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter
+from prefect.client.schemas.objects import Artifact
 
 
 def messages_of(flow_run_id: uuid.UUID) -> list[str]:
@@ -19,3 +20,10 @@ def messages_of(flow_run_id: uuid.UUID) -> list[str]:
             break
         time.sleep(0.2)
     return [line.message for line in sorted(lines, key=lambda line: line.timestamp)]
+
+
+def read_artifacts(flow_run_id: uuid.UUID) -> dict[str | None, Artifact]:
+    """Return the artifacts of a run by their keys."""
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=wanted)}

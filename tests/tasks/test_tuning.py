@@ -76,6 +76,31 @@ def test_guessing_from_the_prompt_is_tried_on_the_work_to_come_and_used(model, m
     assert not tuning.find_settings(drafted, prompts, concurrency=1).trials
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"engine": EngineOptions(prompt_lookup_tokens=None)},
+        {"engine": EngineOptions(draft_model="draft")},
+        {"options": GenerationOptions(num_beams=2)},
+    ],
+)
+def test_guessing_that_was_found_is_left_out_where_it_rules_out_what_is_wanted(model, tiny_openvino, wanted):
+    write_settings(model, tiny_openvino, {"prompt_lookup_tokens": 3, "max_num_seqs": 7}, {})
+    given = model.model_copy(update=wanted)
+    if "draft_model" not in given.engine.model_fields_set:
+        [found] = load_engine(given).generate([Request("One two three", options={"num_beams": 2})])
+        assert found.error is None
+    tuned = with_settings(given, read_settings(model, tiny_openvino))
+    assert (tuned.engine.prompt_lookup_tokens, tuned.engine.max_num_seqs) == (None, 7)
+
+
+@pytest.mark.parametrize(("concurrency", "count", "rows"), [(None, 5, 16), (None, 20, 20), (1, 20, 20), (3, 2, 9)])
+def test_every_prompt_is_timed_and_as_many_at_a_time(model, concurrency, count, rows):
+    search = tuning._Search(model, [f"Prompt {number}" for number in range(count)], concurrency)
+    assert len(search._prompts) == rows
+    assert {f"Prompt {number}" for number in range(count)} == set(search._prompts)
+
+
 @pytest.mark.parametrize("asked", [{"do_sample": True, "n": 2, "seed": 1}, {"logprobs": True}, {"min_new_tokens": 8}])
 def test_requests_are_answered_while_guessing(model, tiny_openvino, asked):
     request = Request("One two three one two three", options={"max_new_tokens": 8, **asked})
@@ -92,7 +117,7 @@ def test_beams_and_guessing_exclude_each_other_by_name(model, tiny_openvino):
     [found] = load_engine(model).generate([Request("One two three", options={"num_beams": 2})])
     assert found.error_code == "invalid_option"
     assert "`num_beams`" in found.error
-    assert "tuned=False" in found.error
+    assert "prompt_lookup_tokens=None" in found.error
 
 
 def test_no_prompts_at_a_time_are_refused(model):

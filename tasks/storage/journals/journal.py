@@ -212,9 +212,9 @@ class Journal:
     def beside(cls, destination: str) -> Journal:
         """Return the journal of a destination."""
         place = Place.of(destination)
-        if place.is_on_hub:
-            name = f"{place.name}-{blake2b(place.url.encode(), digest_size=8).hexdigest()}"
-            place = Place.of(default_store_path() / "journals" / name)
+        if place.is_on_hub:  # `@main` names the branch that is meant without it
+            path = place.url.removeprefix("hf://").replace("@main/", "/", 1)
+            place = Place.of(default_store_path() / "journals" / path)
         return cls(place.beside(SUFFIX))
 
     @property

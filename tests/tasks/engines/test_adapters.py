@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from prefect_huggingface.tasks.hub_errors import HubError
 from prefect_huggingface.tasks.storage.adapters import pin_adapters
 from support.export_models import make_model
 
-peft = pytest.importorskip("peft", reason="the adapters are made with PEFT")
+# The adapters are made with PEFT, whose import takes seconds that other processes of tests can do without.
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="the package peft is not installed")
 PROMPTS = ["The capital of France is", "One, two, three,", "Quarante-deux"]
 OPTIONS = GenerationOptions(max_new_tokens=16, ignore_eos=True)
 LAYERS = ["q_proj", "v_proj", "down_proj"]
@@ -26,6 +28,7 @@ LAYERS = ["q_proj", "v_proj", "down_proj"]
 
 def make_adapter(base: Path, folder: Path, seed: int = 1, spread: float = 0.05, **settings: Any) -> Path:
     """Save a random adapter of a checkpoint and return its folder."""
+    import peft
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -41,6 +44,7 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, spread: float = 0.05, 
 
 def texts_of_peft(base: Path, *adapters: Path, scale: float = 1.0) -> list[str]:
     """Return the greedy texts of Transformers with adapters that PEFT has put on, one prompt at a time."""
+    import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
