@@ -7,17 +7,18 @@ store, a Prefect home, and a folder per run with the answers. Run it with `make 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import socket
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,33 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     PREFECT_HOME=str(HOME / "prefect"),
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
     DO_NOT_TRACK="1",
 )
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
 (HOME / "prefect").mkdir(parents=True, exist_ok=True)
 # The demo must work in a shell that is set up for another Prefect server.
-os.environ.pop("PREFECT_API_URL", None)
 os.environ.pop("PREFECT_PROFILE", None)
 
+
+def start_server() -> subprocess.Popen[bytes]:
+    """Start a Prefect server without a page, and make it that of this process, which ends it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen([*command, "--no-ui", "--no-services"], stdin=silent, stdout=silent, stderr=silent)
+    atexit.register(process.terminate)
+    return process
+
+
 print("Starting Prefect ...", flush=True)
-from prefect.client.orchestration import get_client  # noqa: E402
+# While it starts, the libraries are imported, which takes as long.
+server = start_server()
 
-# While the server of this process starts, which is as slow, the libraries are imported.
-threading.Thread(target=import_module, args=("transformers.models.llama.modeling_llama",), daemon=True).start()
-with get_client(sync_client=True) as client:
-    client.hello()
-
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 from grading import is_right  # noqa: E402
+from prefect.client.orchestration import get_client  # noqa: E402
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
@@ -108,9 +118,19 @@ class Outcome:
     right: int = 0
 
 
+def wait_for_server() -> None:
+    """Wait until the server answers, or end the demo where it has ended."""
+    with get_client(sync_client=True) as client:
+        while client.api_healthcheck() is not None:
+            if server.poll() is not None:
+                sys.exit(f"The Prefect server ended with status {server.returncode}. Look into {HOME / 'prefect'}.")
+            time.sleep(0.1)
+
+
 def main() -> int:
     """Run the demo and return 0, or 1 if an export lost more than it may."""
     subject = find_subject()
+    wait_for_server()
     folder = HOME / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
     folder.mkdir(parents=True)
     console.print(f"[bold]{subject.title}[/] with torch, and with OpenVINO in int8 and int4\n")

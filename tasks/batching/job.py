@@ -49,7 +49,7 @@ FINGERPRINT_FIELDS = (
     "prompt", "messages_column", "system", "option_columns", "options", "steps", "input_type", "pair", "versions",
 )  # fmt: skip
 OUTPUT_COLUMNS = ("completion", "status", "finish_reason", "prompt_tokens", "generated_tokens", "seconds", "error")
-VECTOR_COLUMNS = ("status", "prompt_tokens", "seconds", "error")
+ROW_COLUMNS = ("status", "prompt_tokens", "seconds", "error")
 MAX_DUPLICATES = 10_000
 
 KeepJournal = Literal["failed", "always", "never"]
@@ -139,7 +139,7 @@ class Output:
     def own(self) -> tuple[str, ...]:
         """Columns that every output has, without the prefix."""
         if self.kind != "text":
-            return ("embedding" if self.kind == "vectors" else "score", *VECTOR_COLUMNS)
+            return ("embedding" if self.kind == "vectors" else "score", *ROW_COLUMNS)
         return (*(self.steps or OUTPUT_COLUMNS[:1]), *OUTPUT_COLUMNS[1:])
 
     @property

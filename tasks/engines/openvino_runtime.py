@@ -394,8 +394,8 @@ def with_settings(model: LocalModel, settings: Mapping[str, Any]) -> LocalModel:
     would rule out what the user wants: beams, a draft, or no guessing (`prompt_lookup_tokens=None`).
     """
     sizes = {name: settings[name] for name in ENGINE_SETTINGS if name in settings}
-    chosen = {"prompt_lookup_tokens", "draft_model"} & model.engine.model_fields_set
-    if chosen or model.options.num_beams > 1:
+    is_chosen = "prompt_lookup_tokens" in model.engine.model_fields_set or model.engine.draft_model is not None
+    if is_chosen or model.options.num_beams > 1:
         sizes.pop("prompt_lookup_tokens", None)
     properties = {name: value for name, value in settings.items() if name not in ENGINE_SETTINGS}
     if wants_full_precision(model.ov_config):
