@@ -58,8 +58,9 @@ class EngineOptions(BaseModel):
         description="Use what `tune_engine` found for this model on this machine, where nothing else is given.",
     )
     prompt_lookup_tokens: int | None = Field(
-        default=None, ge=1, title="Prompt lookup", description="Number of tokens to guess from the prompt in each step."
-    )
+        default=None, ge=0, title="Prompt lookup",
+        description="Number of tokens to guess from the prompt in each step, 0 for none also where tuning found some.",
+    )  # fmt: skip
 
 
 class Adapter(BaseModel):

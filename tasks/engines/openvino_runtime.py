@@ -135,8 +135,8 @@ def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
     names = [name for name in ("presence_penalty", "frequency_penalty") if getattr(options, name) < 0]
     remedy = "Use `repetition_penalty` below 1, or the torch backend."
     refuse_options(options, names, "below zero does not work on OpenVINO", remedy)
-    if engine.prompt_lookup_tokens is not None:
-        remedy = "Load the model with `prompt_lookup_tokens=None` in its engine options."
+    if engine.prompt_lookup_tokens:
+        remedy = "Load the model with `prompt_lookup_tokens=0` in its engine options."
         refuse_options(options, ["num_beams"], "does not work with `prompt_lookup_tokens`", remedy)
     if engine.draft_model is not None:
         # With a draft, OpenVINO GenAI 2026.4 draws from a wrong distribution and cuts formed answers short.
@@ -186,7 +186,7 @@ def generation_config(
     _set_search(config, options, seed)
     if response_format is not None:
         config.structured_output_config = genai_grammar(response_format)
-    if engine.prompt_lookup_tokens is not None:
+    if engine.prompt_lookup_tokens:
         config.num_assistant_tokens = engine.prompt_lookup_tokens
         config.max_ngram_size = LOOKUP_NGRAM
     elif engine.draft_model is not None:
@@ -316,7 +316,7 @@ class GenaiPipeline:
             from openvino_genai import draft_model
 
             properties["draft_model"] = draft_model(self._options.draft_model, self._device)
-        elif self._options.prompt_lookup_tokens is not None:
+        elif self._options.prompt_lookup_tokens:
             properties["prompt_lookup"] = True
         return properties
 
@@ -391,11 +391,10 @@ def with_settings(model: LocalModel, settings: Mapping[str, Any]) -> LocalModel:
     """Return a model with settings put under what its user gives.
 
     Where the user asks for full precision, only the sizes are taken over. Guessing from the prompt is left out where it
-    would rule out what the user wants: beams, a draft, or no guessing (`prompt_lookup_tokens=None`).
+    would rule out what the user wants: beams, or a draft.
     """
     sizes = {name: settings[name] for name in ENGINE_SETTINGS if name in settings}
-    is_chosen = "prompt_lookup_tokens" in model.engine.model_fields_set or model.engine.draft_model is not None
-    if is_chosen or model.options.num_beams > 1:
+    if model.engine.draft_model is not None or model.options.num_beams > 1:
         sizes.pop("prompt_lookup_tokens", None)
     properties = {name: value for name, value in settings.items() if name not in ENGINE_SETTINGS}
     if wants_full_precision(model.ov_config):
