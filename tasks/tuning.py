@@ -206,17 +206,14 @@ class _Search:
             # Not every device and version knows every value.
             return TuningTrial(name, value, 0.0, None, kept=False, problem=str(exc))
         speed_up = self._race(engine)
-        if speed_up < CLEAR_GAIN:
-            engine.close()
-            return TuningTrial(name, value, speed_up, None, kept=False)
-        agreements = _agreements(_answer(engine, self._compared), self._wanted)
-        kept = not _is_worse(agreements, self._defaults)
+        agreements = _agreements(_answer(engine, self._compared), self._wanted) if speed_up >= CLEAR_GAIN else None
+        kept = agreements is not None and not _is_worse(agreements, self._defaults)
         if kept:
             self._best.close()
             self._best, self._settings, self._speed_up = engine, settings, self._speed_up * speed_up
         else:
             engine.close()
-        return TuningTrial(name, value, speed_up, fmean(agreements), kept=kept)
+        return TuningTrial(name, value, speed_up, None if agreements is None else fmean(agreements), kept=kept)
 
     def _race(self, engine: OpenVINOTextEngine) -> float:
         """Return how many times as fast as the best one an engine is. One that is clearly slower gets one turn only."""

@@ -246,12 +246,10 @@ def _samples(chunk: Chunk, answers: Any, output: Output | None) -> list[dict[str
     kind = output.kind if output else "text"
     texts = output.steps if output and output.steps else OUTPUT_COLUMNS[:1] if kind == "text" else ()
     names = ("row", *texts, "status", "generated_tokens" if kind == "text" else "prompt_tokens", "error")
-    found = []
-    for answer in answers.select(sorted({*names, "details"})).to_pylist():
-        vector = read_vector(answer["details"]) if kind == "scores" else None
-        score = {} if kind != "scores" else {"score": None if vector is None else float(vector[0])}
-        found.append({**chunk.rows[answer["row"] - chunk.first], **{name: answer[name] for name in names}, **score})
-    return found
+    shown = answers.select(names)
+    if kind == "scores":
+        shown = shown.append_column("score", _score_column(answers))
+    return [{**chunk.rows[answer["row"] - chunk.first], **answer} for answer in shown.to_pylist()]
 
 
 def place_beside(destination: str, word: str) -> str:
@@ -377,15 +375,13 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         self._output, maker = output, job.make_requests()
         steps = maker.steps if isinstance(maker, ChainRows) else ()
         self._parsed = {step.name: step for step in steps if step.parser != "text"}
-        # Type of what takes the place of the completion.
-        self._value_type = {"text": pa.string(), "scores": pa.float64()}.get(output.kind)
-        if self._value_type is None:
-            self._value_type = pa.list_(pa.float32(), _dimensions_of(job, journal))
+        self._vector_type = pa.list_(pa.float32(), _dimensions_of(job, journal) if output.kind == "vectors" else 0)
+        values = {"text": pa.string(), "vectors": self._vector_type, "scores": pa.float64()}
         # Columns for the reasoning of the model, each with the column of the journal's rows that holds it.
         self._reasoning = _reasoning_columns(job, journal, output) if output.kind == "text" else {}
         kinds = {
             "prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64(),
-            output.own[0]: self._value_type,
+            output.own[0]: values[output.kind],
         }  # fmt: skip
         json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
         self._fields = {name: json_kinds.get(kind, pa.string()) for name, kind in output.fields.items()}
@@ -407,9 +403,9 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
 
         columns = {name: answers[name].combine_chunks() for name in self._output.own if name in answers.column_names}
         if self._output.kind != "text":
-            vectors = [read_vector(details) for details in answers["details"].to_pylist()]
-            make = _vector_column if self._output.kind == "vectors" else _score_column
-            columns[self._output.own[0]] = make(vectors, self._value_type)
+            is_vector = self._output.kind == "vectors"
+            values = _vector_column(answers, self._vector_type) if is_vector else _score_column(answers)
+            columns[self._output.own[0]] = values
         if not self._output.timings:
             columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
         for name, step in self._parsed.items():
@@ -463,11 +459,16 @@ def read_vector(details: str | None) -> Any | None:
     return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
 
 
-def _vector_column(vectors: list[Any], kind: Any) -> Any:
+def _vectors_of(answers: Any) -> list[Any]:
+    return [read_vector(details) for details in answers["details"].to_pylist()]
+
+
+def _vector_column(answers: Any, kind: Any) -> Any:
     """Return the vectors as lists of a fixed size; those of rows that failed are null."""
     import numpy as np
     import pyarrow as pa
 
+    vectors = _vectors_of(answers)
     values = np.zeros((len(vectors), kind.list_size), dtype=np.float32)
     for place, vector in enumerate(vectors):
         if vector is not None:
@@ -476,11 +477,11 @@ def _vector_column(vectors: list[Any], kind: Any) -> Any:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=missing)
 
 
-def _score_column(vectors: list[Any], kind: Any) -> Any:
+def _score_column(answers: Any) -> Any:
     """Return the scores, each a vector of one; those of rows that failed are null."""
     import pyarrow as pa
 
-    return pa.array([None if vector is None else float(vector[0]) for vector in vectors], kind)
+    return pa.array([None if vector is None else float(vector[0]) for vector in _vectors_of(answers)], pa.float64())
 
 
 def _read_details(text: str | None) -> dict[str, Any]:

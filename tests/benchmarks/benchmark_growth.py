@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_engines import Worker
-from benchmark_models import find_real_weights, make_checkpoint, make_exports
+from benchmark_models import make_int8
 from benchmark_workloads import Workload
 from machine import measure_machine
 
@@ -148,9 +148,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     arguments = parser.parse_args()
     work = arguments.output.absolute() / ("real" if arguments.real else "135m-shape")
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = find_real_weights() if arguments.real else make_checkpoint(work / "checkpoint")
-    folder = make_exports(checkpoint, work / "store", ["int8"])["int8"]
+    folder = make_int8(work, real=arguments.real)
     figures: dict[str, Any] = {"machine": asdict(measure_machine())}
     print(f"The machine: {json.dumps(figures['machine'])}")
     for name in arguments.of:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 
-from benchmark_models import find_real_weights, make_exports
+from benchmark_models import make_int8
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
@@ -102,9 +102,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, help="folder of an OpenVINO model with the same tokenizer")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
-    work = arguments.output.absolute() / "real"
-    work.mkdir(parents=True, exist_ok=True)
-    folder = make_exports(find_real_weights(), work / "store", ["int8"])["int8"]
+    folder = make_int8(arguments.output.absolute() / "real", real=True)
     ways = {"plain": EngineOptions()}
     ways |= {f"from the prompt, {count}": EngineOptions(prompt_lookup_tokens=count) for count in (3, 6, 10)}
     if arguments.draft is not None:

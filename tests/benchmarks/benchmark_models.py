@@ -108,6 +108,13 @@ def make_eight_bits(source: Path, target: Path) -> Path:
     return unfinished.rename(target)
 
 
+def make_int8(work: Path, *, real: bool = False) -> Path:
+    """Return the int8 export of the real weights, or of random ones of their shape, in a work folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = find_real_weights() if real else make_checkpoint(work / "checkpoint")
+    return make_exports(checkpoint, work / "store", ["int8"])["int8"]
+
+
 def make_exports(checkpoint: Path, store: Path, formats: list[str]) -> dict[str, Path]:
     """Export the checkpoint in some weight formats and return the folders."""
     from prefect_huggingface.blocks import LocalModel, ModelStore

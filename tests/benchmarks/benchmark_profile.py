@@ -16,7 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from benchmark_models import find_real_weights, make_checkpoint, make_exports
+from benchmark_models import make_int8
 
 NEW_TOKENS = 64
 
@@ -76,9 +76,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
     work = arguments.output.absolute() / ("real" if arguments.real else "135m-shape")
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = find_real_weights() if arguments.real else make_checkpoint(work / "checkpoint")
-    folder = make_exports(checkpoint, work / "store", ["int8"])["int8"]
+    folder = make_int8(work, real=arguments.real)
     watches = watch_engine()
 
     from prefect_huggingface.blocks import GenerationOptions, LocalModel

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmark_engines import install_peer
-from benchmark_models import make_checkpoint, make_exports
+from benchmark_models import make_int8
 
 PROMPT = "The capital of France is"
 BARE = f"""
@@ -84,8 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often each script is started")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
-    work = arguments.output.absolute() / "135m-shape"
-    export = make_exports(make_checkpoint(work / "checkpoint"), work / "store", ["int8"])["int8"]
+    export = make_int8(arguments.output.absolute() / "135m-shape")
     peers = install_peer(arguments.output.absolute() / "peers")
     names = [name for name in SCRIPTS if peers is not None or not name.startswith("langchain")]
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
