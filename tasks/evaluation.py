@@ -139,6 +139,8 @@ def _check_input(model: LocalModel, prompts: Sequence[str] | None, formats: Sequ
         raise PlanError(f"A comparison is for models of text, got task {model.task!r}. Leave out `min_agreement`.")
     if prompts is not None and (isinstance(prompts, str) or not prompts or not all(prompts)):
         raise PlanError(f"`prompts` must be a list of texts that are not empty, got {prompts!r}. Correct it.")
+    if model.task in VECTOR_TASKS and prompts is not None and len(prompts) < 2:
+        raise PlanError(f"A comparison of vectors or scores needs two texts or more, got {prompts!r}. Add one.")
     if formats is not None and (isinstance(formats, str) or not formats):
         raise PlanError(f"`formats` must be a list of weight formats, got {formats!r}. Correct it.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def _make_checkpoint(model: LocalModel, commit: str) -> Export:
     source = describe_gguf(model)
     if source.problem is not None:
         raise ModelSourceError(source.problem)
-    plan = plan_room(model, CHECKPOINT, commit, source.weights)
+    plan = partial(plan_room, model, CHECKPOINT, commit, source.weights)
     file = Snapshot(repo_id=None, commit=commit, path=Path(model.model_id))
     return make_once(model, file, CHECKPOINT, plan, _run_conversion)
 

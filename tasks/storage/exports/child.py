@@ -125,15 +125,9 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-u", str(program.path), str(job_path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            env=child_environment(work, program.network),
-            cwd=work,
-            pass_fds=(descriptor,) if descriptor >= 0 else (),
-        )
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+            env=child_environment(work, program.network), cwd=work, pass_fds=(descriptor,) if descriptor >= 0 else (),
+        )  # fmt: skip
     except OSError as error:
         raise _not_started(program, error) from None
     report, output = ChildReport(), work / "output.log"
@@ -279,17 +273,13 @@ def run_export(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int) 
         steps={step: text for step, text in STEPS.items() if step != "quantize" or recipe.quantization is not None},
         network=isinstance(dataset, str) and dataset != "auto",
     )
-    source = link_source(snapshot, recipe, work / "model")
+    source = link_source(snapshot, work / "model")
     job = {"source": str(source), "output": str(work / "output"), "recipe": recipe.as_dict()}
     return run_child(program, job, work, descriptor)
 
 
-def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
-    """Make a folder of links to the files of a snapshot, under a name that says nothing.
-
-    Optimum chooses settings by the name of the folder and by the name in `config.json`. The name in `config.json` is
-    that of the repository where the recipe has such settings, and else there is none.
-    """
+def link_source(snapshot: Snapshot, folder: Path) -> Path:
+    """Make a folder of links to the files of a snapshot, without a name: Optimum chooses settings by names."""
     folder.mkdir()
     for file in snapshot.files:
         target = folder / file.path
@@ -299,8 +289,6 @@ def link_source(snapshot: Snapshot, recipe: Recipe, folder: Path) -> Path:
     if config_path.exists():
         config = json.loads(config_path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        if (recipe.quantization or {}).get("ignored_scopes"):
-            config["_name_or_path"] = snapshot.repo_id
         config_path.unlink()
         config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder

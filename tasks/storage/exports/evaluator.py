@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 
 from prefect_huggingface.tasks.storage.exports.exporter import (
-    PlainEngine,
-    PlainModel,
     begin_child,
     check_gap,
+    load_plainly,
     log_softmax,
     report,
 )
 
 # Entries of the logits of one batch of the source, a quarter of a gigabyte, of which there are three copies at once.
 LARGEST_LOGITS = 1 << 26
+# Tokens of one batch of the source, prompts and answers, whose keys and values take a gigabyte or so.
+LARGEST_BATCH = 8192
 ROW_BLOCK = 256
 SPEED_TOKENS = 16
 # The engine computes in the precision of the model's properties, half precision and a KV cache in 8 bits for instance,
@@ -108,7 +109,8 @@ class CausalSource:
         _, logits = self._generate(prompts[:1], min(SPEED_TOKENS, self.max_new_tokens))
         self.speed = logits.shape[1] / (time.perf_counter() - started)
         longest = max(map(len, prompts)) + self.max_new_tokens
-        size = max(1, LARGEST_LOGITS // (logits.shape[2] * longest))
+        size = min(LARGEST_LOGITS // (logits.shape[2] * self.max_new_tokens), LARGEST_BATCH // longest)
+        size = max(1, size)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for _, group in groupby(order, lambda index: 0 if self.takes_padding else len(prompts[index])):
             alike = list(group)
@@ -148,8 +150,7 @@ class CausalExport:
     def __init__(self, folder: str, job: dict[str, Any]) -> None:
         import openvino_genai
 
-        self.model = PlainModel(folder, job["device"], job["ov_config"])
-        self.engine = PlainEngine(folder, job["device"], job["ov_config"])
+        self.model, self.engine = load_plainly(folder, job["device"], job["ov_config"])
         self.config = openvino_genai.GenerationConfig(max_new_tokens=job["max_new_tokens"], do_sample=False)
         self.config.eos_token_id = job["eos_token_ids"][0] if job["eos_token_ids"] else -1
         self.config.stop_token_ids = set(job["eos_token_ids"])

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,22 @@ from prefect_huggingface.tasks.storage.exports.vector_exports import (
 REPORT_MARK = "@@export@@ "
 VERIFIED_TOKENS = 4
 ENGINE_BATCH = 8
-SHORTEST_CHECK, LONGEST_CHECK = 64, 1024
-"""Tokens of the text on which engine and model are compared: enough for a window, unless it is a very large one."""
+SHORTEST_CHECK, LONGEST_CHECK, LONGEST_CONTEXT = 64, 1024, 1 << 20
+"""Tokens of the text on which engine and model are compared: enough for a window. Above the second number they are
+compared where that takes no longer than the following seconds."""
+LONGEST_CHECK_SECONDS = 120
+BEYOND_WINDOW = 32
+LOGITS_TOKENS = LONGEST_CHECK + BEYOND_WINDOW
+"""Tokens whose logits are in memory at once: those of a large vocabulary take a megabyte for each token."""
 LARGEST_GAP = 0.02
 """Difference (nats) between engine and model that rounding explains, both in single precision."""
+OPTIMUM_CLASSES = {
+    "text-generation": "OVModelForCausalLM",
+    "text2text-generation": "OVModelForSeq2SeqLM",
+    "image-text-to-text": "OVModelForVisualCausalLM",
+    "feature-extraction": "OVModelForFeatureExtraction",
+    "text-classification": "OVModelForSequenceClassification",
+}
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
 # Architectures that optimum-intel 2.1 refuses with Transformers 5.5 and that it converts rightly nevertheless; the
@@ -119,15 +132,9 @@ def export_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
     refuse_missing_weights(unused="pooler." if recipe["task"] == "feature-extraction" else None)
     report(step="export")
     main_export(
-        source,
-        output,
-        **optimum_arguments(source, recipe["task"]),
-        library_name="transformers",
-        trust_remote_code=recipe["trust_remote_code"],
-        local_files_only=True,
-        convert_tokenizer=True,
-        ov_config=OVConfig(**settings),
-    )
+        source, output, **optimum_arguments(source, recipe["task"]), library_name="transformers", local_files_only=True,
+        trust_remote_code=recipe["trust_remote_code"], convert_tokenizer=True, ov_config=OVConfig(**settings),
+    )  # fmt: skip
     if recipe["task"] in VECTOR_EXPORTS:
         add_files(source, output, recipe["task"])
 
@@ -171,7 +178,10 @@ def make_quantization_config(recipe: dict[str, Any]) -> Any:
 
     if recipe["quantization"] is None:
         return None
-    settings = {name: value for name, value in recipe["quantization"].items() if name != "ignored_scopes"}
+    settings = dict(recipe["quantization"])
+    # They are by the part of the model; of one with several parts, the settings are those of its language model.
+    for scope in settings.pop("ignored_scopes", {}).values():
+        settings["ignored_scope"] = scope
     weight_only = settings.pop("weight_only", True)
     if "weight_quantization_config" in settings:
         return OVMixedQuantizationConfig(**settings)
@@ -182,16 +192,16 @@ def make_quantization_config(recipe: dict[str, Any]) -> Any:
 
 def quantize_model(source: str, output: Path, recipe: dict[str, Any]) -> None:
     """Quantize the OpenVINO model of a folder in place."""
-    from optimum.exporters.openvino.__main__ import _main_quantize
+    import optimum.intel as classes
 
-    _main_quantize(
-        source,
-        task=optimum_arguments(source, recipe["task"])["task"],
-        library_name="transformers",
-        quantization_config=make_quantization_config(recipe),
-        output=output,
-        cache_dir=None,
-        trust_remote_code=recipe["trust_remote_code"],
+    task = optimum_arguments(source, recipe["task"])["task"].removesuffix("-with-past")
+    trusted = {"trust_remote_code": recipe["trust_remote_code"]}
+    model = getattr(classes, OPTIMUM_CLASSES[task]).from_pretrained(output, compile=False, **trusted)
+    config = make_quantization_config(recipe)
+    config.tokenizer = config.processor = source  # for the calibration data
+    quantizer = classes.OVQuantizer.from_pretrained(model, **trusted)
+    quantizer.quantize(
+        ov_config=classes.OVConfig(quantization_config=config), save_directory=output, immediate_save=True
     )
     forget_source(output / "openvino_config.json")
 
@@ -238,8 +248,8 @@ def has_chat_template(folder: Path) -> bool:
 def check_engine(output: Path) -> int:
     """Return how many tokens the continuous batch that will answer generates.
 
-    Its probabilities are held against the model's own: of one text alone, and then with its beginnings beside it; it is
-    longer than a sliding window.
+    Its probabilities are held against the model's own, on a text that is longer than a sliding window. A very large
+    window is looked beyond where this machine does that soon.
 
     Raises:
         RuntimeError: If the engine cannot run the model, or gives other probabilities.
@@ -247,24 +257,40 @@ def check_engine(output: Path) -> int:
     import openvino_genai
 
     exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    model, engine = PlainModel(str(output), "CPU", exact), PlainEngine(str(output), "CPU", exact)
+    model, engine = load_plainly(str(output), "CPU", exact)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    text = checked_tokens({**config, **(config.get("text_config") or {})})
-    own = model.log_probabilities(text)
-    texts = [text, *(text[: len(text) - 3 * step] for step in range(1, ENGINE_BATCH))]
-    for batch in (texts[:1], texts):
-        for tokens, found in zip(batch, engine.log_probabilities(batch), strict=True):
-            count = len(tokens) - 1
-            check_gap(sum(abs(a - b) for a, b in zip(own[:count], found, strict=True)) / count, LARGEST_GAP)
+    config |= config.get("text_config") or {}
+    text, longer = checked_tokens(config), checked_tokens(config, LONGEST_CONTEXT)
+    started = time.monotonic()
+    check_probabilities(model, engine, [text, *(text[: len(text) - 3 * step] for step in range(1, ENGINE_BATCH))])
+    seconds = (time.monotonic() - started) / len(text) * len(longer)
+    if len(longer) > len(text) and seconds < LONGEST_CHECK_SECONDS:
+        check_probabilities(model, engine, [longer[: len(longer) // part] for part in range(1, ENGINE_BATCH + 1)])
     generation = openvino_genai.GenerationConfig(max_new_tokens=VERIFIED_TOKENS, do_sample=False, ignore_eos=True)
     return len(engine.generate([text], generation)[0].generated_ids)
 
 
-def checked_tokens(config: dict[str, Any]) -> list[int]:
-    """Return tokens of all parts of the vocabulary, more than fit into the attention window of the model."""
+def check_probabilities(model: PlainModel, engine: PlainEngine, texts: list[list[int]]) -> None:
+    """Hold the engine's probabilities against the model's own: of the first text alone, and with all in one batch.
+
+    The others are beginnings of the first text.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    own = model.log_probabilities(texts[0])
+    for batch in (texts[:1], texts):
+        for tokens, found in zip(batch, engine.log_probabilities(batch), strict=True):
+            gaps = [abs(a - b) for a, b in zip(own[: len(tokens) - 1], found, strict=True)]
+            for some in (gaps, gaps[-BEYOND_WINDOW:]):
+                check_gap(sum(some) / len(some), LARGEST_GAP)
+
+
+def checked_tokens(config: dict[str, Any], longest: int = LONGEST_CHECK) -> list[int]:
+    """Return tokens of all parts of the vocabulary, more than fit into the model's attention window below a length."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     window = window if isinstance(window, int) else config.get("window_size")
-    length = window + 32 if isinstance(window, int) and 0 < window < LONGEST_CHECK else SHORTEST_CHECK
+    length = window + BEYOND_WINDOW if isinstance(window, int) and 0 < window < longest else SHORTEST_CHECK
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(positions, int):
         length = min(length, positions - VERIFIED_TOKENS)
@@ -295,23 +321,26 @@ class PlainModel:
         self.request = compiled.create_infer_request()
         self.inputs = {port.get_any_name() for port in compiled.inputs}
 
-    def logits(self, tokens: list[int]) -> Any:
-        """Return the logits after each token."""
+    def logits(self, tokens: list[int], before: int = 0) -> Any:
+        """Return the logits after each token; so many tokens came `before` them."""
         import numpy as np
 
-        ids = np.array([tokens], dtype=np.int64)
-        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.zeros(1, dtype=np.int32)}
-        given["position_ids"] = np.arange(ids.shape[1], dtype=np.int64)[None]
-        self.request.reset_state()
+        ids, stop = np.array([tokens], dtype=np.int64), before + len(tokens)
+        given = {"input_ids": ids, "attention_mask": np.ones((1, stop), np.int64), "beam_idx": np.zeros(1, np.int32)}
+        given["position_ids"] = np.arange(before, stop, dtype=np.int64)[None]
+        if not before:
+            self.request.reset_state()
         result = self.request.infer({name: value for name, value in given.items() if name in self.inputs})
         return next(iter(result.values()))[0].copy()
 
     def log_probabilities(self, tokens: list[int]) -> list[float]:
         """Return the logarithm of the probability (nats) of each token but the first."""
-        import numpy as np
-
-        probabilities = log_softmax(self.logits(tokens)[:-1])
-        return list(probabilities[np.arange(len(probabilities)), tokens[1:]].tolist())
+        found: list[float] = []
+        for start in range(0, len(tokens) - 1, LOGITS_TOKENS):
+            part, targets = (tokens[begin : begin + LOGITS_TOKENS] for begin in (start, start + 1))
+            rows = log_softmax(self.logits(part, start))
+            found += [float(row[target]) for row, target in zip(rows, targets, strict=False)]
+        return found
 
 
 def log_softmax(logits: Any) -> Any:
@@ -358,13 +387,21 @@ class PlainEngine:
         return [list(one.generated_log_probs[1 : len(tokens)]) for one, tokens in zip(made, texts, strict=True)]
 
 
+def load_plainly(folder: str, device: str, properties: dict[str, Any]) -> tuple[PlainModel, PlainEngine]:
+    """Return the exported model and the engine on it. OpenVINO compiles on one core, so that both are done at once."""
+    with ThreadPoolExecutor(1) as beside:
+        model = beside.submit(PlainModel, folder, device, properties)
+        engine = PlainEngine(folder, device, properties)
+        return model.result(), engine
+
+
 def generate_with_optimum(output: Path, recipe: dict[str, Any]) -> int:
     """Return the number of tokens that Optimum generates from the export."""
     import optimum.intel as classes
     from transformers import AutoTokenizer
 
     vision = recipe["task"] == "image-text-to-text"
-    kind = classes.OVModelForVisualCausalLM if vision else classes.OVModelForSeq2SeqLM
+    kind = getattr(classes, OPTIMUM_CLASSES[recipe["task"].removesuffix("-with-past")])
     model = kind.from_pretrained(output, trust_remote_code=recipe["trust_remote_code"])
     tokens = AutoTokenizer.from_pretrained(output)("The verification of an export", return_tensors="pt")
     made = model.generate(

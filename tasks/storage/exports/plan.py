@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -63,7 +64,8 @@ SCORED = r"(ForSequenceClassification|ForCausalLM)$"
 GENERATING = r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|Model)$"
 # The paged attention of OpenVINO 2026.4 knows nothing of their masks: local windows, positions as biases.
 WRONG_ATTENTION = ("gpt_neo", "mpt", "xglm")
-STACK = re.compile(r"((?:.+\.)?(?:layers|layer|h|blocks|block))\.(\d+)\..+")
+# The outermost list of layers: those of T5 have a list of their own, `decoder.block.0.layer.2`.
+STACK = re.compile(r"((?:.+?\.)?(?:layers|layer|h|blocks|block))\.(\d+)\..+")
 HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output|output_layer)\.")
 # Architectures whose head is not the table of embeddings unless their configuration says so.
 OWN_HEADS = (
@@ -221,16 +223,16 @@ def make_plan(model: LocalModel, recipe: Recipe, source: ExportSource) -> Export
 def plan_room(model: LocalModel, recipe: Recipe, commit: str, weights: SourceWeights) -> ExportPlan:
     """Return the part of a plan that disk and memory decide."""
     problems, warnings = [], []
-    disk, free = estimate_disk(weights, recipe.weight_format), free_disk(model.store_path)
+    disk, memory, least = estimate_room(weights, recipe.weight_format)
+    free, available = free_disk(model.store_path), available_bytes(swap=True)
     if disk > free:
         problems.append(
             f"The export needs about {gigabytes(disk)} of disk and {gigabytes(free)} are free in "
             f"{str(model.store_path)!r}. Free some space, or set another `path` of the store."
         )
-    memory, available = estimate_memory(weights, recipe.weight_format), available_bytes(swap=True)
-    if least_memory(weights) > available:
+    if least > available:
         problems.append(
-            f"The export needs at least {gigabytes(least_memory(weights))} of memory and {gigabytes(available)} are "
+            f"The export needs at least {gigabytes(least)} of memory and {gigabytes(available)} are "
             "free. Use a machine with more memory, or an OpenVINO repository of the model ('OpenVINO/...' on the Hub)."
         )
     elif memory > available:
@@ -384,15 +386,17 @@ def check_attention(case: ExportCase) -> str | None:
 def check_weights(case: ExportCase) -> str | None:
     """The checkpoint has its head and all its layers, so that nothing is made up of random numbers."""
     config = {**case.config, **(case.config.get("text_config") or {})}
-    stacks: dict[str, set[int]] = {}
+    stacks: dict[str, Counter[int]] = {}
     for name in case.source.weights.names:
         if found := STACK.fullmatch(name):
-            stacks.setdefault(found[1], set()).add(int(found[2]))
+            stacks.setdefault(found[1], Counter())[int(found[2])] += 1
+    # A weight and a bias at most are those of a projector, whose activations have a number too.
+    stacks = {prefix: numbers for prefix, numbers in stacks.items() if max(numbers.values()) > 2}
     if not stacks:
         return None
     for prefix, numbers in sorted(stacks.items()):
         wanted = max(*numbers, (_layer_count(config, prefix, len(stacks)) or 0) - 1) + 1
-        missing = sorted(set(range(wanted)) - numbers)
+        missing = sorted(set(range(wanted)) - set(numbers))
         if missing:
             text = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             return f"{case.name} lacks the weights of layer {text} of {wanted} ({prefix!r}). Download it again."
@@ -497,9 +501,14 @@ def check_dataset(case: ExportCase) -> str | None:
     if not isinstance(dataset, str) or installed_version("optimum-intel") is None:
         return None
     known = read_table(DATASETS, DATASET_TABLES.get(case.recipe.task, "PREDEFINED_LANGUAGE_DATASETS"))
-    if dataset.partition(":")[0] in known:
-        return None
-    return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
+    if dataset.partition(":")[0] not in known:
+        return f"`dataset` must be texts or one of {', '.join(sorted(known))}, got {dataset!r}. Correct it."
+    if dataset != "auto" and works_offline(case.model):
+        return (
+            f"The recipe in {case.recipe.weight_format} for {case.name} uses the data set {dataset!r} of the Hub, "
+            "which must not be asked (`offline`, HF_HUB_OFFLINE). Give texts as `dataset`, or options without data."
+        )
+    return None
 
 
 def dataset_of(recipe: Recipe) -> Any:
@@ -551,24 +560,14 @@ def weight_type(folder: Path, commit: str) -> str:
     return "8 bits" if types & set(EIGHT_BITS) else "full precision"
 
 
-def estimate_disk(weights: SourceWeights, weight_format: str) -> int:
-    """Return the bytes of disk that an export needs at its fullest: the converted and the quantized model together."""
-    final = weights.parameters * bits_per_weight(weight_format) / 8
-    converted = weights.size_bytes if bits_per_weight(weight_format) < 16 else 0
-    return int(converted + final) + BASE_DISK_BYTES
+def estimate_room(weights: SourceWeights, weight_format: str) -> tuple[int, int, int]:
+    """Return what an export needs, in bytes: disk and memory at its fullest, and the memory that it cannot do without.
 
-
-def estimate_memory(weights: SourceWeights, weight_format: str) -> int:
-    """Return the bytes of memory that an export needs at its fullest, as measured with plain exports."""
-    final = weights.parameters * bits_per_weight(weight_format) / 8
-    return int(2.0 * weights.size_bytes + final) + BASE_MEMORY_BYTES
-
-
-def least_memory(weights: SourceWeights) -> int:
-    """Return the bytes of memory without which an export cannot succeed: every weight is in memory once."""
-    return weights.size_bytes + BASE_MEMORY_BYTES // 2
-
-
-def bits_per_weight(weight_format: str) -> float:
-    """Return the bits that one weight takes, with its part of the scales."""
-    return BITS.get(weight_format, 4.5 if weight_format.startswith(("cb4", "int4")) else 8.1)
+    On disk are the converted and the quantized model together; in memory is every weight at least once. The rest was
+    measured with plain exports.
+    """
+    bits = BITS.get(weight_format, 4.5 if weight_format.startswith(("cb4", "int4")) else 8.1)
+    final, converted = weights.parameters * bits / 8, weights.size_bytes if bits < 16 else 0
+    disk = int(converted + final) + BASE_DISK_BYTES
+    memory = int(2.0 * weights.size_bytes + final) + BASE_MEMORY_BYTES
+    return disk, memory, weights.size_bytes + BASE_MEMORY_BYTES // 2

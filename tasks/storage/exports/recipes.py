@@ -176,7 +176,7 @@ def _four_bits(options: QuantizationOptions, weight_format: str, chosen: Mapping
 def _full_quantization(options: QuantizationOptions, mode: str, chosen: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the arguments for quantizing weights and activations."""
     if chosen is not None:
-        return dict(chosen)
+        return {"weight_only": False, **chosen}
     if options.dataset is None:
         raise PlanError(
             f"Mode {mode!r} quantizes activations too and needs data. Set `dataset` to texts of yours or 'auto'."
@@ -269,7 +269,8 @@ def recommended_options(table: str | None, repo_id: str | None) -> Mapping[str, 
     aliases = {alias: original for original, alias in read_table(CONFIGURATION, ALIASES)}
     options = read_table(CONFIGURATION, table)
     found: Mapping[str, Any] | None = options.get(repo_id) or options.get(aliases.get(repo_id))
-    return found
+    # Some have several recipes in one, for parts of the model, which are not taken over.
+    return None if found and any(name.startswith("quantization_config") for name in found) else found
 
 
 def read_table(path: str, name: str) -> Any:

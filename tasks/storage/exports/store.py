@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,8 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
     recipe, commit = resolve_recipe(model, None if model.is_local else model.model_id), known_source(model)
     planned = plan_snapshot(model) if commit is None and not model.is_local else None
     commit = planned.commit if planned else commit
+    if planned and planned.access == "refused":
+        get_snapshot(model)  # it may be here because somebody else fetched it; this user gets the error of the Hub
     # The source may have been evicted since; what was made from it is enough.
     found = None if commit is None else find_export(model.store_path, export_key(commit, recipe), verify)
     if found is not None:
@@ -250,19 +253,24 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
         source = describe_snapshot(snapshot)
     if is_openvino_folder(source.files):
         return use_openvino_folder(model, snapshot)
-    return make_once(model, snapshot, recipe, make_plan(model, recipe, source), run_export)
+    return make_once(model, snapshot, recipe, partial(make_plan, model, recipe, source), run_export)
 
 
-def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, plan: ExportPlan, run: Run) -> Export:
+def make_once(
+    model: LocalModel, snapshot: Snapshot, recipe: Recipe, make: Callable[[], ExportPlan], run: Run
+) -> Export:
     """Make an export of a snapshot with `run`, or wait for the process that is making it.
+
+    The plan that `make` returns is checked when nobody else is at it, who would take the memory and the disk.
 
     Raises:
         PlanError: If the export cannot succeed; nothing was started.
         ExportError: If the export failed, or another process takes too long.
     """
-    store, key = model.store_path, plan.key
+    store, key = model.store_path, export_key(snapshot.commit, recipe)
     path = lock_path(store, key)
-    check_plan(plan)
+    if not path.exists():  # else somebody may be making it, who takes the memory and the disk meanwhile
+        check_plan(make())
     longest = model.get_store().lock_timeout_seconds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,6 +279,8 @@ def make_once(model: LocalModel, snapshot: Snapshot, recipe: Recipe, plan: Expor
             found = find_export(store, key)
             if found is not None:
                 return found
+            plan = make()
+            check_plan(plan)
             made = make_export(store, snapshot, recipe, plan, run)
             make_room(model.get_store(), made.path)
             return made
@@ -330,18 +340,11 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
         seconds = {**report["seconds"], "total": time.monotonic() - started}
         output = staging.path / "output"
         manifest = Manifest(
-            key=plan.key,
-            source=source,
-            commit=snapshot.commit,
-            recipe=recipe.as_dict(),
-            versions=export_versions(),
-            files=describe_files(output),
+            plan.key, source, snapshot.commit, recipe.as_dict(), export_versions(), describe_files(output),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds={name: round(value, 3) for name, value in seconds.items()},
-            peak_memory_bytes=report["peak_memory_bytes"],
-            weights=report["weights"],
-            notes=plan.notes,
-        )
+            peak_memory_bytes=report["peak_memory_bytes"], weights=report["weights"], notes=plan.notes,
+        )  # fmt: skip
         write_manifest(output, manifest)
         card = model_card(manifest.export(output, reused=False), known_licence(snapshot.path))
         write_text(output / CARD, card)

@@ -64,7 +64,7 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ANY_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|pkl|ckpt)")
 _SHARD = re.compile(r"(?:pytorch_)?model[-_.](?:safetensors-)?(\d+)-of-(\d+)\.(safetensors|bin)")
-RULES = 3  # raised when other files are chosen than before, so that old manifests are not taken for complete
+RULES = 4  # raised when other files are chosen than before, so that old manifests are not taken for complete
 ADAPTER = "adapter"  # in place of a backend, for a repository that holds no model but an adapter of PEFT
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -267,15 +267,15 @@ class Selection:
         """Return the file with all weights, or all its shards with their index, which names them."""
         if whole in names:
             return {whole}
+        if index in names and read is not None and (named := set(read_index(read(index)).values())):
+            self._refuse_missing(named - names)
+            return named | {index}
         shards = {n for n in names if _SHARD.fullmatch(n) and n.endswith(Path(whole).suffix)}
         for match in filter(None, map(_SHARD.fullmatch, sorted(shards))):
             first, last = match.span(1)
             for number in range(1, min(int(match[2]), 10_000) + 1):
                 wanted = f"{match.string[:first]}{number:0{last - first}d}{match.string[last:]}"
                 self._refuse_missing({wanted} - names)
-        if not shards and index in names and read is not None:
-            shards = set(read_index(read(index)).values())
-            self._refuse_missing(shards - names)
         return shards | ({index} & names) if shards else set()
 
     def _refuse_missing(self, missing: set[str]) -> None:
@@ -434,9 +434,12 @@ def adopt_snapshot(folder: RepositoryFolder, commit: str, selection: Selection) 
     except HubError:
         return None
     paths = {file.path for file in chosen}
-    code_is_here = not selection.trust_remote_code or any(path.endswith(".py") for path in paths)
-    if "config.json" not in paths or not paths & _TOKENIZERS or not code_is_here:
+    if selection.backend != ADAPTER and not ("config.json" in paths and paths & _TOKENIZERS):
         return None
+    if selection.trust_remote_code and not any(path.endswith(".py") for path in paths):
+        with suppress(OSError, ValueError):
+            if "auto_map" in json.loads((place / "config.json").read_text(encoding="utf-8")):
+                return None
     return verify_files(folder, commit, selection.key, chosen)
 
 
@@ -636,11 +639,19 @@ def remove_partials(store: ModelStore, unused_seconds: float = 7 * 24 * 3600.0) 
                 if found.st_mtime < oldest:
                     place.unlink()
                     freed += found.st_size
-        marks = [mark for mark in (folder.path / "downloaded").glob("*/*") if mark.stat().st_mtime < oldest]
-        places = (folder.path / "snapshots").glob("*") if marks else ()
-        used = {name for place in places for name, _ in _files_of(folder, place).values()}
-        for mark in marks:
-            if mark.name not in used:
-                freed += _remove_blob(folder, mark.name)
-                mark.unlink(missing_ok=True)
+        with suppress(StoreBusyError, OSError), folder.lock(REPOSITORY_LOCK, timeout_seconds=0.0):
+            freed += _remove_unfinished(folder, oldest)
+    return freed
+
+
+def _remove_unfinished(folder: RepositoryFolder, oldest: float) -> int:
+    """Remove blobs that were downloaded before a time for a snapshot that was never finished, nor is now."""
+    marks = [mark for mark in (folder.path / "downloaded").glob("*/*") if mark.stat().st_mtime < oldest]
+    places = (folder.path / "snapshots").glob("*") if marks else ()
+    used = {name for place in places for name, _ in _files_of(folder, place).values()}
+    freed = 0
+    for mark in marks:
+        if mark.name not in used:
+            freed += _remove_blob(folder, mark.name)
+            mark.unlink(missing_ok=True)
     return freed

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -415,6 +415,8 @@ class Transfer:
         assert size is not None
         with self.folder.lock(name, self.lock_timeout_seconds, self.stop):
             if self._is_there(name, size):
+                with suppress(OSError):  # of another tool's content there is no mark
+                    os.utime(self.folder.mark(self.commit, name))
                 self.progress.advance(size)
             else:
                 with PartialDownload(self.folder.partial(name), name, size) as partial:

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError, PlanError
+from prefect_huggingface.tasks.exports import plan_model
 from prefect_huggingface.tasks.storage.exports.child import KEPT_LOGS, ChildProgram, child_environment, run_child
-from prefect_huggingface.tasks.storage.exports.store import get_export
+from prefect_huggingface.tasks.storage.exports.store import get_export, lock_path
 from prefect_huggingface.tasks.storage.files import staging_folder
 from support.export_requests import processes_below, published, staged, wait_for_child
 
@@ -91,6 +93,24 @@ def test_a_disk_that_fills_up_is_named(tiny_llama: Path, small_disk: Path) -> No
     assert isinstance(errors[0], ExportError)
     assert "disk of the store is full" in str(errors[0])
     assert staged(model.store_path) == published(model.store_path) == []
+
+
+@pytest.mark.slow
+def test_room_that_another_process_takes_for_the_same_export_is_no_reason_to_refuse(
+    tiny_llama: Path, small_disk: Path
+) -> None:
+    model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=small_disk / "store"))
+    path = lock_path(model.store_path, plan_model(model).key)
+    path.parent.mkdir(parents=True)
+    with FileLock(path):
+        (small_disk / "ballast").write_bytes(b"x" * 90_000_000)
+        thread, errors = ask_in_thread(model)
+        time.sleep(2)
+        assert thread.is_alive(), errors
+        (small_disk / "ballast").unlink()
+    thread.join(timeout=120)
+    assert not errors
+    assert len(published(model.store_path)) == 1
 
 
 FAILING = """

@@ -15,8 +15,9 @@ from prefect_huggingface.tasks.storage.exports import child
 from prefect_huggingface.tasks.storage.exports.child import ChildProgram, child_environment, run_child, run_export
 from prefect_huggingface.tasks.storage.exports.exporter import LARGEST_GAP, check_gap, checked_tokens
 from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
+from prefect_huggingface.tasks.storage.exports.store import get_export
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
-from support.export_models import SPECIAL
+from support.export_models import SPECIAL, make_model
 from support.tiny_models import make_tokenizer, save_with_spread_weights
 
 SECRETS = {
@@ -67,6 +68,8 @@ def test_the_checked_text_is_longer_than_the_window_and_fits_the_model() -> None
     assert len(checked_tokens({"vocab_size": 100, "sliding_window": 200, "use_sliding_window": False})) == 64
     assert len(checked_tokens({"vocab_size": 100, "sliding_window": 8, "max_position_embeddings": 32})) == 28
     assert all(8 <= token < 100 for token in checked_tokens({"vocab_size": 100, "sliding_window": 500}))
+    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 4096})) == 64
+    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 4096}, longest=10_000)) == 4128
 
 
 @pytest.mark.parametrize("gap", [LARGEST_GAP * 2, float("nan")])
@@ -94,6 +97,10 @@ def make_checkpoint(folder: Path, name: str, **settings: object) -> Path:
         ("GPTNeo", {
             "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["local"], 2]], "window_size": 16,
         }),
+        ("GPTNeo", {
+            "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["local"], 2]],
+            "window_size": 1200,
+        }),
         ("Mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4}),
     ],
 )  # fmt: skip
@@ -104,6 +111,15 @@ def test_attention_that_the_engine_does_not_know_is_never_published(tmp_path: Pa
     work.mkdir(parents=True)
     with pytest.raises(ExportError, match="The continuous batch of OpenVINO gives other probabilities"):
         run_export(get_snapshot(model), resolve_recipe(model, None), work, -1)
+
+
+@pytest.mark.slow
+def test_a_window_larger_than_a_short_check_is_looked_beyond(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "mistral", sliding_window=1200, max_position_embeddings=2048)
+    export = get_export(
+        LocalModel(model_id=str(folder), weight_format="fp32", store=ModelStore(path=tmp_path / "store"))
+    )
+    assert export.key
 
 
 @pytest.mark.slow

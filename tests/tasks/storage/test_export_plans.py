@@ -12,8 +12,7 @@ import pytest
 from prefect_huggingface.blocks import LocalModel, ModelStore, QuantizationOptions
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.exports import export_model, plan_model
-from prefect_huggingface.tasks.storage.exports import plan as resources
-from prefect_huggingface.tasks.storage.exports.plan import ExportSource, make_plan
+from prefect_huggingface.tasks.storage.exports.plan import ExportSource, estimate_room, make_plan
 from prefect_huggingface.tasks.storage.exports.recipes import installed_version, resolve_recipe, support_table
 from prefect_huggingface.tasks.storage.folders import SourceWeights
 
@@ -106,7 +105,8 @@ def test_the_torch_backend_has_no_export(checkpoint: Any) -> None:
 def test_a_model_that_is_too_large_is_refused(checkpoint: Any) -> None:
     model = checkpoint(LLAMA)
     weights = SourceWeights(2**42, 2**43)
-    assert resources.estimate_memory(weights, "int8") > resources.least_memory(weights) > 8e12
+    _, memory, least = estimate_room(weights, "int8")
+    assert memory > least > 8e12
     plan = make_plan(model, resolve_recipe(model, None), ExportSource("c", LLAMA, weights))
     assert any("of disk" in problem for problem in plan.problems)
     assert any("of memory" in problem and "OpenVINO repository" in problem for problem in plan.problems)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore, QuantizationOptions
+from prefect_huggingface.tasks import download_model
 from prefect_huggingface.tasks.errors import HuggingFaceTaskError
 from prefect_huggingface.tasks.exports import export_model, plan_model
 from prefect_huggingface.tasks.storage.exports.plan import ExportCase, ExportSource, check_tokenizer
@@ -30,7 +31,8 @@ def weights(*names: str) -> bytes:
 
 
 def layers(count: int, head: bool = True) -> tuple[str, ...]:
-    inner = [f"model.layers.{number}.mlp.weight" for number in range(count)]
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+    inner = [f"model.layers.{number}.{part}.weight" for number in range(count) for part in parts]
     return ("model.embed_tokens.weight", *inner, *(("lm_head.weight",) if head else ()))
 
 
@@ -39,6 +41,14 @@ def checkpoint(config: dict[str, Any], *names: str, **more: bytes) -> Files:
         "config.json": json.dumps(config).encode(), "tokenizer.json": b"{}", "tokenizer_config.json": b"{}",
         "model.safetensors": weights(*names), **more,
     }  # fmt: skip
+
+
+def t5_layers(count: int) -> list[str]:
+    """Return names as in a T5, whose layers have a list of their own."""
+    encoder = ("0.SelfAttention.q", "0.SelfAttention.o", "0.layer_norm", "1.DenseReluDense.wi")
+    decoder = (*encoder, "1.EncDecAttention.q", "2.DenseReluDense.wo")
+    inner = [f"encoder.block.{number}.layer.{part}.weight" for number in range(8) for part in encoder]
+    return ["shared.weight", *inner, *(f"decoder.block.{n}.layer.{p}.weight" for n in range(count) for p in decoder)]
 
 
 def without(files: Files, *names: str) -> Files:
@@ -139,10 +149,31 @@ def test_a_plan_takes_less_than_five_seconds(publish: Any) -> None:
         checkpoint({"model_type": "gpt2", "n_layer": 1}, "h.0.attn.weight", "wte.weight"),
         checkpoint({"model_type": "falcon", "alibi": False, "tie_word_embeddings": True}, "a"),
         checkpoint(LLAMA, "weight"),
+        checkpoint(LLAMA, *layers(2), *(f"projector.layers.{number}.{part}" for number in (0, 2) for part in "wb")),
     ],
 )
 def test_what_is_whole_plans_clean(publish: Any, files: Files) -> None:
     assert plan_model(publish(files)).problems == ()
+
+
+@pytest.mark.parametrize(("count", "problems"), [(8, ()), (7, ("lacks the weights of layer 7 of 8",))])
+def test_layers_within_layers_are_not_counted(publish: Any, count: int, problems: tuple[str, ...]) -> None:
+    t5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "num_layers": 8, "num_decoder_layers": 8}
+    model = publish(checkpoint({**t5, "is_encoder_decoder": True}, *t5_layers(count)))
+    found = plan_model(model.model_copy(update={"task": "translation"})).problems
+    assert len(found) == len(problems)
+    assert all(words in problem for words, problem in zip(problems, found, strict=True))
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_data_set_of_the_hub_is_not_asked_for_offline(publish: Any, offline: bool) -> None:
+    options = {"weight_format": "int4", "quantization": QuantizationOptions(dataset="wikitext2"), "offline": offline}
+    model = publish(WHOLE)
+    if not model.is_local:
+        export = {"revision": download_model.fn(model).commit}
+        options |= export if offline else {}
+    said = " ".join(plan_model(model.model_copy(update=options)).problems)
+    assert ("data set 'wikitext2' of the Hub, which must not be asked" in said) is offline
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from prefect_huggingface.tasks.hub_errors import GatedRepositoryError, InvalidTokenError, RepositoryNotFoundError
+from prefect_huggingface.tasks.storage.exports.store import get_export
 from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
 from support.hub_models import check_snapshot, hub_model, model_files
 
@@ -54,8 +55,11 @@ def test_a_private_repository_is_not_found(guarded, tmp_path, token, words):
 
 def test_what_another_user_has_fetched_is_not_handed_out(guarded, tmp_path):
     fetch_snapshot(hub_model(guarded, tmp_path, "org/gated", token=TOKEN))
+    other = hub_model(guarded, tmp_path, "org/gated", token="hf_bob")
     with pytest.raises(GatedRepositoryError):
-        fetch_snapshot(hub_model(guarded, tmp_path, "org/gated", token="hf_bob"))
+        fetch_snapshot(other)
+    with pytest.raises(GatedRepositoryError):
+        get_export(other.model_copy(update={"backend": "openvino"}))
 
 
 def test_the_storage_never_sees_the_token(guarded, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 
@@ -102,6 +103,29 @@ def test_contents_that_were_never_completed_are_removed_after_a_while(hub, tmp_p
         os.utime(partial, (0, 0))
     assert remove_partials(ModelStore(path=tmp_path)) == MEGABYTE
     assert not list(tmp_path.rglob("partials/*"))
+
+
+def test_what_a_download_that_goes_on_has_got_before_stays(hub, tmp_path):
+    hub.create("org/model", model_files(3 * MEGABYTE))
+    snapshot = fetch_snapshot(hub_model(hub, tmp_path))
+    repository = RepositoryFolder.of(hub_model(hub, tmp_path)).path
+    # As after a download that was cut long ago, with its contents whole and no snapshot of them.
+    shutil.rmtree(snapshot.path)
+    shutil.rmtree(repository / "manifests")
+    marks = list(repository.glob("downloaded/*/*"))
+    weights = max((mark for mark in marks), key=lambda mark: (repository / "blobs" / mark.name).stat().st_size)
+    for mark in marks:
+        os.utime(mark, (0, 0))
+    small = [mark for mark in marks if mark != weights]
+    (repository / "blobs" / small[0].name).unlink()
+    fault = hub.fault("stall_body", after=1)
+    thread = threading.Thread(target=fetch_snapshot, args=(hub_model(hub, tmp_path, settings={"timeout_seconds": 60}),))
+    thread.start()
+    wait_for(lambda: weights.stat().st_mtime > 0)
+    assert remove_partials(ModelStore(path=tmp_path)) == 0
+    fault.is_over = True
+    thread.join(30)
+    check_snapshot(snapshot.path, model_files(3 * MEGABYTE))
 
 
 def test_an_empty_store_lists_nothing(tmp_path):

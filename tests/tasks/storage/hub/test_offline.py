@@ -108,6 +108,8 @@ def test_offline_with_a_part_of_a_snapshot_is_an_error(hub, repository, tmp_path
 
 
 def test_offline_with_the_files_of_another_choice_is_an_error(hub, repository, tmp_path):
+    config = b'{"auto_map": {"AutoModel": "modeling_own.Own"}}'
+    repository.commit({**model_files(1000), "config.json": config, "modeling_own.py": b"class Own: pass"})
     fetch_snapshot(hub_model(hub, tmp_path))
     with pytest.raises(OfflineError):
         fetch_snapshot(hub_model(hub, tmp_path, offline=True, trust_remote_code=True))

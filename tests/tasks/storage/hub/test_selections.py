@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,24 @@ def test_code_only_when_asked_for():
 def test_the_whole_model_is_preferred_to_its_shards():
     names = ["model.safetensors", *SHARDS, "model.safetensors.index.json"]
     assert choose(names) == ["model.safetensors"]
+
+
+def choose_by_index(names, shards):
+    index = json.dumps({"weight_map": {f"layer.{number}": shard for number, shard in enumerate(shards)}}).encode()
+    files = [RepositoryFile(name) for name in ["config.json", "model.safetensors.index.json", *names]]
+    return [f.path for f in Selection("org/model", "torch", False, False).choose(files, lambda _: index)]
+
+
+@pytest.mark.parametrize(
+    "more", ["model_extra_tensors.safetensors", "model-00004-of-00004.safetensors", "x.safetensors"]
+)
+def test_the_index_tells_the_shards_whatever_they_are_called(more):
+    stale = ["model-00001-of-00009.safetensors"]
+    wanted = [*SHARDS, more]
+    chosen = choose_by_index([*wanted, *stale], wanted)
+    assert chosen == sorted(["config.json", "model.safetensors.index.json", *wanted])
+    with pytest.raises(NoWeightsError, match=more):
+        choose_by_index([*SHARDS, *stale], wanted)
 
 
 @pytest.mark.parametrize(

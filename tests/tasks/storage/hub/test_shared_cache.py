@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 
-from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.blocks import Adapter, LocalModel, ModelStore
 from prefect_huggingface.tasks.hub_errors import NoWeightsError, OfflineError
+from prefect_huggingface.tasks.storage.adapters import pin_adapters
 from prefect_huggingface.tasks.storage.eviction import evict, list_models
 from prefect_huggingface.tasks.storage.hub.cache import list_snapshots
 from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
@@ -57,6 +58,31 @@ def test_what_the_client_has_downloaded_is_verified_once_and_used_offline(hub, c
     assert first.path == second.path == path
     assert caplog.text.count("Verified") == 1
     assert hub.journal.requests == []
+
+
+def test_an_adapter_that_the_client_has_downloaded_is_used_offline(hub, cache, tmp_path):
+    hub.create(
+        "org/adapter", {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"weights"}
+    )
+    snapshot_download("org/adapter", endpoint=hub.endpoint, cache_dir=cache, token=False)
+    hub.journal.clear()
+    base = LocalModel(model_id=str(tmp_path), offline=True, adapters=[Adapter(repo_or_folder="org/adapter")])
+    [pinned] = pin_adapters(base).adapters
+    assert len(pinned.revision) == 40
+    assert hub.journal.requests == []
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_code_is_asked_for_only_where_the_model_is_code(hub, cache, own_code):
+    config = {"auto_map": {"AutoModel": "modeling_own.Own"}} if own_code else {}
+    hub.create("org/model", {**model_files(1000), "config.json": json.dumps(config).encode()})
+    download_elsewhere(hub, cache)
+    asked = model(offline=True, trust_remote_code=True)
+    if own_code:
+        with pytest.raises(OfflineError):
+            fetch_snapshot(asked)
+    else:
+        assert fetch_snapshot(asked).files
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
