@@ -53,7 +53,7 @@ def save_default_blocks(
     model: str,
     questions: str,
     answers: str,
-    server: str = MODEL_SERVER,
+    server: str | None = None,
     overwrite: bool = False,
     example_model: str | None = None,
 ) -> dict[str, bool]:
@@ -66,7 +66,7 @@ def save_default_blocks(
         model: Folder or Hub id of the model of the block 'default'.
         questions: File with a column 'question' for the nightly batch.
         answers: Output file of the nightly batch, with a date in its name such as 'answers-{date}.jsonl'.
-        server: Address of the model server, for the endpoint 'default'.
+        server: Address of the model server, for the endpoint 'default'; a saved one on this machine follows it.
         overwrite: Replace blocks and variables that are there, with the changes that somebody made to them. A saved
             token is replaced by another one only.
         example_model: Model of the blocks 'example-torch', 'example-int8' and 'example-int4', for a first comparison.
@@ -104,8 +104,8 @@ def save_default_blocks(
     for name, settings in EXAMPLES.items() if example_model else ():
         example = LocalModel(model_id=str(example_model), options=block.options, store=block.store, **settings)
         saved[f"model {name}"] = _save(example, overwrite, name)
-    endpoint = InferenceEndpoint(url=server, model_id=NAME, options=block.options)
-    saved["endpoint"] = _save(endpoint, overwrite or _has_moved(endpoint))
+    endpoint = InferenceEndpoint(url=server or MODEL_SERVER, model_id=NAME, options=block.options)
+    saved["endpoint"] = _save(endpoint, overwrite or (server is not None and _has_moved(endpoint)))
     saved[QUESTIONS_VARIABLE] = _set(QUESTIONS_VARIABLE, questions, overwrite)
     saved[ANSWERS_VARIABLE] = _set(ANSWERS_VARIABLE, answers, overwrite)
     saved[VECTORS_VARIABLE] = _set(VECTORS_VARIABLE, str(Path(answers).with_name(VECTORS)), overwrite)
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL), help="folder or Hub id of the default model")
     parser.add_argument("--questions", default=str(QUESTIONS), help="file for the nightly batch")
     parser.add_argument("--answers", default=None, help=f"output file of the nightly batch, such as {ANSWERS}")
-    parser.add_argument("--model-server", default=MODEL_SERVER, help="address of the model server")
+    parser.add_argument("--model-server", default=None, help="address of the model server; a saved block follows it")
     given = parser.parse_args()
     answers = str(Path(given.answers or default_answers()).expanduser().absolute())
     examples = find_smollm2() or str(MODEL)

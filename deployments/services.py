@@ -97,8 +97,12 @@ class LocalServices:
         """Start what does not run, deploy everything, and return the names of what was started.
 
         Raises:
-            SystemExit: If the port is taken, or if something ends or does not answer in time.
+            SystemExit: If the port is taken, the server runs at another one, or if something ends or does not answer in
+                time.
         """
+        running = self._read_port()
+        if "server" in self.services and running not in (None, self.port):
+            raise SystemExit(f"Everything runs at port {running} already. `make stop` ends it.")
         missing = [name for name in self.commands if name not in self.services]
         # The port of a server that was killed is free a moment after its process is gone.
         for name, port in (("server", self.port), ("model-server", self.port + 1)):

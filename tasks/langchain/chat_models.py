@@ -37,6 +37,7 @@ from prefect_huggingface.tasks.langchain.base_llm import (
     concurrent_configs,
     llm_output,
 )
+from prefect_huggingface.tasks.langchain.huggingface_endpoint import HuggingFaceEndpoint
 from prefect_huggingface.tasks.langchain.huggingface_pipeline import HuggingFacePipeline
 from prefect_huggingface.tasks.langchain.messages import ChunkMaker, chat_result, read_messages
 from prefect_huggingface.tasks.records import Message, Request
@@ -132,13 +133,19 @@ class ChatHuggingFace(BaseChatModel):
         Args:
             model_id: Hub id or folder of the model.
             task: Task of the model, "text-generation" by default.
-            backend: "pipeline" for PyTorch, or a backend of `HuggingFacePipeline.from_model_id`.
-            kwargs: Arguments of `HuggingFacePipeline.from_model_id`, of this class, and settings for generating text.
+            backend: "pipeline" for PyTorch, a backend of `HuggingFacePipeline.from_model_id`, or "endpoint" for a model
+                that an inference provider serves.
+            kwargs: Arguments of `HuggingFacePipeline.from_model_id`, or of `HuggingFaceEndpoint`, of this class, and
+                settings for generating text.
 
         Raises:
             SettingsError: If an argument is unknown, or does not go with another one.
             EngineError: If the model cannot be loaded.
         """
+        if backend == "endpoint":
+            names = {*cls.model_fields, "stop_sequences"} - set(HuggingFaceEndpoint.model_fields) - {"seed", "top_p"}
+            own = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+            return cls(llm=HuggingFaceEndpoint(repo_id=model_id, task=task, **kwargs), **own)
         for_llm = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in {*cls.model_fields, "stop_sequences"}}
         for_llm["pipeline_kwargs"] = {**(for_llm.get("pipeline_kwargs") or {}), **kwargs}
@@ -307,7 +314,7 @@ class ChatHuggingFace(BaseChatModel):
         if forced:
             # A call that must be made is the grammar of the answer.
             settings["response_format"] = ResponseFormat(json_schema=call_schema(forced))
-        stops = [*([self.stop] if isinstance(self.stop, str) else self.stop or ()), *(stop or ())]
+        stops = [text for given in (self.stop, stop) for text in ([given] if isinstance(given, str) else given or ())]
         # A call that is cut off at the limit is an invalid call, whole and streamed.
         checks = not (keeps_invalid or forced)
         make = partial(self.llm.make_request, engine, call=settings, stop=stops, tools=tuple(tools), check_form=checks)

@@ -73,7 +73,7 @@ class HuggingFaceEmbeddings(BaseModel, Embeddings):
         show_progress: Whether a bar shows how far a call is.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True, hide_input_in_errors=True)
 
     model_name: str = Field(default=DEFAULT_MODEL, alias="model")
     block: LocalModel | None = Field(default=None, repr=False, exclude=True)
@@ -154,7 +154,7 @@ class HuggingFaceCrossEncoder(BaseModel, BaseCrossEncoder):
         model_kwargs: Arguments of Sentence Transformers for loading the model, and `weight_format` for OpenVINO.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     model_name: str = DEFAULT_RERANKER
     block: LocalModel | None = Field(default=None, repr=False, exclude=True)
@@ -180,8 +180,9 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
     """LangChain embeddings of a model that a server or an inference provider runs.
 
     It has the arguments of the class of the same name in `langchain-huggingface`. A server is asked by the protocol of
-    OpenAI, which Text Embeddings Inference, vLLM and the model server of this library speak. The token that is given
-    goes to the endpoint and nowhere else; for a URL, none of the machine is used.
+    OpenAI, which Text Embeddings Inference, vLLM and the model server of this library speak; an inference provider by
+    the client of the Hub. The token that is given goes to the endpoint and nowhere else; for a URL, none of the machine
+    is used.
 
     Attributes:
         model: Address or Hub id.
@@ -195,7 +196,7 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
         max_attempts: How often a request is sent that fails in passing.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     model: str | None = None
     repo_id: str | None = None
@@ -252,32 +253,51 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
         return self.embed_documents([text])[0]
 
     def _ask(self, client: httpx.Client, texts: list[str]) -> list[list[float]]:
-        endpoint = self.endpoint
-        token = endpoint.get_token()
-        headers = {**endpoint.get_headers(), **({} if token is None else {"Authorization": f"Bearer {token}"})}
-        base = endpoint.base_url.rstrip("/")
-        route = f"{base}/embeddings" if base.endswith("/v1") else f"{base}/v1/embeddings"
-        body = {"model": endpoint.model_name or "default", "input": texts, **self.model_kwargs}
         attempts = Retrying(
             stop=stop_after_attempt(self.max_attempts), wait=wait_exponential(0.5, 20), reraise=True,
             retry=retry_if_exception(_is_passing),
         )  # fmt: skip
         failure = None
         try:
-            answer = attempts(lambda: client.post(route, json=body, headers=headers).raise_for_status())
-            rows = sorted(answer.json()["data"], key=lambda row: int(row["index"]))
-            vectors = [[float(value) for value in row["embedding"]] for row in rows]
-        except httpx.HTTPStatusError as exc:
-            failure = f"HTTP status {exc.response.status_code}"
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as exc:
-            failure = type(exc).__name__
+            vectors = (
+                attempts(self._ask_provider, texts)
+                if self.endpoint.url is None
+                else attempts(self._ask_server, client, texts)
+            )
+        except httpx.HTTPError as exc:
+            status = _status_of(exc)
+            failure = f"HTTP status {status}" if status else type(exc).__name__
+        except (ValueError, KeyError, TypeError) as exc:
+            failure = type(exc).__name__ if self.endpoint.url else str(exc).rstrip(".")
         # Outside of the handler, so that no exception with headers in it is the context of this one.
         if failure is not None or len(vectors) != len(texts):
+            place = self.endpoint.url or self.endpoint.model_id
             raise GenerationError(
-                f"{route!r} gave no vectors: {failure or 'their number is wrong'}. Check the address, the token and "
-                "the model of the server."
+                f"{place!r} gave no vectors: {failure or 'their number is wrong'}. "
+                "Check the address, the token and the model of the server."
             )
         return vectors
+
+    def _ask_server(self, client: httpx.Client, texts: list[str]) -> list[list[float]]:
+        endpoint, token = self.endpoint, self.endpoint.get_token()
+        headers = {**endpoint.get_headers(), **({} if token is None else {"Authorization": f"Bearer {token}"})}
+        base = endpoint.base_url.rstrip("/")
+        route = f"{base}/embeddings" if base.endswith("/v1") else f"{base}/v1/embeddings"
+        body = {"model": endpoint.model_name or "default", "input": texts, **self.model_kwargs}
+        answer = client.post(route, json=body, headers=headers).raise_for_status()
+        rows = sorted(answer.json()["data"], key=lambda row: int(row["index"]))
+        return [[float(value) for value in row["embedding"]] for row in rows]
+
+    def _ask_provider(self, texts: list[str]) -> list[list[float]]:
+        """Ask by the client of the Hub, which knows the routes of the providers and their names of the models."""
+        from huggingface_hub import InferenceClient
+
+        provider: Any = self.provider
+        client = InferenceClient(provider=provider, token=self.endpoint.get_token(), timeout=self.timeout)
+        found: list[list[float]] = client.feature_extraction(
+            texts, model=self.endpoint.model_id, **self.model_kwargs
+        ).tolist()
+        return found
 
 
 def read_model(
@@ -364,7 +384,13 @@ def _ask(engine: Engine, requests: Sequence[Request], show_progress: bool = Fals
     return found
 
 
+def _status_of(error: BaseException) -> int | None:
+    """Return the status that a server answered with, None where it did not answer."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
+
+
 def _is_passing(error: BaseException) -> bool:
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in RETRIED_STATUS
+    if status := _status_of(error):
+        return status in RETRIED_STATUS
     return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)

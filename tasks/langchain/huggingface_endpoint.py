@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -17,7 +19,7 @@ from prefect_huggingface.blocks.endpoint import ExtraOption
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import AsyncRun, EngineLLM, Run, Stop, llm_output
-from prefect_huggingface.tasks.langchain.kwargs import GENERATION_NAMES, Generation, read_generation
+from prefect_huggingface.tasks.langchain.kwargs import GENERATION_NAMES, Generation, merge_generation, read_generation
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 512, "temperature": 0.8, "top_p": 0.95}
 # The class has these arguments; they are settings for generating text.
@@ -27,8 +29,7 @@ SETTINGS = (
 )  # fmt: skip
 # Parameters of TGI that no other engine has. They are sent as they are.
 TGI_PARAMETERS = (
-    "typical_p", "truncate", "watermark", "best_of", "frequency_penalty", "top_n_tokens", "adapter_id",
-    "decoder_input_details",
+    "typical_p", "truncate", "watermark", "best_of", "top_n_tokens", "adapter_id", "decoder_input_details",
 )  # fmt: skip
 EXTRA_OPTIONS: tuple[ExtraOption, ...] = ("top_k", "repetition_penalty", "min_new_tokens", "ignore_eos")
 TOKEN_VARIABLE = "HUGGINGFACEHUB_API_TOKEN"
@@ -117,6 +118,11 @@ class HuggingFaceEndpoint(EngineLLM):
         self._task = task or self._task
         self._generation = Generation(block.options, generation.max_length, generation.min_length)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in SETTINGS:  # settings that are set later count, too
+            self._generation = merge_generation(self._generation, read_generation({name: value}))
+
     def get_engine(self) -> Engine:
         """Return the engine of the endpoint. The endpoint is asked nothing before the first request."""
         from prefect_huggingface.tasks.engines.registry import load_engine
@@ -173,8 +179,16 @@ class HuggingFaceEndpoint(EngineLLM):
             "task": self._task,
             "provider": self.provider,
             "model_kwargs": self.model_kwargs,
+            "address": self.endpoint.base_url,
+            "name": self.endpoint.model_name,
+            # Whatever a server takes may stand in them, also what belongs into no trace.
+            "extra_parameters": _digest(self.endpoint.extra_parameters),
             **self._generation.options.model_dump(mode="json", exclude_unset=True),
         }
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 PLACE_ARGUMENTS = (
@@ -223,20 +237,22 @@ def check_names(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, An
 def read_endpoint_generation(given: Mapping[str, Any]) -> tuple[Generation, dict[str, Any]]:
     """Return the generation settings of the arguments, and the parameters that only TGI knows.
 
-    The defaults of the class for temperature and top p count only for text that is sampled. Greedy text has none.
+    The defaults of the class for temperature and top p count only for text that is sampled. Greedy text has none, and a
+    block has its own.
     """
     kwargs = given["model_kwargs"]
     settings = {name: given[name] for name in SETTINGS if given.get(name) is not None}
     settings |= {name: value for name, value in kwargs.items() if name in GENERATION_NAMES}
-    block = given.get("endpoint")
-    if not isinstance(block, InferenceEndpoint) and "max_length" not in settings:
-        settings.setdefault("max_new_tokens", DEFAULTS["max_new_tokens"])
+    defaults = {} if isinstance(given.get("endpoint"), InferenceEndpoint) else dict(DEFAULTS)
+    new_tokens = defaults.pop("max_new_tokens", None)
+    if new_tokens and "max_length" not in settings:
+        settings.setdefault("max_new_tokens", new_tokens)
     if settings.get("do_sample") is False:
         # LangChain code gives sampling settings beside it, which mean nothing then.
         settings = {name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")}
     generation = read_generation(settings)
     if generation.options.do_sample:
-        generation = read_generation({**DEFAULTS, **settings})
+        generation = read_generation({**defaults, **settings})
     parameters = {name: value for name in TGI_PARAMETERS if (value := kwargs.get(name, given.get(name))) is not None}
     if not generation.options.do_sample:
         parameters.pop("typical_p", None)

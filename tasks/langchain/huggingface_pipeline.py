@@ -15,6 +15,8 @@ from prefect_huggingface.tasks.langchain.kwargs import (
     GENERATION_NAMES,
     TOKEN_NAMES,
     Generation,
+    Settings,
+    flat_settings,
     merge_generation,
     pipeline_settings,
     read_generation,
@@ -89,8 +91,9 @@ class HuggingFacePipeline(EngineLLM):
         elif model is None and not model_id:
             raise SettingsError("One of `pipeline`, `model` and `model_id` must be given. Give one of them.")
         else:
-            model, base, images = _read_model(model, model_id, model_kwargs, pipeline_kwargs)
-            model_id = model_id or model.model_id
+            model, base, settings = _read_model(model, model_id, model_kwargs, pipeline_kwargs)
+            images, model_id = settings.images, model_id or model.model_id
+            kwargs.setdefault("batch_size", settings.batch_size)
         fields = {
             "pipeline": pipeline,
             "model": model,
@@ -161,7 +164,7 @@ class HuggingFacePipeline(EngineLLM):
     @property
     def generation(self) -> Generation:
         """Settings for generating text, as `model_kwargs` and `pipeline_kwargs` say them now."""
-        given = {**(self.model_kwargs or {}), **(self.pipeline_kwargs or {})}
+        given = dict(flat_settings({**(self.model_kwargs or {}), **(self.pipeline_kwargs or {})}))
         if self._known is None or self._known[0] != given:
             # What loads a model was checked when it was loaded.
             names = GENERATION_NAMES if self.model is not None else set(given)
@@ -304,12 +307,12 @@ def _read_model(
     model_id: str | None,
     model_kwargs: Mapping[str, Any] | None,
     pipeline_kwargs: Mapping[str, Any] | None,
-) -> tuple[LocalModel, Generation, tuple[str, ...]]:
-    """Return the block with what is given beside it, its settings for generating text, and images for all calls."""
+) -> tuple[LocalModel, Generation, Settings]:
+    """Return the block with what is given beside it, its settings for generating text, and all that was given."""
     if model is None:
         settings = read_settings(str(model_id), "text-generation", "default", None, None, model_kwargs, pipeline_kwargs)
         model = settings.model.model_copy(update={"options": GenerationOptions()})
-        return model, Generation(model.options), settings.images
+        return model, Generation(model.options), settings
     settings = read_settings(
         model_id or model.model_id, model.task, model.backend, None, None, model_kwargs, pipeline_kwargs
     )
@@ -320,7 +323,7 @@ def _read_model(
         changed["chat_template"] = template_use(model.task)
     if changed:
         model = model.model_copy(update=changed)
-    return model, Generation(model.options), settings.images
+    return model, Generation(model.options), settings
 
 
 def _check_device(model: LocalModel) -> None:

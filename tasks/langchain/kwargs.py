@@ -390,7 +390,7 @@ def _join(*sources: Mapping[str, Any]) -> dict[str, Any]:
     """Join dictionaries; a later one may repeat a setting of generation, but not move or change the model."""
     joined: dict[str, Any] = {}
     for source in sources:
-        for name, value in _flat(source):
+        for name, value in flat_settings(source):
             if name in joined and name not in GENERATION_NAMES and not _is_same(name, joined[name], value):
                 raise SettingsError(f"`{name}` is given twice, with two values. Give it once.")
             joined[name] = value
@@ -403,11 +403,11 @@ def _is_same(name: str, first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _flat(source: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat_settings(source: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what is set, also of a `model_kwargs` inside."""
     for name, value in source.items():
         if name == "model_kwargs" and isinstance(value, Mapping):
-            yield from _flat(value)
+            yield from flat_settings(value)
         elif value is not None:
             yield name, value
 

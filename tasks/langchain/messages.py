@@ -150,7 +150,7 @@ class ChunkMaker:
         """Take the tools, the model's name, whether token counts end the stream, and how many calls it may have."""
         self._parser = ToolCallParser(tools)
         self._model_name, self._with_usage, self._most_calls = model_name, with_usage, most_calls
-        self._calls = 0
+        self._calls = self._valid_calls = 0
 
     def chunks(self, piece: Piece) -> Iterator[ChatGenerationChunk]:
         """Yield the chunks of a piece. The last one has the finish reason and the token counts."""
@@ -170,9 +170,10 @@ class ChunkMaker:
         for item in items:
             if isinstance(item, str):
                 yield _chunk(content=item)
-            elif self._most_calls is None or self._calls < self._most_calls:
+            elif isinstance(item, InvalidCall) or self._most_calls is None or self._valid_calls < self._most_calls:
                 yield _chunk(tool_call_chunks=[_call_chunk(item, self._calls)])
                 self._calls += 1
+                self._valid_calls += isinstance(item, ToolCall)
 
 
 def _chunk(content: str = "", **fields: Any) -> ChatGenerationChunk:

@@ -54,6 +54,8 @@ def test_the_endpoint_follows_a_model_server_to_another_port_and_nowhere_else(bu
     save(bundled_model, overwrite=True)
     assert InferenceEndpoint.load("default").url == "http://127.0.0.1:8000/v1"
     assert save_server("http://127.0.0.1:4301/v1") == "http://127.0.0.1:4301/v1"
+    save(bundled_model)  # without an address the saved one stays
+    assert InferenceEndpoint.load("default").url == "http://127.0.0.1:4301/v1"
     InferenceEndpoint(url="https://models.example/v1").save("default", overwrite=True)
     assert save_server("http://127.0.0.1:4301/v1") == "https://models.example/v1"
 

@@ -117,6 +117,8 @@ def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, caps
 
         main(["start", "--home", home])
         assert "Everything runs already." in capsys.readouterr().out
+        with pytest.raises(SystemExit, match=f"runs at port {port} already"):
+            main(["start", "--home", home, "--port", str(free_port())])
 
         server = psutil.Process(first["server"].pid)
         server.kill()

@@ -15,7 +15,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, Field, ValidationError
 
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
-from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFacePipeline
+from prefect_huggingface.tasks.langchain import ChatHuggingFace, HuggingFaceEndpoint, HuggingFacePipeline
 from support.tiny_models import make_tiny_llama
 
 # As models with tools have it: the tools in the system turn, calls and their results in the conversation.
@@ -165,8 +165,9 @@ def test_stop_strings_of_the_model_the_chat_and_the_call(llm: HuggingFacePipelin
         ChatHuggingFace(llm=llm, max_tokens=60, stop_sequences=[stop]).invoke(question),
         ChatHuggingFace(llm=llm, max_tokens=60, stop=stop).invoke(question, stop=["xyzzy"]),
         asyncio.run(chat.bind(stop=[stop]).ainvoke(question)),
+        chat.invoke(question, stop=stop),
     ]
-    assert [answer.content for answer in answers] == [cut] * 4
+    assert [answer.content for answer in answers] == [cut] * 5
     assert {answer.response_metadata["finish_reason"] for answer in answers} == {"stop"}
     assert "".join(str(piece.content) for piece in chat.stream(question, stop=[stop])) == cut
 
@@ -241,6 +242,15 @@ def test_from_model_id_loads_both(tiny_llama: Path) -> None:
     assert chat.invoke("Hello").usage_metadata["output_tokens"] <= 5  # type: ignore[index]
     with pytest.raises(SettingsError, match="'text-gen'"):
         ChatHuggingFace.from_model_id(str(tiny_llama), backend="text-gen")
+
+
+def test_from_model_id_takes_an_endpoint() -> None:
+    chat = ChatHuggingFace.from_model_id(
+        "org/model", "text-generation", "endpoint", huggingfacehub_api_token="hf_canary", max_tokens=5, temperature=0.5
+    )
+    assert isinstance(chat.llm, HuggingFaceEndpoint)
+    assert (chat.llm.repo_id, chat.llm.endpoint.get_token(), chat.max_tokens) == ("org/model", "hf_canary", 5)
+    assert "hf_canary" not in repr(chat)
 
 
 def test_tools_are_shown_to_the_model_and_results_come_back(tool_model: Path) -> None:

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests
@@ -200,3 +201,48 @@ def test_a_failure_of_the_server_shows_no_token(endpoint: Any) -> None:
         HuggingFaceEndpointEmbeddings(endpoint_url=url, huggingfacehub_api_token=TOKEN).embed_query("Paris")
 
     assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("provider", [None, "hf-inference"])
+def test_a_model_of_the_hub_is_asked_by_the_route_of_its_provider(
+    provider: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    mapping = {"hf-inference": {"status": "live", "providerId": "org/model", "task": "feature-extraction"}}
+    about = {"id": "org/model", "pipeline_tag": "feature-extraction", "inferenceProviderMapping": mapping}
+    posts: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=about)
+        posts.append(request)
+        if len(posts) == 1:
+            return httpx.Response(503)
+        return httpx.Response(200, json=[[float(len(text))] for text in json.loads(request.content)["inputs"]])
+
+    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
+    try:
+        embeddings = HuggingFaceEndpointEmbeddings(
+            model="org/model", provider=provider, huggingfacehub_api_token=TOKEN, model_kwargs={"normalize": True}
+        )
+        assert embeddings.embed_documents(["a", "bc"]) == [[1.0], [2.0]]
+        posts.clear()
+        embeddings = embeddings.model_copy(update={"max_attempts": 1})
+        with pytest.raises(GenerationError, match="'org/model' gave no vectors: HTTP status 503"):
+            embeddings.embed_query("a")
+    finally:
+        set_client_factory(_http.default_client_factory)
+    [post] = posts
+    assert str(post.url) == "https://router.huggingface.co/hf-inference/models/org/model/pipeline/feature-extraction"
+    assert post.headers["authorization"] == f"Bearer {TOKEN}"
+    assert json.loads(post.content)["normalize"] is True
+
+
+@pytest.mark.parametrize("kind", [HuggingFaceEmbeddings, HuggingFaceEndpointEmbeddings, HuggingFaceCrossEncoder])
+def test_a_token_under_a_wrong_name_is_not_shown(kind: Any) -> None:
+    with pytest.raises(ValueError, match="token") as caught:
+        kind(token=TOKEN)
+    assert TOKEN not in str(caught.value)

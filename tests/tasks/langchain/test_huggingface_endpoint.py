@@ -160,6 +160,42 @@ def test_a_block_takes_the_place_of_the_arguments(tgi):
     assert copy.invoke(PROMPT) == llm.invoke(PROMPT)
 
 
+def test_a_sampling_setting_leaves_the_rest_of_a_block_as_it_is():
+    block = InferenceEndpoint(url="http://a", options=GenerationOptions(max_new_tokens=64, do_sample=True, top_p=0.5))
+    options = HuggingFaceEndpoint(endpoint=block, temperature=0.3).generation.options
+    assert (options.max_new_tokens, options.top_p, options.temperature) == (64, 0.5, 0.3)
+
+
+def test_a_total_length_is_kept_beside_a_sampling_setting():
+    generation = HuggingFaceEndpoint(endpoint_url="http://a", max_length=128, temperature=0.5).generation
+    assert (generation.max_length, "max_new_tokens" in generation.options.model_fields_set) == (128, False)
+    assert (generation.options.temperature, generation.options.top_p) == (0.5, 0.95)
+
+
+def test_penalties_go_to_the_server(tgi):
+    HuggingFaceEndpoint(endpoint_url=tgi.url, max_new_tokens=3, frequency_penalty=0.5).invoke(PROMPT)
+    assert tgi.posts()[-1].body["parameters"]["frequency_penalty"] == 0.5
+
+
+def test_settings_that_are_set_later_count(tgi):
+    llm = HuggingFaceEndpoint(endpoint_url=tgi.url, max_new_tokens=12)
+    llm.max_new_tokens, llm.stop_sequences = 3, ["xyzzy"]
+    assert llm.generate([PROMPT]).llm_output["token_usage"]["completion_tokens"] == 3
+    assert llm.generation.options.stop == ["xyzzy"]
+
+
+def test_blocks_of_other_models_are_told_apart():
+    blocks = [
+        InferenceEndpoint(url="http://a", model_id="one"),
+        InferenceEndpoint(url="http://a", model_id="two"),
+        InferenceEndpoint(url="http://b", model_id="one"),
+        InferenceEndpoint(url="http://a", model_id="one", extra_parameters={"adapter_id": "three"}),
+    ]
+    identities = [HuggingFaceEndpoint(endpoint=block).asdict() for block in blocks]
+    assert all(one != other for place, one in enumerate(identities) for other in identities[:place])
+    assert HuggingFaceEndpoint(endpoint=blocks[0]).asdict() == identities[0]
+
+
 def test_serverless_models_go_to_the_router(monkeypatch):
     monkeypatch.setenv("HUGGINGFACEHUB_API_TOKEN", "hf_serverless")
     llm = HuggingFaceEndpoint(repo_id="organisation/name", provider="novita", task="conversational")

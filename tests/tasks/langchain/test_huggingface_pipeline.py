@@ -284,6 +284,14 @@ def test_a_block_excludes_a_pipeline(tiny_llama: Path) -> None:
         HuggingFacePipeline(model=model, pipeline="text-generation")
 
 
+def test_settings_within_settings_count(tiny_llama: Path) -> None:
+    nested = {"model_kwargs": {"temperature": 0, "max_new_tokens": 3}}
+    llm = HuggingFacePipeline.from_model_id(str(tiny_llama), "text-generation", pipeline_kwargs=nested)
+    assert llm.generate(PROMPTS[:1]).generations[0][0].generation_info["token_usage"]["completion_tokens"] == 3
+    direct = HuggingFacePipeline(model_id=str(tiny_llama), model_kwargs={"batch_size": 2})
+    assert direct.batch_size == 2
+
+
 def test_unknown_arguments_are_refused(tiny_llama: Path) -> None:
     with pytest.raises(ValueError, match="devise"):
         HuggingFacePipeline(model_id=str(tiny_llama), devise=0)

@@ -80,6 +80,16 @@ def test_calls_and_text_stream(tmp_path: Path) -> None:
     assert len(one.invoke("1 + 2?").tool_calls) == len(joined(one.stream("1 + 2?")).tool_calls) == 1
 
 
+@pytest.mark.parametrize("first", ["broken", "right"])
+def test_a_broken_call_takes_no_place_of_the_one_call(tmp_path: Path, first: str) -> None:
+    broken = CALL.replace('"a": 1,', '"a": ,')
+    calls = [broken, CALL] if first == "broken" else [CALL, broken]
+    chat = chat_of(tmp_path, f"{THOUGHTS}{calls[0]}\nand\n{calls[1]}").bind_tools([add], parallel_tool_calls=False)
+    for answer in (chat.invoke("1 + 2?"), joined(chat.stream("1 + 2?"))):
+        assert [call["args"] for call in answer.tool_calls] == [{"a": 1, "b": 2}]
+        assert len(answer.invalid_tool_calls) == 1
+
+
 def test_streams_side_by_side_keep_to_their_own(tmp_path: Path) -> None:
     chat = chat_of(tmp_path, f"{THOUGHTS}I will.\n{CALL}\nand\n{CALL}", script={"after": {"rainbow": "It is three."}})
     chat = chat.bind_tools([add])
