@@ -165,12 +165,13 @@ def parse_body(content: bytes | bytearray) -> dict[str, Any]:
     return body
 
 
-def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
+def read_call(body: Mapping[str, Any], chat: bool, defaults: GenerationOptions | None = None) -> OpenAICall:
     """Return what a body asks for.
 
     Args:
         body: Body of a request to one of the two routes.
         chat: Whether it is for the route of chat completions.
+        defaults: Options of the model, which hold for what the body leaves out.
 
     Raises:
         BodyError: If it asks for what cannot be done.
@@ -179,7 +180,7 @@ def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
     if model is not None and not isinstance(model, str):
         raise BodyError("invalid_prompt", f"`model` must be a text, got {model!r:.100}. Correct it.", "model")
     tools = _read_tools(body) if chat else []
-    options = read_options(body, chat)
+    options = read_options(body, chat, defaults)
     stream, stream_options = body.get("stream") or False, body.get("stream_options") or {}
     if not isinstance(stream, bool) or not isinstance(stream_options, Mapping):
         raise BodyError("invalid_option", "`stream` must be true or false. Correct it.", "stream")
@@ -196,8 +197,8 @@ def read_call(body: Mapping[str, Any], chat: bool) -> OpenAICall:
     )
 
 
-def read_options(body: Mapping[str, Any], chat: bool) -> GenerationOptions:
-    """Return the generation options of a body.
+def read_options(body: Mapping[str, Any], chat: bool, defaults: GenerationOptions | None = None) -> GenerationOptions:
+    """Return the generation options of a body, which are to be put over those of the model.
 
     Raises:
         BodyError: If it asks for what cannot be done.
@@ -210,7 +211,10 @@ def read_options(body: Mapping[str, Any], chat: bool) -> GenerationOptions:
     if chat and (forced := _forced_schema(body)) is not None:
         options["response_format"] = {"json_schema": forced}
     try:
-        return GenerationOptions(**options)
+        if defaults is None or not defaults.model_fields_set:
+            return GenerationOptions(**options)
+        whole = defaults.merged(GenerationOptions.model_construct(set(options), **options))
+        return whole.model_construct(set(options), **{name: getattr(whole, name) for name in options})
     except (ValidationError, TypeError) as exc:
         first = exc.errors(include_url=False)[0] if isinstance(exc, ValidationError) else {"msg": str(exc), "loc": ()}
         names = {**OPTION_NAMES, "temperature": "temperature", "top_p": "top_p"}
@@ -575,6 +579,9 @@ def check_all(completions: Iterable[Completion]) -> None:
         BodyError: For the first one.
     """
     for completion in completions:
+        if completion.finish_reason == "skipped":
+            text = f"The prompt has {completion.prompt_tokens} tokens, more than the model takes. Shorten it."
+            raise BodyError("too_long", text)
         if completion.error is not None:
             status = error_status(completion.error_code)
             retry_after = 1 if status in (429, 503) else None

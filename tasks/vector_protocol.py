@@ -79,6 +79,8 @@ class VectorWriter:
             BodyError: If one of them failed.
         """
         check_all(completions)
+        if any(completion.vector is None for completion in completions):
+            raise BodyError("deadline", "The time of the request was up. Send fewer texts.", status=408)
         tokens = sum(completion.prompt_tokens for completion in completions)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         if self._call.url == EMBEDDINGS_URL:

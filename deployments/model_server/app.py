@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -36,7 +36,8 @@ class ModelServer:
     async def run(self, _: FastAPI) -> AsyncIterator[None]:
         """Do what a server does beside its requests."""
         self._mailbox = Mailbox()
-        self._loads = [model.load() for model in self.models if self.settings.preload]
+        # Of a load, its end is kept and not the engine, which would count as used for ever.
+        self._loads = [asyncio.ensure_future(_error_of(model.load())) for model in self.models if self.settings.preload]
         eviction = asyncio.ensure_future(evict_idle(self.settings.idle_minutes))
         yield
         eviction.cancel()
@@ -45,7 +46,7 @@ class ModelServer:
         """Answer 200 once the models that are to be loaded at the start are."""
         if not all(load.done() for load in self._loads):
             return json_response({"status": "loading"}, 503)
-        errors = [str(error) for load in self._loads if (error := load.exception()) is not None]
+        errors = [error for load in self._loads if (error := load.result()) is not None]
         return json_response({"status": "failed", "errors": errors}, 503) if errors else json_response({"status": "ok"})
 
     async def list_models(self) -> Response:
@@ -62,7 +63,9 @@ class ModelServer:
 
     async def answer(self, request: Request) -> Response:
         """Return the answer to a call of one of the routes of OpenAI."""
-        call = READERS[request.url.path](await self._read_body(request))
+        body, path = await self._read_body(request), request.url.path
+        defaults = {"defaults": self.models.options_of(body.get("model"))} if path in TEXT_URLS else {}
+        call = READERS[path](body, **defaults)
         check_images(call.requests, MAX_IMAGES, self.settings.allow_remote_images)
         model = self.models.find(call.model)
         if call.url not in VECTOR_URLS.get(model.block.task, TEXT_URLS):
@@ -119,6 +122,15 @@ class ModelServer:
         if not self._keys and name not in LOOPBACK_HOSTS:
             # A web page can have its own name point to this machine.
             raise BodyError("invalid_host", f"This server is for this machine only, not for {name!r:.100}.", status=403)
+
+
+async def _error_of(load: Awaitable[object]) -> str | None:
+    """Wait for the end of a load, and return what went wrong."""
+    try:
+        await load
+    except Exception as exc:
+        return str(exc)
+    return None
 
 
 def create_app(models: ServedModels, settings: ServerSettings, api_keys: Sequence[str] = ()) -> FastAPI:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.engines.registry import list_engines, load_engine, unload_idle_engines
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
@@ -63,7 +64,8 @@ class ServedModel:
         """
         self.requests += 1
         try:
-            self.engine = self.engine or await self._wait_for_engine()
+            if self.engine is None or self.engine.failure is not None:
+                self.engine = await self._wait_for_engine()
             yield self.engine
         finally:
             self.requests -= 1
@@ -143,6 +145,12 @@ class ServedModels:
                 return model
         text = f"The model {name!r} is not served here. Use one of {self}."
         raise BodyError("model_not_found", text, "model", status=404)
+
+    def options_of(self, name: Any) -> GenerationOptions | None:
+        """Return the options of a model for what a body leaves out, None where there is no model of the name."""
+        with suppress(BodyError, TypeError):
+            return self.find(name).block.options
+        return None
 
 
 async def evict_idle(minutes: float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import mimetypes
 import re
 from collections.abc import Mapping
@@ -198,7 +199,19 @@ def messages_of(request: Request) -> list[dict[str, Any]]:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         images = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in request.images]
         messages[-1]["content"] = [*images, *parts]
-    return messages
+    return [_with_texts(message) for message in messages]
+
+
+def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its tool calls as JSON, as the protocol has them and templates do not."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if not isinstance(arguments, str):
+            function = {**function, "arguments": json.dumps(arguments or {}, ensure_ascii=False)}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _has_parts(message: Any) -> bool:

@@ -28,8 +28,8 @@ from prefect_huggingface.tasks.run_logs import redact, run_log
 
 MAX_WORDS = 300
 TOO_LONG = re.compile(
-    r"max_(?:new_)?tokens|max_total_tokens|max_input|context[ _](?:length|window)|too long|too many (?:input )?tokens"
-    r"|tokens? .*must (?:be|have)|longer than",
+    r"inputs.{0,30}max_new_tokens|max_total_tokens|max_input|context[ _](?:length|window)|fit the context|too long"
+    r"|too many (?:input )?tokens|longer than|max_(?:completion_)?tokens.{0,40}(?:is|are) too large",
     re.IGNORECASE,
 )
 TRANSIENT_STATUSES = (408, 424, 425, 429, 500)
@@ -272,7 +272,7 @@ def explain_status(status: int, words: str, trace: HttpTrace, endpoint: Inferenc
     if status >= 500 and status != 501:
         text = f"{place} is not ready, status {status}{said}. Start it, or raise `wake_timeout_seconds`."
         return EndpointFailure("unavailable", text, "asleep" if status == 503 else "down", wait)
-    if status == 413 or TOO_LONG.search(words):
+    if status == 413 or "context_length_exceeded" in trace.body or TOO_LONG.search(words):
         text = f"The prompt with its new tokens is too long for {place}{said}. Shorten it, or lower `max_new_tokens`."
         return EndpointFailure("too_long", text)
     if status in (400, 422):

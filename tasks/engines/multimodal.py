@@ -10,6 +10,7 @@ import base64
 import binascii
 import importlib.util
 import io
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,12 +67,15 @@ class MultimodalInputProcessor(InputProcessor):
             )
         super().__init__(*arguments)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="images")
+        self._fetchers = ThreadPoolExecutor(READERS, thread_name_prefix="remote-images")
         self._closed = False
 
     def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
         """Read the images of a request and hand it over; one that fails is handed over with its error."""
+        # A slow server keeps a thread for a while; nobody but those who ask one waits for these threads.
+        readers = self._fetchers if _has_remote_images(state.request) else self._readers
         try:
-            self._readers.submit(self._read, state, hand_over)
+            readers.submit(self._read, state, hand_over)
         except RuntimeError:
             # The readers are gone after the engine was closed.
             hand_over(state)
@@ -80,6 +84,7 @@ class MultimodalInputProcessor(InputProcessor):
         """Read nothing more. What is being read is handed over."""
         self._closed = True
         self._readers.shutdown(wait=False)
+        self._fetchers.shutdown(wait=False)
 
     def _read(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
         try:
@@ -182,6 +187,7 @@ def _download(source: str) -> bytes:
     import httpx
 
     parts: list[bytes] = []
+    end = time.monotonic() + TIMEOUT_SECONDS
     try:
         with httpx.stream("GET", source, timeout=TIMEOUT_SECONDS, follow_redirects=True) as response:
             if response.status_code != httpx.codes.OK:
@@ -190,6 +196,8 @@ def _download(source: str) -> bytes:
                 parts.append(part)
                 if sum(map(len, parts)) > MAX_IMAGE_BYTES:
                     raise ValueError(f"it has more than {MAX_IMAGE_BYTES // 2**20} MiB")
+                if time.monotonic() > end:
+                    raise ValueError(f"it takes more than {TIMEOUT_SECONDS:g} s")
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ValueError(f"it cannot be fetched: {type(exc).__name__}: {exc}") from None
     return b"".join(parts)
@@ -200,6 +208,14 @@ def _unreadable(source: Any, reason: str) -> RequestError:
     shown = str(source).partition("?")[0] if str(source).lower().startswith("http") else str(source)
     shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + "..."
     return RequestError("invalid_prompt", f"The image {shown!r} cannot be read: {reason}. Correct its path or address.")
+
+
+def _has_remote_images(request: Request) -> bool:
+    try:
+        sources: list[Any] = read_conversation(request)[1]
+    except RequestError:  # it is told where the request is read
+        return False
+    return any(str(source).lower().startswith(("http://", "https://")) for source in sources)
 
 
 def read_conversation(request: Request) -> tuple[list[dict[str, Any]], list[str]]:

@@ -156,8 +156,11 @@ class OpenVINOTextEngine(EngineWorker):
             for sequence in sequences[:1] if request.state.options.num_beams > 1 else sequences:
                 request.handles.append(self._submit(request, sequence))
         except Exception as exc:
-            # What the checks did not find, the pipeline refuses before it takes the request.
-            self._fail(request, "invalid_option", f"OpenVINO refuses the request: {last_line(exc)} Change its options.")
+            self._refuse_options(request, exc)
+
+    def _refuse_options(self, request: ScheduledRequest, error: Exception) -> None:
+        """Fail a request that the checks let through and the pipeline does not take."""
+        self._fail(request, "invalid_option", f"OpenVINO refuses the request: {last_line(error)} Change its options.")
 
     def _submit(self, request: ScheduledRequest, sequence: Sequence) -> Any:
         """Put a sequence into the pipeline, from where it is, and return its handle."""
@@ -193,7 +196,11 @@ class OpenVINOTextEngine(EngineWorker):
                 # A stop string or the end of a phase; the handle gives its room back in the next step.
                 handle.cancel()
             if sequences[0].must_resubmit:
-                request.handles[place] = self._submit(request, sequences[0])
+                try:
+                    request.handles[place] = self._submit(request, sequences[0])
+                except Exception as exc:
+                    self._refuse_options(request, exc)
+                    break
         return True
 
     def _score_choices(self, request: ScheduledRequest, sequence: Sequence) -> None:

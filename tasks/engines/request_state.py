@@ -355,7 +355,8 @@ class Sequence:
             self.logprobs.append(logprob)
         if self._is_watched:
             self._guarded(self._read, token)
-        if self.is_running and self.tokens_left <= 0:
+        if self.finish_reason is None and self.tokens_left <= 0:
+            self.must_resubmit = False  # the thoughts have taken all
             self.finish("length")
         return self.is_running
 

@@ -40,6 +40,9 @@ KEYS = (*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_id")
 FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>\w*)(?P<end>"?)\s*(?P<colon>:)?)?')
 CUT_CALL = re.compile(r'[\[{\s]*"(?:name|tool_name)"\s*:\s*"([^"]*)"')
 NAME = r"[A-Za-z_][\w.\-]*"
+RECIPIENT = " to=functions."  # Harmony has it in the channel, or in the header before it
+REFERENCE = re.compile(r"#/(?:\$defs|definitions)/(.+)")
+DEFINITIONS = ("$defs", "definitions")
 ALPHABET = string.ascii_letters + string.digits
 
 
@@ -130,8 +133,9 @@ class ToolCallParser:
             "<｜tool▁call▁begin｜>": self._read_deepseek,
             "<|tool_calls_section_begin|>": lambda place: self._expect(place, "<|tool_call_begin|>"),
             "<|tool_call_begin|>": self._read_kimi,
-            "<|start|>assistant": lambda place: self._expect(place, "<|channel|>commentary"),
+            "<|start|>assistant": lambda place: self._expect(place, "<|channel|>commentary", RECIPIENT),
             "<|channel|>commentary": self._read_harmony,
+            RECIPIENT: self._read_harmony_header,
             "Action:": self._read_action,
             "```": self._read_fence,
         }
@@ -222,7 +226,9 @@ class ToolCallParser:
         """Return the length of the end of the buffer, from a place on, that may become a mark."""
         if self._final:
             return 0
-        if size := partial_length(self._buffer[begin:], [*self._readers]):
+        # A recipient stands at the beginning. Later on, each " to" would wait for what follows.
+        marks = [mark for mark in self._readers if mark != RECIPIENT or not self._has_text]
+        if size := partial_length(self._buffer[begin:], marks):
             return size
         blank = re.search(r"(?:^|\n)[ \t]+$", self._buffer)
         return len(blank[0].lstrip("\n")) if blank and self._stands_at_line(blank.start()) else 0
@@ -230,12 +236,12 @@ class ToolCallParser:
     def _wait(self) -> Exception:
         return _NoCall() if self._final else _Wait()
 
-    def _expect(self, place: int, mark: str) -> _Found:
+    def _expect(self, place: int, *marks: str) -> _Found:
         """Read a mark that stands before another one."""
-        rest = self._buffer[place:].lstrip()
-        if rest.startswith(mark):
+        rest, wanted = self._buffer[place:].lstrip(), tuple(mark.lstrip() for mark in marks)
+        if rest.startswith(wanted):
             return _Found(place)
-        raise self._wait() if mark.startswith(rest) else _NoCall()
+        raise self._wait() if any(mark.startswith(rest) for mark in wanted) else _NoCall()
 
     def _match(self, pattern: str, place: int, partial: str) -> re.Match[str]:
         """Match a pattern at a place.
@@ -364,6 +370,10 @@ class ToolCallParser:
         named = self._match(rf" to=functions\.({NAME})[^{{]*<\|message\|>", place, r"(?: (?:t(?:o(?:=[^{]*)?)?)?)?")
         return self._named(named[1], named.end())
 
+    def _read_harmony_header(self, place: int) -> _Found:
+        named = self._match(rf"({NAME})\s*<\|[^{{]*?<\|message\|>", place, rf"(?:{NAME}\s*(?:<[^{{]*)?)?")
+        return self._named(named[1], named.end())
+
     def _named(self, name: str, place: int) -> _Found:
         end, arguments = self._read_value(place)
         if isinstance(arguments, InvalidCall):
@@ -417,14 +427,23 @@ class ToolCallParser:
 
 
 def _typed_value(text: str, schema: Any) -> Any:
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    if kinds == "string":
-        return text
+    kinds = _kinds_of(schema)
+    if kinds and kinds <= {"string", "null"}:
+        return None if "null" in kinds and text.strip() in ("null", "None") else text
     try:
         return json.loads(text.strip())
     except ValueError:
         # Some models write constants of Python.
         return {"True": True, "False": False, "None": None}.get(text.strip(), text)
+
+
+def _kinds_of(schema: Any) -> set[str]:
+    """Return the types that a schema names, those of its alternatives too."""
+    if not isinstance(schema, Mapping):
+        return set()
+    own = schema.get("type") or ()
+    kinds = {own} if isinstance(own, str) else set(own)
+    return kinds.union(*(_kinds_of(one) for name in ("anyOf", "oneOf") for one in schema.get(name) or ()))
 
 
 def _call_of_tree(node: ast.expr) -> ToolCall:
@@ -476,17 +495,34 @@ def choose_tools(tools: Sequence[Tool], choice: Any) -> list[Tool]:
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Return the JSON schema of a call of one of some tools."""
-    schemas = [
-        {
+    """Return the JSON schema of a call of one of some tools.
+
+    Their definitions, which they name from their own root, come to the root of it, each under a name of its own.
+    """
+    schemas, definitions = [], {}
+    for number, tool in enumerate(tools):
+        parameters = tool["function"].get("parameters") or {"type": "object"}
+        for key in DEFINITIONS:
+            for name, schema in (parameters.get(key) or {}).items():
+                definitions[f"{number}.{name}"] = _moved(schema, number)
+        arguments = {name: value for name, value in parameters.items() if name not in DEFINITIONS}
+        schemas.append({
             "type": "object",
             "properties": {
                 "name": {"type": "string", "enum": [tool["function"]["name"]]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
+                "arguments": _moved(arguments, number),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+        })  # fmt: skip
+    whole = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    return {**whole, "$defs": definitions} if definitions else whole
+
+
+def _moved(schema: Any, number: int) -> Any:
+    """Return a schema whose references are to the definitions of a tool where `call_schema` has them."""
+    if isinstance(schema, Mapping):
+        moved = {name: _moved(value, number) for name, value in schema.items()}
+        found = REFERENCE.fullmatch(str(schema.get("$ref")))
+        return {**moved, "$ref": f"#/$defs/{number}.{found[1]}"} if found else moved
+    return [_moved(one, number) for one in schema] if isinstance(schema, list) else schema

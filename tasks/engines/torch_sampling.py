@@ -103,8 +103,10 @@ class Sampler:
         import torch
 
         if self._seen is None:
+            # Tokens of images may have no score.
+            seen = sorted(token for token in set(self._tokens) if token < scores.shape[-1])
             self._seen = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-            self._seen[torch.tensor(sorted(set(self._tokens)), device=scores.device, dtype=torch.long)] = True
+            self._seen[torch.tensor(seen, device=scores.device, dtype=torch.long)] = True
         penalty = self._options.repetition_penalty
         return torch.where(self._seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
@@ -126,7 +128,7 @@ class Sampler:
     def _forbid_repeated_ngrams(self, scores: Tensor) -> Tensor:
         size = self._options.no_repeat_ngram_size
         start = tuple(self._tokens[len(self._tokens) - size + 1 :])
-        if banned := self._ngrams.get(start):
+        if banned := [token for token in self._ngrams.get(start, ()) if token < len(scores)]:
             scores[banned] = float("-inf")
         return scores
 

@@ -34,13 +34,19 @@ class Seq2SeqInputs(InputProcessor):
     def learn(self, tokenizer: Any, prefix: str) -> None:
         """Take the languages of a tokenizer of Transformers, and the words that stand before a prompt."""
         self._prefix = prefix
-        self._languages = language_ids(tokenizer)
+        self._languages, self._vocabulary = language_ids(tokenizer), len(tokenizer)
         self._language_tokens = frozenset(self._languages.values())
 
     def _resolve(self, request: Request) -> GenerationOptions:
         options = super()._resolve(request)
         for name in ("src_lang", "tgt_lang"):
             self._check(name, getattr(options, name))
+        if (options.forced_bos_token_id or 0) >= self._vocabulary:
+            raise RequestError(
+                "invalid_option",
+                f"`forced_bos_token_id` must be a token of the model, below {self._vocabulary}, got "
+                f"{options.forced_bos_token_id}. Correct it.",
+            )
         if options.tgt_lang is None:
             return options
         first = self._languages[options.tgt_lang]

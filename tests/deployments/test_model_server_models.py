@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -9,12 +11,12 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.deployments.model_server.__main__ import load_blocks, load_models, main
 from prefect_huggingface.deployments.model_server.app import create_app
 from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels
 from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments
-from prefect_huggingface.tasks.engines.registry import list_engines, unload_engines
+from prefect_huggingface.tasks.engines.registry import list_engines, unload_engines, unload_idle_engines
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
@@ -89,6 +91,52 @@ def test_the_server_is_healthy_once_its_models_are_loaded(tiny_llama: Path) -> N
         assert answer.json() == {"status": "ok"}
         assert seen <= {"loading"}
         assert len(list_engines()) == 1
+    unload_engines()
+
+
+def test_a_preloaded_model_that_nobody_uses_can_be_closed(tiny_llama: Path) -> None:
+    unload_engines()
+    with client_of(LocalModel(model_id=str(tiny_llama), backend="torch"), preload=True) as client:
+        end = time.monotonic() + 60
+        while client.get("/health").status_code != 200 and time.monotonic() < end:
+            time.sleep(0.05)
+        gc.collect()
+        assert unload_idle_engines(0.0) == 1
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+    unload_engines()
+
+
+def test_an_engine_that_failed_is_loaded_anew_while_others_still_hold_it(tiny_llama: Path) -> None:
+    async def use_twice() -> tuple[str | None, str | None]:
+        model = ServedModel("model", LocalModel(model_id=str(tiny_llama), backend="torch"))
+        async with model.use() as first:
+            first.unshared.failure = "The engine failed. Load it again."  # type: ignore[attr-defined]
+            async with model.use() as second:
+                return first.failure, second.failure
+
+    assert asyncio.run(use_twice()) == ("The engine failed. Load it again.", None)
+    unload_engines()
+
+
+def test_what_a_body_leaves_out_is_that_of_the_block(tiny_llama: Path) -> None:
+    options = GenerationOptions(do_sample=True, temperature=0.7, max_new_tokens=600, seed=1)
+    with client_of(LocalModel(model_id=str(tiny_llama), backend="torch", options=options)) as client:
+        answer = client.post("/v1/completions", json={"prompt": "One", "n": 2, "max_tokens": 4, "top_k": 40})
+        assert (answer.status_code, len(answer.json()["choices"])) == (200, 2)
+        assert client.post("/v1/completions", json={"prompt": "One", "min_tokens": 601}).status_code == 400
+        greedy = {"prompt": "One", "n": 2, "temperature": 0}
+        assert client.post("/v1/completions", json=greedy).status_code == 400
+    unload_engines()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_the_block_would_skip_is_refused(tiny_llama: Path, stream: bool) -> None:
+    block = LocalModel(model_id=str(tiny_llama), backend="torch", options={"context_overflow": "skip"})
+    with client_of(block) as client:
+        answer = client.post("/v1/completions", json={"prompt": "One, two. " * 900, "max_tokens": 4, "stream": stream})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
     unload_engines()
 
 

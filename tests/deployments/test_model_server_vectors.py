@@ -11,13 +11,14 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from prefect_huggingface.blocks import EmbeddingOptions, LocalModel
+from prefect_huggingface.blocks import EmbeddingOptions, GenerationOptions, LocalModel
 from prefect_huggingface.deployments.model_server.app import create_app
 from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels
 from prefect_huggingface.deployments.model_server.settings import ServerSettings
 from prefect_huggingface.tasks import embed_texts, rerank_texts
 from support.vector_models import TEXTS, make_embedder, make_ranker
 
+LOCAL = "http://localhost/v1"
 QUERY = "Which city is the capital of France?"
 
 
@@ -95,9 +96,14 @@ def test_wrong_bodies_are_refused_with_the_field(
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_text_that_cannot_be_embedded_is_an_error_of_the_client(server: TestClient) -> None:
+def test_a_text_that_cannot_be_embedded_is_an_error_of_the_client(
+    server: TestClient, blocks: dict[str, LocalModel]
+) -> None:
     for text in (" ", "One, two, three. " * 90):
         assert server.post("/embeddings", json={"model": "vectors", "input": ["Paris", text]}).status_code == 400
+    skipping = blocks["vectors"].model_copy(update={"options": GenerationOptions(context_overflow="skip")})
+    with TestClient(create_app(ServedModels([ServedModel("s", skipping)]), ServerSettings(), ()), LOCAL) as other:
+        assert other.post("/embeddings", json={"input": "One, two, three. " * 90}).status_code == 400
     long = {"model": "vectors", "input": "One, two, three. " * 90, "truncate": True}
     assert server.post("/embeddings", json=long).status_code == 200
     assert server.post("/embeddings", json={"model": "scores", "input": "Paris"}).status_code == 400

@@ -42,6 +42,21 @@ def test_the_least_answer_is_read():
     assert (found.text, found.finish_reason, found.prompt_tokens, found.generated_tokens) == ("Hi", "stop", 0, 1)
 
 
+def test_past_tool_calls_go_to_the_server_with_their_arguments_as_text():
+    calls = [{"type": "function", "id": "1", "function": {"name": "get_weather", "arguments": arguments}}
+             for arguments in ({"city": "Zürich"}, '{"city": "Paris"}', None)]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "Sunny", "tool_call_id": "1"},
+    ]  # fmt: skip
+    with ScriptedServer(PLAIN) as server:
+        assert ask(server, Request(messages=messages)).error is None
+        [body] = server.bodies
+    sent = [call["function"]["arguments"] for call in body["messages"][1]["tool_calls"]]
+    assert sent == ['{"city": "Zürich"}', '{"city": "Paris"}', "{}"]
+    assert calls[0]["function"]["arguments"] == {"city": "Zürich"}, "the caller's own is as it was"
+
+
 def test_several_answers_are_each_cut_at_their_stop_string():
     choices = [{"message": {"content": text}, "finish_reason": "length"} for text in ("one! two", "three! four")]
     usage = {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}

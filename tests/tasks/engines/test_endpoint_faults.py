@@ -206,6 +206,24 @@ def test_a_refusal_is_told_at_once(tgi, status, code, words):
     assert len(tgi.posts()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens", "too_long"),
+        ("This model's maximum context length is 4096 tokens. However, you requested 5000 tokens", "too_long"),
+        ('{"error": {"message": "9000 characters do not fit", "code": "context_length_exceeded"}}', "too_long"),
+        ("max_tokens is too large: 9999. This model supports at most 4096 completion tokens", "too_long"),
+        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'",
+         "invalid_option"),
+        ("max_tokens must be at least 1, got 0.", "invalid_option"),
+        ("`min_new_tokens` must be at most `max_new_tokens`, got 5.", "invalid_option"),
+    ],
+)  # fmt: skip
+def test_a_refusal_of_an_option_is_not_a_prompt_that_is_too_long(tgi, words, code):
+    tgi.fault("status", status=400, words=words, path=TEXT_ROUTE, times=None)
+    assert ask(tgi.url).error_code == code
+
+
 def test_a_wrong_token_is_told_without_showing_it(tgi):
     tgi.token = "right-token"
     credentials = HuggingFaceCredentials(token="wrong-token")

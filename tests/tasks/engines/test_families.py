@@ -79,6 +79,13 @@ def test_thoughts_are_bounded_and_the_answer_begins(backend: str, tmp_path: Path
     none = answer(engine, max_reasoning_tokens=0)
     assert (none.text, none.reasoning) == ("It is 4.", None)
     assert streamed(engine, max_reasoning_tokens=10) == (bounded.text, bounded.reasoning)
+    # Thoughts that take all leave nothing for the answer, and harm nobody beside them.
+    all_of_it, beside = GenerationOptions(max_new_tokens=10, max_reasoning_tokens=10), GenerationOptions()
+    futures = [engine.submit(Request(messages=HI, options=options)) for options in (all_of_it, beside, all_of_it)]
+    cut, whole, again = (future.result(timeout=120) for future in futures)
+    assert (cut.error, cut.text, cut.finish_reason, cut.generated_tokens) == (None, "", "length", 10)
+    assert again.reasoning == cut.reasoning
+    assert (whole.error, whole.text) == (None, "A long one.")
 
 
 def test_a_schema_holds_for_the_answer_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import threading
 import time
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.base import Engine
-from prefect_huggingface.tasks.engines.multimodal import read_conversation
+from prefect_huggingface.tasks.engines import multimodal
+from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.multimodal import READERS, read_conversation
 from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")
@@ -186,14 +188,43 @@ def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
         engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
-        waiting = engine.submit(Request("What is this?", images=[slow]))
+        waits = [engine.submit(Request("What is this?", images=[slow])) for _ in range(READERS + 1)]
+        waiting = waits[0]
         assert ask(engine, images=pictures[:1]).error is None
+        assert ask(engine).error is None
         assert not waiting.done()
         started = time.perf_counter()
         engine.close()
         assert time.perf_counter() - started < 5
     # The connection is closed now, so that the reader ends.
     assert waiting.result(60).error is not None
+
+
+def test_a_server_that_drips_is_given_up(monkeypatch):
+    """One that sends a little now and then is never silent for as long as a silence may take."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Drip(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Drip)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(multimodal, "TIMEOUT_SECONDS", 0.5)
+    started = time.perf_counter()
+    with pytest.raises(RequestError, match=r"takes more than 0\.5 s"):
+        multimodal.read_image(f"http://127.0.0.1:{server.server_address[1]}/x.png")
+    assert time.perf_counter() - started < 5
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_pipeline_with_images_is_an_engine(folder, pictures):

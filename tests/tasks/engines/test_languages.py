@@ -84,6 +84,13 @@ def test_the_first_token_can_be_given_by_its_id(nllb, engine):
     assert ask(engine, forced_bos_token_id=first).text == ask(engine, tgt_lang="deu_Latn").text
 
 
+def test_a_first_token_that_the_model_has_not_is_that_requests_error(engine):
+    beside = engine.submit(Request("the house is green"))
+    answer = ask(engine, forced_bos_token_id=10**9)
+    assert (answer.error_code, "must be a token of the model" in answer.error) == ("invalid_option", True)
+    assert beside.result(60).error is None
+
+
 @pytest.mark.parametrize("option", ["src_lang", "tgt_lang"])
 def test_an_unknown_language_is_refused(engine, option):
     answer = ask(engine, **{option: "deu_Latin"})

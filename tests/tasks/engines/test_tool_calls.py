@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_huggingface.blocks import ResponseFormat
+from prefect_huggingface.tasks.engines.structured import check_format
 from prefect_huggingface.tasks.engines.tool_calls import (
     InvalidCall,
     ToolCall,
@@ -64,6 +66,8 @@ FORMATS = {
     "<|tool_call_end|><|tool_calls_section_end|>",
     "gpt-oss": '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris", "days": 2}'
     "<|call|><|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>",
+    "gpt-oss, recipient first": ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris", '
+    '"days": 2}<|call|><|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}<|call|>',
     "fence": f"```json\n[{PARIS_JSON}, {{\"name\": \"now\", \"arguments\": {{}}}}]\n```",
     "fences": f"```json\n{PARIS_JSON}\n```\n```tool_call\n{{\"name\": \"now\"}}\n```",
 }  # fmt: skip
@@ -245,3 +249,36 @@ def test_schema_of_a_forced_call() -> None:
     one = call_schema([tool("add", **numbers)])
     assert one["properties"] == {"name": {"type": "string", "enum": ["add"]}, "arguments": numbers}
     assert len(call_schema([tool("add", **numbers), tool("weather")])["anyOf"]) == 2
+
+
+def test_definitions_of_forced_tools_stay_their_own() -> None:
+    def parameters(kind: str) -> dict[str, object]:
+        place = {"type": "object", "properties": {"zip": {"type": kind}, "next": {"$ref": "#/$defs/Place"}}}
+        return {"type": "object", "properties": {"place": {"$ref": "#/$defs/Place"}}, "$defs": {"Place": place}}
+
+    tools = [tool("one", **parameters("string")), tool("two", **parameters("integer"))]
+    for chosen in (tools[:1], tools):
+        schema = call_schema(chosen)
+        check_format(ResponseFormat(json_schema=schema))
+        for number, kind in enumerate(("string", "integer")[: len(chosen)]):
+            reference = (schema["anyOf"][number] if len(chosen) > 1 else schema)["properties"]["arguments"]
+            name = reference["properties"]["place"]["$ref"].removeprefix("#/$defs/")
+            assert schema["$defs"][name]["properties"]["zip"] == {"type": kind}
+            assert schema["$defs"][name]["properties"]["next"] == {"$ref": f"#/$defs/{name}"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "10115", "10115"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"type": ["string", "null"]}, "true", "true"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "3", 3),
+        ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, "3", 3),
+        ({}, "3", 3),
+    ],
+)
+def test_arguments_without_quotes_have_the_type_that_the_tool_wants(schema: object, text: str, value: object) -> None:
+    tools = [tool("get", type="object", properties={"zip": schema})]
+    call = f"<tool_call><function=get><parameter=zip>{text}</parameter></function></tool_call>"
+    assert find_calls(call, tools).calls[0].arguments == {"zip": value}
