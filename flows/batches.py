@@ -35,7 +35,7 @@ from prefect_huggingface.tasks.batching.output import (
     check_free,
     describe_batch,
     find_finished,
-    is_published,
+    find_published,
     place_beside,
     publish_artifacts,
 )
@@ -49,6 +49,7 @@ from prefect_huggingface.tasks.batching.run import (
     open_run,
 )
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
+from prefect_huggingface.tasks.estimation import estimate_plan
 from prefect_huggingface.tasks.parent_processes import end_with_parent
 from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
 from prefect_huggingface.tasks.records import BatchSummary
@@ -190,7 +191,7 @@ def _put_through(model: Model, source: str, destination: str, more: BatchOptions
     with hub_of(model):
         warn_of_unfinished(template, destination)
         journal = Journal.beside(destination)
-        check_free(destination, replaceable=bool(journal.read_published()))
+        check_free(destination, replaceable=bool(journal.list_published()))
         plan = plan_batch(model, source, destination, more=more, **asked)
         with hold_journal(journal, more.if_running) as owner:
             summary = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
@@ -229,7 +230,7 @@ def _check_places(plan: BatchPlan, journal: Journal, destination: str, more: Bat
         BatchError: If there is something else than the output of this very batch.
     """
     began, place = journal.read_job() is not None, Place.of(destination)
-    replaceable = more.retry_failed and began and is_published(journal.read_published(), place)
+    replaceable = more.retry_failed and began and bool(find_published(journal, place))
     check_free(place.url, replaceable)
     if plan.job.table.format == "openai" and plan.chosen is None:
         # With a journal, they are from an attempt of this job that ended between the two files.
@@ -247,6 +248,8 @@ def _run(
         left = run.rows - run.counts.rows
         run_log().info("%d of %d rows are finished already, %d are left.", run.counts.rows, run.rows, left)
     check_failures(monitor.measure(), more.max_failures, more.min_valid)
+    if more.estimate:
+        estimate_plan(plan.job, models, more)
     with lent_models(models) as lent, CancelWatch() as watch:
         seconds = _run_shards(lent, run, monitor, watch, more)
     progress = replace(monitor.measure(), seconds=seconds)

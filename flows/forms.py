@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast, get_args, get_origin
 from prefect import Flow
 from prefect.blocks.core import Block
 from prefect.exceptions import ParameterTypeError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,7 +83,7 @@ class FormFlow(Flow[P, R]):
             kinds = list(_parts(own[name].annotation)) if name in own else []
             _check_block(name, value, tuple(kind for kind in kinds if Block.is_block_class(kind)))
             _check_rows(name, value, kinds)
-        return super().validate_parameters(loaded)
+        return {name: _converted(name, value, own[name].annotation) for name, value in loaded.items()}
 
 
 def _group_of(parameters: Mapping[str, inspect.Parameter]) -> frozenset[str]:
@@ -105,10 +105,23 @@ def load_references(name: str, value: Any) -> Any:
         ParameterTypeError: If there is no such block, or if its fields do not fit each other.
     """
     if isinstance(value, Mapping):
-        if "$ref" in value:
+        if isinstance(value.get("$ref"), Mapping):  # the reference of a JSON schema is a text
             return _load_block(name, value["$ref"])
         return {key: load_references(name, item) for key, item in value.items()}
     return [load_references(name, item) for item in value] if isinstance(value, list) else value
+
+
+def _converted(name: str, value: Any, annotation: Any) -> Any:
+    """Return a value as its parameter has it. Prefect would take the references of a JSON schema for blocks.
+
+    Raises:
+        ParameterTypeError: If it does not fit.
+    """
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as exc:
+        reasons = (".".join(map(str, (name, *each["loc"]))) + f": {each['msg']}" for each in exc.errors())
+        raise ParameterTypeError("; ".join(reasons)) from None
 
 
 def _load_block(name: str, reference: Any) -> Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,23 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.artifacts import markdown_table, publish_markdown
-from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, describe_models, list_models, plan_job
+from prefect_huggingface.tasks.batches import ENGINE_TAG, hub_of
+from prefect_huggingface.tasks.batching.job import (
+    BatchJob,
+    BatchOptions,
+    InputType,
+    Model,
+    describe_models,
+    list_models,
+    plan_job,
+)
+from prefect_huggingface.tasks.batching.requests import RowRequest
 from prefect_huggingface.tasks.batching.shard import FeedChunk, RowFeed, run_requests
+from prefect_huggingface.tasks.engines.base import OnText
 from prefect_huggingface.tasks.progress import format_seconds
+from prefect_huggingface.tasks.records import Completion
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import ResultRow
 from prefect_huggingface.tasks.storage.places import Place
@@ -48,52 +60,108 @@ class BatchEstimate:
 
 
 def measure_batch(
-    model: LocalModel | InferenceEndpoint,
+    model: Model,
     source: str,
     prompt: str | None = None,
     options: GenerationOptions | None = None,
     system: str | None = None,
     more: BatchOptions | None = None,
     max_seconds: float = 60.0,
+    input_type: InputType | None = None,
+    pair: str | None = None,
 ) -> BatchEstimate:
     """Estimate what `batch_inference` would take with the same parameters.
 
-    Rows drawn at random are generated, several times as many as the engine has at once, so that its batch is full while
-    the time is taken. Their answers are not kept; a trial, `rows=200`, keeps them. Equal prompts are not looked for.
-    After `max_seconds` no more rows begin; those that have begun are finished.
+    For `batch_embedding`, `prompt` is its text and `input_type` the kind of text; for `batch_rerank`, `prompt` is its
+    query and `pair` its text. After `max_seconds` no more rows begin; those that have begun are finished.
 
     Raises:
         BatchError: If the parts do not go together.
         TableError: If the input cannot be read.
     """
+    more = more or BatchOptions()
+    models = list_models(model, more.steps or ())
+    with hub_of(model):
+        job = plan_job(source, prompt, system, options, more, input_type, pair)
+        return measure_job(describe_models(job, models, more.served_names), models, more, max_seconds)
+
+
+def measure_job(job: BatchJob, models: Sequence[Model], more: BatchOptions, max_seconds: float = 60.0) -> BatchEstimate:
+    """Estimate what a planned batch takes, and leave it as an artifact.
+
+    Rows drawn at random are generated, several times as many as the engine has at once. The rate is that of the time in
+    which its batch is full; of rows that run then, the part counts that is done. Their answers are not kept; a trial,
+    `rows=200`, keeps them. Equal prompts are not looked for.
+    """
     from prefect_huggingface.tasks.engines.memory import resident_bytes
     from prefect_huggingface.tasks.engines.registry import load_engine
 
-    more = more or BatchOptions()
-    models = list_models(model, more.steps or ())
-    job = describe_models(plan_job(source, prompt, system, options, more), models, more.served_names)
     with library_logs():
         engines = [load_engine(each) for each in models]
     limit = more.max_concurrency or sum(engine.in_flight for engine in engines)
     number = min(job.table.rows, MOST_ROWS, max(ROUNDS * limit, LEAST_ROWS))
-    results: list[ResultRow] = []
-    ends: list[float] = []
-
-    def commit(rows: list[ResultRow]) -> None:
-        results.extend(rows)
-        ends.extend(time.monotonic() for row in rows if row.is_last)
-
-    began = time.monotonic()
-    feed = RowFeed(job.make_requests(), _draw_rows(job, number), commit, group_by_prefix=False)
-    with closing(run_requests(engines, feed, limit, lambda: False)) as finished:
+    meter = _Meter([isinstance(each, LocalModel) for each in models])
+    feed = RowFeed(job.make_requests(), _draw_rows(job, number), meter.results.extend, group_by_prefix=False)
+    with closing(run_requests(engines, feed, limit, lambda: False, meter.listen)) as finished:
         for completions in finished:
+            meter.finish(completions)
             feed.finish(completions)
-            if time.monotonic() - began > max_seconds:
+            if meter.now() > max_seconds:
                 # What has begun is finished: those that end first are the shortest.
                 feed.end()
-    estimate = _extrapolate(job, results, [each - began for each in ends], resident_bytes())
-    publish_markdown("batch-estimate", describe_estimate(estimate), f"What a batch of {source} takes")
+    estimate = _extrapolate(job, meter, resident_bytes())
+    publish_markdown("batch-estimate", describe_estimate(estimate), f"What a batch of {job.table.source} takes")
     return estimate
+
+
+class _Meter:
+    """Notes when requests were made, when their text came, and when they ended, in seconds.
+
+    Endpoints, the others of `is_local`, are asked as a batch asks them: without a stream.
+    """
+
+    def __init__(self, is_local: Sequence[bool]) -> None:
+        self._is_local, self._began = is_local, time.monotonic()
+        self._texts: dict[int, list[float]] = {}
+        self._ends: dict[int, float] = {}
+        self._last_begin = 0.0
+        self.results: list[ResultRow] = []
+
+    def now(self) -> float:
+        return time.monotonic() - self._began
+
+    def listen(self, asked: RowRequest) -> OnText | None:
+        times = self._texts[asked.number] = []
+        self._last_begin = self.now()
+        return (lambda _: times.append(self.now())) if self._is_local[asked.engine] else None
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        self._ends.update((int(each.request_id or 0), self.now()) for each in completions)
+
+    @property
+    def rows(self) -> int:
+        return sum(row.is_last for row in self.results)
+
+    @property
+    def first_end(self) -> float:
+        return min(self._ends.values(), default=0.0)
+
+    @property
+    def last_end(self) -> float:
+        return max(self._ends.values(), default=0.0)
+
+    def rate(self) -> float:
+        """Return the rows per second while new ones began, so that the batch was full."""
+        full = max(self._last_begin, self.first_end)
+        done = sum(self._share(number, full) for number in self._ends)
+        return done / max(len(self._ends), 1) * self.rows / max(full, 1e-6)
+
+    def _share(self, number: int, at: float) -> float:
+        """Return how much of a request was done at a time, from 0 to 1."""
+        times = self._texts[number]
+        if self._ends[number] <= at or not times:
+            return float(self._ends[number] <= at)
+        return sum(each <= at for each in times) / len(times)
 
 
 def _draw_rows(job: BatchJob, number: int) -> Iterator[FeedChunk]:
@@ -108,16 +176,11 @@ def _draw_rows(job: BatchJob, number: int) -> Iterator[FeedChunk]:
     yield Chunk(0, len(rows), lambda: [row for row, _ in rows], problems=problems), set(), []
 
 
-def _extrapolate(job: BatchJob, results: list[ResultRow], ends: list[float], memory_bytes: int) -> BatchEstimate:
-    rows, measured = job.table.rows, max(len(ends), 1)
+def _extrapolate(job: BatchJob, meter: _Meter, memory_bytes: int) -> BatchEstimate:
+    rows, measured, results = job.table.rows, max(meter.rows, 1), meter.results
     factor = rows / measured
-    if measured >= rows:
-        seconds = ends[-1] if ends else 0.0
-    else:
-        # In the middle the batch of the engine is full: it has filled, and no place is empty yet.
-        first, last = measured // 4, measured * 3 // 4
-        rate = (last - first) / max(ends[last] - ends[first], 1e-6) if last > first else measured / max(ends[-1], 1e-6)
-        seconds = rows / rate + ends[0]
+    # The batch empties at the end.
+    seconds = meter.last_end if measured >= rows else rows / max(meter.rate(), 1e-6) + meter.first_end / 2
     text = sum(len((row.completion or row.error or "").encode("utf-8", "replace")) for row in results)
     source = sum(Place(file.url).info()["size"] for file in job.table.files)
     return BatchEstimate(
@@ -142,4 +205,7 @@ def describe_estimate(estimate: BatchEstimate) -> str:
     return "\n\n".join(["# What the batch takes", markdown_table(("", ""), lines)])
 
 
-estimate_batch = task(name="estimate-batch", cache_policy=NO_CACHE, persist_result=False)(measure_batch)
+_settings: dict[str, Any] = {"tags": [ENGINE_TAG], "cache_policy": NO_CACHE, "persist_result": False}
+
+estimate_batch = task(name="estimate-batch", **_settings)(measure_batch)
+estimate_plan = task(name="estimate-plan", **_settings)(measure_job)

@@ -145,7 +145,10 @@ def _descend(folder: Place, depth: int) -> Iterator[Place]:
 def _is_left(destination: str) -> bool:
     journal = Journal.beside(destination)
     try:
-        began = journal.read_job() is not None
+        record = journal.read_job()
     except BatchError:
-        began = True
-    return began and not is_held(journal)
+        record = {}
+    if record is None or is_held(journal):
+        return False
+    # The journal stays after the end where rows failed, and the output may be elsewhere by now.
+    return not any(each.get("job") == record.get("key") for each in journal.list_published())

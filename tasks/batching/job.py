@@ -85,6 +85,8 @@ class BatchOptions(BaseModel):
     """Text before the names of the columns that are added."""
     timings: bool = Field(default=False, title="Measure each row")
     """Fill the column `seconds`. Times, and with them the bytes of the output, differ from run to run."""
+    estimate: bool = Field(default=False, title="Estimate first")
+    """Measure on some rows what the whole batch takes, for a minute at most, and show it before the batch begins."""
     sample: int | None = Field(default=None, ge=1, title="Rows of a random trial")
     """Number of rows, drawn from the whole input, that a trial answers. The full run takes them over."""
     sample_seed: int = Field(default=0, ge=0, title="Seed of the trial")
@@ -121,7 +123,7 @@ class Output:
         columns: Columns of the input to keep, or None for all.
         prefix: Put before the names of the columns that are added.
         timings: Whether the column `seconds` is filled. Times differ from run to run.
-        fields: Columns for the values of structured answers, with their JSON types.
+        fields: Names of the values of structured answers, with their JSON types.
         steps: Names of the steps of a chain, whose outputs take the place of the completion.
         kind: Whether vectors or scores take the place of the completion.
     """
@@ -143,9 +145,14 @@ class Output:
         return (*(self.steps or OUTPUT_COLUMNS[:1]), *OUTPUT_COLUMNS[1:])
 
     @property
+    def field_columns(self) -> list[tuple[str, str]]:
+        """Columns for the values of structured answers, without the prefix, with the names of the values."""
+        return [(f"parsed_{name}" if name in self.own else name, name) for name in self.fields]
+
+    @property
     def added(self) -> tuple[str, ...]:
         """Names of the columns that are added."""
-        return tuple(self.prefix + name for name in (*self.own, *self.fields))
+        return tuple(self.prefix + name for name in (*self.own, *(column for column, _ in self.field_columns)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +221,12 @@ class BatchJob:
         """Return the job of a record that `as_dict` made."""
         return TypeAdapter(cls).validate_python(record)
 
+    @property
+    def line_defaults(self) -> GenerationOptions:
+        """Options of the model and of the batch, which hold for what a line of the OpenAI format leaves out."""
+        own = self.asked[0].get("options", {}) if self.asked else {}
+        return GenerationOptions(**own).merged(GenerationOptions(**self.options))
+
     def make_requests(self) -> RequestMaker:
         """Return what makes the requests of the rows."""
         options = GenerationOptions(**self.options)
@@ -224,7 +237,7 @@ class BatchJob:
         is_greedy = all(self.greedy)
         if self.table.format == "openai":
             task = self.asked[0].get("task") if self.asked else None
-            return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task)
+            return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task, self.line_defaults)
         return PromptRows(
             self.prompt, self.system, self.messages_column, self.option_columns, options, is_greedy, self.input_type,
             self.pair,

@@ -150,12 +150,7 @@ def choose_columns(
         output.destination, output.format, kept_columns, more.output_prefix, more.timings, fields, steps, job.kind
     )
     kept = table.columns if columns is None else columns
-    twice = sorted(set(kept) & set(chosen.added) | {name for name in steps if name in OUTPUT_COLUMNS[1:]})
-    if twice:
-        raise BatchError(
-            f"The input has columns {twice!r} that the output adds. Set `output_prefix`, 'new_' for instance, "
-            "or leave them out with `columns`."
-        )
+    _check_added(kept, chosen)
     if output.format in ("parquet", "arrow") and table.format != "openai":
         schema = get_schema(table)
         if unfit := check_types([schema.field(name) for name in kept], output.format):
@@ -164,6 +159,19 @@ def choose_columns(
                 "write JSONL."
             )
     return chosen
+
+
+def _check_added(kept: Sequence[str], output: Output) -> None:
+    """Check that no column would be there twice."""
+    added = output.added
+    twice = sorted(set(kept) & set(added) | {name for name in output.steps if name in OUTPUT_COLUMNS[1:]})
+    if twice:
+        raise BatchError(
+            f"The input has columns {twice!r} that the output adds. Set `output_prefix`, 'new_' for instance, "
+            "or leave them out with `columns`."
+        )
+    if len(set(added)) < len(added):
+        raise BatchError(f"The answers have fields whose columns would be there twice: {list(added)!r}. Rename one.")
 
 
 def check_free(destination: str, replaceable: bool = False) -> None:
@@ -181,17 +189,23 @@ def check_free(destination: str, replaceable: bool = False) -> None:
 
 def find_finished(journal: Journal, job: BatchJob, output: Output) -> BatchSummary | None:
     """Return the summary of a call that has published its output already, also if it was killed right after."""
-    record = journal.read_published()
-    if record.get("call") != job.call_key(output) or not is_published(record, Place.of(output.destination)):
-        return None
-    return BatchSummary(**record["summary"])
+    record = find_published(journal, Place.of(output.destination))
+    return BatchSummary(**record["summary"]) if record.get("call") == job.call_key(output) else None
 
 
-def is_published(record: Mapping[str, Any], place: Place) -> bool:
-    """Return whether the output at a place is the one of a record, which is written right before it is published."""
-    if not record or not place.exists() or place.is_folder() or place.info()["size"] != record["size"]:
-        return False
-    return not place.is_local or place.digest() == record["sha256"]
+def find_published(journal: Journal, place: Place) -> dict[str, Any]:
+    """Return what is known of the output at a place, empty if it is none of this batch.
+
+    Records are written right before their output is published, so that the last one may be of an output that is not
+    there yet, in place of the one before it.
+    """
+    records = journal.list_published()
+    if not records or not place.exists() or place.is_folder():
+        return {}
+    size = place.info()["size"]
+    fitting = [record for record in records if record["size"] == size]
+    digest = place.digest() if fitting and place.is_local else None
+    return next((record for record in fitting if digest in (None, record["sha256"])), {})
 
 
 @dataclass(slots=True)
@@ -284,7 +298,7 @@ def publish_output(
             # An earlier attempt may have published the errors and not yet the responses.
             errors_path = published.enter_context(Place(publication.errors_destination).published(True))
             created = (journal.read_job() or {}).get("created", 0) if output.timings else 0
-            writer = OpenAIBatchWriter(path, errors_path, job.key, int(created))
+            writer = OpenAIBatchWriter(path, errors_path, job, int(created))
         else:
             writer = AnswerTableWriter(path, job, journal, output)
         with writer:
@@ -295,7 +309,7 @@ def publish_output(
         owner.check()
         if chosen is None:
             record = {"sha256": hash_file(path), "size": path.stat().st_size, "summary": asdict(publication.summary)}
-            owner.write("published", {"call": job.call_key(output), **record})
+            owner.write("published", {"call": job.call_key(output), "job": job.key, **record})
     return publication
 
 
@@ -375,7 +389,8 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         self._output, maker = output, job.make_requests()
         steps = maker.steps if isinstance(maker, ChainRows) else ()
         self._parsed = {step.name: step for step in steps if step.parser != "text"}
-        self._vector_type = pa.list_(pa.float32(), _dimensions_of(job, journal) if output.kind == "vectors" else 0)
+        # Where no row has a vector, their size is 1: arrays of lists of none cannot be made.
+        self._vector_type = pa.list_(pa.float32(), (output.kind == "vectors" and _dimensions_of(job, journal)) or 1)
         values = {"text": pa.string(), "vectors": self._vector_type, "scores": pa.float64()}
         # Columns for the reasoning of the model, each with the column of the journal's rows that holds it.
         self._reasoning = _reasoning_columns(job, journal, output) if output.kind == "text" else {}
@@ -384,9 +399,12 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
             output.own[0]: values[output.kind],
         }  # fmt: skip
         json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
-        self._fields = {name: json_kinds.get(kind, pa.string()) for name, kind in output.fields.items()}
+        self._fields = {
+            column: (name, json_kinds.get(output.fields[name], pa.string())) for column, name in output.field_columns
+        }
         own = [(name, kinds.get(name, pa.string())) for name in (*output.own, *self._reasoning)]
-        added = pa.schema([(output.prefix + name, kind) for name, kind in (*own, *self._fields.items())])
+        fields = [(column, kind) for column, (_, kind) in self._fields.items()]
+        added = pa.schema([(output.prefix + name, kind) for name, kind in (*own, *fields)])
         schema = get_schema(job.table) if output.format != "jsonl" else None
         self._writer = open_writer(path, output.format, output.columns, added.names, schema, added)
 
@@ -419,8 +437,8 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         if self._fields:
             found = [_read_details(one).get("parsed") for one in answers["details"].to_pylist()]
             objects = [value if isinstance(value, dict) else {} for value in found]
-            for name, kind in self._fields.items():
-                columns[name] = pa.array([_typed(value.get(name), kind) for value in objects], kind)
+            for column, (name, kind) in self._fields.items():
+                columns[column] = pa.array([_typed(value.get(name), kind) for value in objects], kind)
         return columns
 
 
@@ -431,7 +449,13 @@ def _reasoning_columns(job: BatchJob, journal: Journal, output: Output) -> dict[
     found: set[int] = set()
     for name in journal.names():
         table = journal.load(name, job.key)
-        found |= set(table.filter(pc.match_substring(table["details"], '"reasoning": '))["step"].to_pylist())
+        # A structured answer may have a field of that name.
+        likely = table.filter(pc.match_substring(table["details"], '"reasoning": '))
+        found |= {
+            step
+            for step, one in zip(likely["step"].to_pylist(), likely["details"].to_pylist(), strict=True)
+            if step not in found and _read_details(one).get("reasoning")
+        }
     kept = job.table.columns if output.columns is None else output.columns
     taken, columns = {*kept, *output.added}, {}
     for step in sorted(found):
@@ -509,8 +533,8 @@ class OpenAIBatchWriter(AbstractContextManager["OpenAIBatchWriter"]):
     interrupted. `created` is the time of all answers, in seconds since 1970.
     """
 
-    def __init__(self, responses: Path, errors: Path, job: str, created: int) -> None:
-        self._job, self._created = job, created
+    def __init__(self, responses: Path, errors: Path, job: BatchJob, created: int) -> None:
+        self._job, self._created, self._defaults = job.key, created, job.line_defaults
         self._responses, self._errors = open(responses, "wb"), open(errors, "wb")
 
     def write(self, chunk: Chunk, answers: Any) -> None:
@@ -531,6 +555,9 @@ class OpenAIBatchWriter(AbstractContextManager["OpenAIBatchWriter"]):
             return {**record, "response": None, "error": {"code": "malformed", "message": answer["error"]}}
         if answer["error"] is not None:
             code, body = error_status(answer["status"]), error_body(answer["status"], answer["error"])
+        elif answer["finish_reason"] == "skipped":
+            text = f"The prompt has {answer['prompt_tokens']} tokens, more than the model takes."
+            code, body = error_status("too_long"), error_body("too_long", text)
         elif line["url"] == EMBEDDINGS_URL and read_vector(answer["details"]) is None:  # of an endpoint
             code, body = error_status("bad_answer"), error_body("bad_answer", NO_VECTORS)
         else:
@@ -538,7 +565,7 @@ class OpenAIBatchWriter(AbstractContextManager["OpenAIBatchWriter"]):
         return {**record, "response": {"status_code": code, "request_id": f"req_{name}", "body": body}, "error": None}
 
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-        call = read_line(line["url"], line["body"])
+        call = read_line(line["url"], line["body"], self._defaults)
         details = _read_details(answer["details"])
         kept: dict[str, Any] = {name: details.get(name) for name in ("logprobs", "tokens", "reasoning")}
         completion = Completion(

@@ -21,6 +21,7 @@ from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.errors import BatchError, ChainError
 from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, OpenAICall, read_call
 from prefect_huggingface.tasks.records import Message, Request
+from prefect_huggingface.tasks.storage.tables.readers import is_deep
 from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL, VectorCall, read_embedding_call
 
 OPENAI_COLUMNS = ("custom_id", "url", "body")
@@ -298,12 +299,16 @@ def parse_output(step: ChainStep, text: str) -> Any:
 
     parser: Any = JsonOutputParser() if step.parser == "json" else CommaSeparatedListOutputParser()
     try:
-        return parser.parse(text.strip())
-    except OutputParserException:
-        raise ChainError(
-            f"The output of step {step.name!r} is not {step.parser}: {_shorten(repr(text))}. "
-            "Ask for the form in the prompt, or give the step a `response_format`."
-        ) from None
+        value = parser.parse(text.strip())
+        # Of brackets that do not match, the parser of LangChain makes None.
+        if not (value is None and text.strip("` \n").removeprefix("json").strip() != "null") and not is_deep(value):
+            return value
+    except (OutputParserException, RecursionError):
+        pass
+    raise ChainError(
+        f"The output of step {step.name!r} is not {step.parser}: {_shorten(repr(text))}. "
+        "Ask for the form in the prompt, or give the step a `response_format`."
+    )
 
 
 def _shorten(text: str) -> str:
@@ -370,7 +375,7 @@ class OpenAIRows:
     """Makes requests of the lines of an OpenAI batch file: chat completions, completions and embeddings.
 
     The lines may call the model by its `served_names`, or any where there are none. `duplicate_rows` have the id of an
-    earlier row, and `task` is what the model is for, where that is known.
+    earlier row, `task` is what the model is for, where that is known, and `defaults` hold for what a line leaves out.
     """
 
     def __init__(
@@ -380,8 +385,9 @@ class OpenAIRows:
         duplicate_rows: tuple[int, ...] = (),
         greedy: bool = True,
         task: str | None = None,
+        defaults: GenerationOptions | None = None,
     ) -> None:
-        self._options = options or GenerationOptions()
+        self._options, self._defaults = options or GenerationOptions(), defaults
         self._names, self._greedy, self._duplicates = served_names, greedy, frozenset(duplicate_rows)
         self._writes_text = task is not None and task not in VECTOR_TASKS
 
@@ -406,7 +412,7 @@ class OpenAIRows:
             raise RowProblem("malformed", "The line must have the method POST and a body. Correct it.")
         if self._names and (model := body.get("model")) not in self._names:
             raise RowProblem("unknown_model", f"The model {model!r} is not here. Use {' or '.join(self._names)}.")
-        call = read_line(str(row.get("url")), body)
+        call = read_line(str(row.get("url")), body, self._defaults)
         if isinstance(call, VectorCall) and self._writes_text:
             raise RowProblem("invalid_option", NO_VECTORS)
         if call.stream:
@@ -414,19 +420,20 @@ class OpenAIRows:
         if len(call.requests) > 1:
             raise RowProblem("invalid_prompt", "`prompt` must be one text. Write a line for each prompt.")
         [asked] = call.requests
-        options = asked.options or GenerationOptions()
+        options = self._options.merged(asked.options)
+        given = options.model_dump(exclude_unset=True)  # what is set to its default is put over that of the model
         vector = [] if asked.input_type is None else [asked.input_type, repr(asked.embedding)]
-        text = json.dumps([asked.prompt, asked.messages, asked.tools, options.model_dump(), *vector], default=str)
+        text = json.dumps([asked.prompt, asked.messages, asked.tools, given, *vector], default=str)
         greedy = self._greedy if "do_sample" not in options.model_fields_set else not options.do_sample
         values = {name: getattr(asked, name) for name in OPENAI_FIELDS}
-        return RowRequest(number, text, asked.prompt, {**values, "options": self._options.merged(options)}, greedy)
+        return RowRequest(number, text, asked.prompt, {**values, "options": options}, greedy)
 
 
 RequestMaker = PromptRows | ChainRows | OpenAIRows
 
 
-def read_line(url: str, body: Mapping[str, Any]) -> OpenAICall | VectorCall:
-    """Return what the body of a line asks for.
+def read_line(url: str, body: Mapping[str, Any], defaults: GenerationOptions | None = None) -> OpenAICall | VectorCall:
+    """Return what the body of a line asks for, put over the options of the model.
 
     Raises:
         BodyError: If it asks for what cannot be done, or its route is not known.
@@ -436,4 +443,4 @@ def read_line(url: str, body: Mapping[str, Any]) -> OpenAICall | VectorCall:
     if url not in (CHAT_URL, COMPLETIONS_URL):
         known = f"{CHAT_URL!r}, {COMPLETIONS_URL!r} or {EMBEDDINGS_URL!r}"
         raise BodyError("malformed", f"`url` must be {known}, got {url!r}.")
-    return read_call(body, chat=url == CHAT_URL)
+    return read_call(body, url == CHAT_URL, defaults)

@@ -23,7 +23,7 @@ from typing import Any
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.job import BatchJob
 from prefect_huggingface.tasks.batching.requests import ChainRows, RequestMaker, RowProblem, RowRequest, parse_output
-from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
 from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
@@ -129,11 +129,16 @@ def check_template(engine: Engine, job: BatchJob) -> None:
 
 
 def run_requests(
-    engines: Sequence[Engine], feed: RowFeed, limit: int, should_stop: Callable[[], bool]
+    engines: Sequence[Engine],
+    feed: RowFeed,
+    limit: int,
+    should_stop: Callable[[], bool],
+    listen: Callable[[RowRequest], OnText | None] = lambda _: None,
 ) -> Generator[list[Completion], None, None]:
     """Yield what has finished until the feed has no more, or until it has to stop.
 
-    It looks for a stop also while every request takes long. Closing the iterator cancels those under way.
+    It looks for a stop also while every request takes long. Closing the iterator cancels those under way. `listen`
+    returns what is to get the text of a request as it comes.
 
     Raises:
         EngineError: If an engine was closed, or can be used no more.
@@ -152,7 +157,7 @@ def run_requests(
     try:
         while not should_stop():
             for asked in feed.take(limit - len(pending)):
-                future = engines[asked.engine].submit(asked.request)
+                future = engines[asked.engine].submit(asked.request, listen(asked))
                 pending.add(future)
                 future.add_done_callback(collect)
             if not pending and finished.empty():
@@ -254,6 +259,7 @@ class RowFeed:
         self._following: list[RowRequest] = []  # next steps of rows, which go first
         self._values: dict[int, dict[str, Any]] = {}  # columns and outputs of the rows of a chain that have begun
         self._waiting: dict[int, list[int]] = {}  # requests that wait for the result of their first one
+        self._waiters = 0
         self._digests: dict[int, bytes] = {}
         self._firsts: dict[bytes, int] = {}  # requests in flight by the hash of their prompt
 
@@ -265,7 +271,8 @@ class RowFeed:
                 following, self._following = self._following, []
                 self._ready.extendleft(reversed(self._admit(following)))
             if not self._ready:
-                window = next(self._windows, None) if len(self._values) < OPEN_ROWS else None
+                is_full = len(self._values) + self._waiters >= OPEN_ROWS
+                window = None if is_full else next(self._windows, None)
                 if window is None:
                     break
                 asked = self._admit(window)
@@ -290,9 +297,11 @@ class RowFeed:
             digest = self._digests.pop(number, None)
             result = _to_result(completion, *divmod(number, self._steps), digest)
             waiting = self._waiting.pop(number, ())
+            self._waiters -= len(waiting)
             if digest is not None:
                 del self._firsts[digest]
-                if completion.error is None:  # what failed for want of time or memory may do better next time
+                # What failed or was cut for want of time or memory may do better next time.
+                if completion.error is None and completion.finish_reason != "deadline":
                     learnt.append(result)
             self._settle(result, results)
             for other in waiting:
@@ -317,6 +326,8 @@ class RowFeed:
         step = self._chain.steps[result.step]
         if result.error is not None:
             result = result._replace(error=f"Step {step.name!r}: {result.error}", is_last=True)
+        elif result.status in ("skipped", "deadline"):  # no later step can go on from it
+            result = result._replace(is_last=True)
         else:
             try:
                 self._values[result.row][step.name] = parse_output(step, result.completion or "")
@@ -385,6 +396,7 @@ class RowFeed:
                 self._share(found, number, results)
             elif (first := self._firsts.get(digest)) is not None:
                 self._waiting.setdefault(first, []).append(number)
+                self._waiters += 1
             else:
                 self._firsts[digest], self._digests[number] = number, digest
                 new.append(each)

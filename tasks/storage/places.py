@@ -22,7 +22,7 @@ from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
 AHEAD_BYTES = 2**20  # read from a file at once
 BLOCK_BYTES = 32 * 2**20  # fetched from a remote file at once, while the block before is looked at
-_hub: dict[str, Any] = {}
+_hubs: list[dict[str, Any]] = []  # in use, the newest last
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,13 +273,12 @@ def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
 
     It holds for the whole process, since files are also written by threads. A token never goes to another Hub.
     """
-    before = dict(_hub)
-    _hub.update(endpoint=endpoint, token=token or False)
+    used = {"endpoint": endpoint, "token": token or False}
+    _hubs.append(used)
     try:
         yield
-    finally:
-        _hub.clear()
-        _hub.update(before)
+    finally:  # in any order: batches of several threads overlap
+        _hubs[:] = [each for each in _hubs if each is not used]
 
 
 def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
@@ -289,7 +288,7 @@ def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
     if "://" not in url:
         return fsspec.filesystem("file"), url
     try:
-        system, path = fsspec.url_to_fs(url, **(_hub if url.startswith("hf://") else {}))
+        system, path = fsspec.url_to_fs(url, **(_hubs[-1] if _hubs and url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     if is_fresh:

@@ -17,6 +17,8 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.flows import batch_embedding, batch_inference, batch_rerank
 from prefect_huggingface.tasks import embed_texts, plan_batch, rerank_texts
 from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.estimation import measure_batch
+from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.batch_runs import read_answers, start_batch
 from support.flow_logs import read_artifacts
 from support.prefect_services import wait_until
@@ -63,6 +65,18 @@ def test_vectors_stand_beside_the_rows(tmp_path: Path, source: Path, model: Loca
     assert np.allclose(found, expected.vectors, atol=1e-6)
     assert table["prompt_tokens"].to_pylist()[:6] == list(expected.tokens[:6])
     assert (summary.rows, summary.succeeded, summary.failed, summary.shared) == (9, 7, 2, 1)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "jsonl"])
+def test_a_table_without_any_vector_is_written(tmp_path: Path, model: LocalModel, form: str) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / f"out.{form}"
+    source.write_text('{"text": null}\n' + json.dumps({"text": "One, two. " * 90}) + "\n")
+
+    summary = batch_embedding(model, str(source), str(destination), "{text}", show_progress=False)
+
+    assert summary.failed == 2
+    rows = [row for chunk in read_chunks(inspect_table(str(destination))) for row in chunk.rows]
+    assert [row["embedding"] for row in rows] == [None, None]
 
 
 def test_queries_have_their_prompt_and_long_texts_are_cut(tmp_path: Path, source: Path, model: LocalModel) -> None:
@@ -155,6 +169,22 @@ def test_a_batch_of_scores_that_cannot_be_is_refused(
         plan_batch.fn(reranker, str(source), out, "One?", system="Be short.", pair="{text}")
     with pytest.raises(BatchError, match="no column 'body'"):
         batch_rerank(reranker, str(source), out, "{text}", "{body}", show_progress=False)
+
+
+def test_estimates_of_vectors_and_scores(tmp_path: Path, source: Path, model: LocalModel, reranker: LocalModel) -> None:
+    state = batch_embedding(
+        model, str(source), str(tmp_path / "a.parquet"), "{text}", estimate=True, show_progress=False, return_state=True
+    )
+    tokens = sum(pq.read_table(tmp_path / "a.parquet")["prompt_tokens"].to_pylist())
+    artifact = str(read_artifacts(state.state_details.flow_run_id)["batch-estimate"].data)
+    assert f"| Prompt tokens | {tokens} |" in artifact
+    assert "9, of which 9 were measured" in artifact
+
+    batch_rerank(reranker, str(source), str(tmp_path / "b.parquet"), "Row?", "{text}", show_progress=False)
+    tokens = sum(pq.read_table(tmp_path / "b.parquet")["prompt_tokens"].to_pylist())
+    estimate = measure_batch(reranker, str(source), "Row?", pair="{text}")
+    assert (estimate.prompt_tokens, estimate.generated_tokens) == (tokens, 0)
+    assert estimate.seconds > 0
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.concurrency.sync import concurrency
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.batches import ENGINE_TAG
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.batch_runs import read_answers, start_batch
@@ -181,6 +182,41 @@ def test_structured_answers_have_columns_of_their_own(tmp_path: Path, model: Loc
     assert [row["status"] for row in rows] == ["ok", "ok", "empty_prompt"]
     assert [(type(row["name"]), type(row["age"])) for row in rows] == [(str, int), (str, int), (type(None),) * 2]
     assert json.loads(rows[0]["completion"]) == {"name": rows[0]["name"], "age": rows[0]["age"]}
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_schema_may_refer_to_its_definitions_and_name_its_fields_freely(
+    tmp_path: Path, model: LocalModel, as_object: bool
+) -> None:
+    source, destination = tmp_path / "in.csv", tmp_path / "out.parquet"
+    source.write_text("sentence\nMaria is 34 years old.\n")
+    schema = {
+        "type": "object",
+        "properties": {"status": {"$ref": "#/$defs/Status"}},
+        "required": ["status"],
+        "additionalProperties": False,
+        "$defs": {"Status": {"type": "string", "enum": ["open", "closed"]}},
+    }
+    options: Any = {"response_format": {"json_schema": schema}, "max_new_tokens": 60}
+    batch_inference(
+        model, str(source), str(destination), "{sentence}", GenerationOptions(**options) if as_object else options
+    )
+    [row] = read_rows(str(destination))
+    assert (row["status"], row["parsed_status"]) == ("ok", json.loads(row["completion"])["status"])
+
+
+def test_a_retry_that_was_killed_before_its_output_was_there_goes_on(
+    tmp_path: Path, source: Path, model: LocalModel
+) -> None:
+    destination = tmp_path / "out.jsonl"
+    short = {"max_new_tokens": 2000}
+    first = batch_inference(model, str(source), str(destination), PROMPT, short)
+    journal = Journal.beside(str(destination))
+    with hold_journal(journal) as owner:  # as one leaves it that is killed between the note and the rename
+        owner.write("published", {**journal.list_published()[0], "sha256": "0" * 64, "size": 1})
+    assert batch_inference(model, str(source), str(destination), PROMPT, short) == first
+    again = batch_inference(model, str(source), str(destination), PROMPT, short, retry_failed=True)
+    assert again.failed == first.failed
 
 
 def test_a_file_of_openai_requests(tmp_path: Path, model: LocalModel) -> None:

@@ -33,6 +33,17 @@ def data(hub, monkeypatch):
     return hub
 
 
+def test_batches_of_two_threads_keep_their_own_hubs(data):
+    """As two shards of one process, of which the first ends first."""
+    first, second = reach_hub(data.endpoint, AMBIENT), reach_hub(data.endpoint, TOKEN)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Place(SOURCE).exists()
+    assert {entry.token for entry in data.journal.requests} == {TOKEN}
+    second.__exit__(None, None, None)
+
+
 def model_of(hub, folder: Path, token: str | None) -> LocalModel:
     credentials = HuggingFaceCredentials(token=token, endpoint=hub.endpoint)
     return LocalModel(model_id=str(folder), backend="torch", credentials=credentials, options={"max_new_tokens": 4})

@@ -230,9 +230,10 @@ class Journal:
         """
         return self._read_latest("job")
 
-    def read_published(self) -> dict[str, Any]:
-        """Return what is known of the output that was published last, empty if there is none."""
-        return self._read_latest("published", since=0) or {}
+    def list_published(self) -> list[dict[str, Any]]:
+        """Return what is known of the outputs that were published, or were about to be, the last one first."""
+        names = sorted((name for name in self.place.names() if name.startswith("published-")), reverse=True)
+        return [record for name in names if (record := self.read_record(name)) is not None]
 
     def read_owner(self) -> dict[str, Any] | None:
         """Return the record of the run that owns the journal, or owned it last: its `epoch`, `id` and so on."""

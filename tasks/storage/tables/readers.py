@@ -244,11 +244,13 @@ def _parse_lines(lines: list[bytes]) -> tuple[list[Any], Problems]:
     import orjson
 
     block = b"".join(lines)
-    is_deep = block.count(b"[") + block.count(b"{") > len(lines) + MAX_DEPTH
+    may_be_deep = block.count(b"[") + block.count(b"{") > len(lines) + MAX_DEPTH
     if not _has_large_integer(block):
         with suppress(ValueError):
             rows: list[Any] = list(map(orjson.loads, lines))
-            return rows, _check_objects(rows, is_deep, odd_names=False)  # `orjson` refuses names that are not Unicode
+            return rows, _check_objects(
+                rows, may_be_deep, odd_names=False
+            )  # `orjson` refuses names that are not Unicode
     rows, problems = [], {}
     for place, line in enumerate(lines):
         try:
@@ -260,7 +262,7 @@ def _parse_lines(lines: list[bytes]) -> tuple[list[Any], Problems]:
             problems[place] = f"is no JSON: {where}. Correct the line."
         if place in problems:
             rows.append({})
-    return rows, {**problems, **_check_objects(rows, is_deep)}
+    return rows, {**problems, **_check_objects(rows, may_be_deep)}
 
 
 def _has_large_integer(text: bytes) -> bool:
@@ -268,16 +270,16 @@ def _has_large_integer(text: bytes) -> bool:
     return b"0" * 19 in text.translate(_DIGITS)
 
 
-def _check_objects(rows: list[Any], is_deep: bool = True, odd_names: bool = True) -> Problems:
+def _check_objects(rows: list[Any], may_be_deep: bool = True, odd_names: bool = True) -> Problems:
     """Make rows that are no objects empty, drop keys that are not Unicode, and return the problems."""
     problems: Problems = {}
-    if set(map(type, rows)) == {dict} and not is_deep and not odd_names:
+    if set(map(type, rows)) == {dict} and not may_be_deep and not odd_names:
         return problems
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
             problems[place] = f"is no JSON object but {type(row).__name__}. Write the row as {{...}}."
             rows[place] = {}
-        elif is_deep and _is_deep(row):
+        elif may_be_deep and is_deep(row):
             problems[place] = f"is nested more than {MAX_DEPTH} levels deep. Flatten it."
             rows[place] = {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
         elif odd_names and (odd := [name for name in row if not _is_unicode(name)]):
@@ -286,14 +288,13 @@ def _check_objects(rows: list[Any], is_deep: bool = True, odd_names: bool = True
     return problems
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
+def is_deep(value: Any) -> bool:
+    """Return whether a JSON value is nested more deeply than tables hold."""
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
         children = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)
         level = [child for child in children if isinstance(child, (dict, list))]
-        if not level:
-            return False
-    return True
+    return bool(level)
 
 
 def _is_unicode(text: str) -> bool:

@@ -148,6 +148,61 @@ def test_a_chain_goes_on_at_the_step_where_it_was_cut(tmp_path: Path) -> None:
     assert batch.publish() == expected
 
 
+class GivenEngine(ScriptedEngine):
+    """Answers the first step with a given text or completion, and tells what it was asked."""
+
+    given: str | Completion = ""
+
+    def _answer(self, future: Future[Completion], request: Request) -> None:
+        if not str(request.prompt).startswith("Extract"):
+            super()._answer(future, request)
+        elif isinstance(self.given, Completion):
+            future.set_result(replace(self.given, request_id=request.id))
+        else:
+            future.set_result(Completion(self.given, "stop", 5, 3, request_id=request.id))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ann"}}',
+        "[1, 2]]",
+        '{"a": 1]',
+        "Sure :]",
+        '```json\n{"name": "Ann"}}\n```',
+        "[" * 1000,
+        "[" * 500 + "]" * 500,
+    ],
+)
+def test_what_is_no_json_is_the_error_of_the_row(tmp_path: Path, text: str) -> None:
+    batch, model = Batch(tmp_path, ["Ann"]), GivenEngine()
+    model.prompts, model.given = [], text
+    batch.run(model)
+    (row,) = batch.publish()
+    assert row["status"] == "schema_invalid"
+    assert "output of step 'person' is not json" in row["error"]
+    assert model.prompts == []
+
+
+@pytest.mark.parametrize("text", ["null", "```json\nnull\n```", '{"name": null}'])
+def test_null_is_json(tmp_path: Path, text: str) -> None:
+    batch, model = Batch(tmp_path, ["Ann"], STEPS[:1]), GivenEngine()
+    model.given = text
+    batch.run(model)
+    assert batch.publish()[0]["status"] == "ok"
+
+
+@pytest.mark.parametrize("reason", ["skipped", "deadline"])
+def test_a_chain_ends_at_a_step_that_was_not_answered_whole(tmp_path: Path, reason: Any) -> None:
+    steps = [{"name": "first", "prompt": "Extract from {text}"}, {"name": "second", "prompt": "Title of {first}"}]
+    batch, model = Batch(tmp_path, ["Ann", "Ann"], steps), GivenEngine()
+    model.prompts, model.given = [], Completion("A", reason, 5, 1)
+    batch.run(model, max_concurrency=1)
+    rows = batch.publish()
+    assert [(row["status"], row["first"], row["second"]) for row in rows] == [(reason, "A", None)] * 2
+    assert model.prompts == []
+
+
 def test_equal_steps_of_rows_are_asked_once(tmp_path: Path) -> None:
     batch, model = Batch(tmp_path, ["Ann"] * 1000, STEPS[:2]), engine()
     batch.run(model)

@@ -87,6 +87,10 @@ def test_batches_that_were_left_are_found(tmp_path: Path, template: str) -> None
     for each in (done, left, running, today, tmp_path / "other.jsonl", tmp_path / "answers-x.jsonl"):
         begin(each)
     done.write_text("")
+    # With failed rows the journal stays, and the output may have been moved away, or be on the Hub.
+    moved = Path(fill_dates("d", f"{tmp_path}/{template}", datetime(2026, 2, 19, tzinfo=UTC)))
+    begin(moved)
+    claim_journal(Journal.beside(str(moved))).write("published", {"job": "k"})
     with hold_journal(Journal.beside(str(running))):
         assert find_unfinished(f"{tmp_path}/{template}", str(today)) == [str(left)]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.batching.job import BatchOptions, describe_models, plan_job
 from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem
@@ -48,8 +49,6 @@ LINES = [
 
 
 def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f"{each}\n" for each in LINES))
     job = replace(plan_job(str(source), None), served_names=("/models/small", "small"), asked=(TEXT_MODEL,))
@@ -91,6 +90,31 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
     assert found["other"]["response"]["status_code"] == 404
     assert {name for name, each in found.items() if each["response"] is None} == {None, "read", 7}
     assert len({each["id"] for each in responses + errors}) == len(LINES)
+
+
+def test_what_is_set_to_its_default_is_another_line_than_what_is_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [line(str(number), messages=USER, **more) for number, more in enumerate((
+        {}, {"max_tokens": 256}, {"repetition_penalty": 1.0}, {"stop": []}, {},
+    ))]  # fmt: skip
+    source.write_text("".join(f"{each}\n" for each in lines))
+    make = plan_job(str(source), None, options=GenerationOptions(max_new_tokens=64)).make_requests()
+    made = [make(number, json.loads(each)) for number, each in enumerate(source.read_text().splitlines())]
+    assert len({each.text for each in made}) == 4
+    assert made[0].text == made[4].text
+    assert [each.request.options.max_new_tokens for each in made] == [64, 256, 64, 64, 64]
+
+
+def test_what_a_line_leaves_out_is_that_of_the_model(tmp_path: Path) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a", messages=USER, n=2, top_k=40) + "\n")
+    sampling = {**TEXT_MODEL, "options": {"do_sample": True, "temperature": 0.7}}
+    job = replace(plan_job(str(source), None), asked=(sampling,))
+    journal = Journal.beside(str(destination))
+    for shard in open_run(claim_journal(journal), job).shards:
+        process_shard([InstantEngine()], journal, shard)
+    publication = publish_output(job, claim_journal(journal), plan_output(str(source), str(destination)))
+    assert publication.failed == 0
 
 
 def test_bodies_become_options() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.tasks.batching.job import BatchJob, Output, plan_job
-from prefect_huggingface.tasks.batching.output import get_fields, publish_output
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Output, plan_job
+from prefect_huggingface.tasks.batching.output import choose_columns, get_fields, plan_output, publish_output
+from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.journals import claim_journal
@@ -45,6 +47,30 @@ def test_fields_of_a_schema() -> None:
         "name": "string", "age": "integer", "height": "number", "tags": "array", "either": "string", "any": "string",
     }  # fmt: skip
     assert get_fields([None, {"response_format": {"regex": "a"}}]) == {}
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
+def test_fields_with_the_name_of_a_column_get_another(tmp_path: Path, job: BatchJob, format: Any) -> None:
+    journal, model = Journal.beside(str(tmp_path / "out")), LocalModel(model_id="/none", backend="torch")
+    parsed = {"status": "open", "error": "none", "reasoning": "so"}
+    details = json.dumps({"parsed": parsed})
+    journal.append(1, "00000000", 0, job.key, [ResultRow(row, completion="{}", details=details) for row in range(3)])
+    properties = {name: {"type": "string"} for name in parsed}
+    model = model.model_copy(update={"options": GenerationOptions(response_format={"json_schema": {
+        "type": "object", "properties": properties, "required": list(properties)}})})  # fmt: skip
+    source = job.table.source
+    output = choose_columns(job, plan_output(source, str(tmp_path / f"out.{format}")), BatchOptions(), model)
+    publish_output(job, claim_journal(journal), output)
+    rows = [row for chunk in read_chunks(inspect_table(output.destination)) for row in chunk.rows]
+    assert {(row["status"], row["parsed_status"], row["parsed_error"], row["reasoning"]) for row in rows} == {
+        ("ok", "open", "none", "so")
+    }
+    assert "completion_reasoning" not in rows[0]
+    twice = {**properties, "parsed_status": {"type": "string"}}
+    form = {"json_schema": {"type": "object", "properties": twice}}
+    model = model.model_copy(update={"options": GenerationOptions(response_format=form)})
+    with pytest.raises(BatchError, match="there twice"):
+        choose_columns(job, plan_output(source, str(tmp_path / f"b.{format}")), BatchOptions(), model)
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])

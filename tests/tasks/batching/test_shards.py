@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.output import plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shard import ShardResult, process_shard
+from prefect_huggingface.tasks.batching.shard import RowFeed, ShardResult, process_shard
 from prefect_huggingface.tasks.errors import BatchError, TableError
+from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.tables.inputs import read_chunks
 from support.instant_engines import InstantEngine
 from support.journals import claim_journal
 
@@ -78,6 +82,27 @@ def test_equal_prompts_are_generated_once_over_the_whole_input(tmp_path: Path, d
     rows = batch.publish()
     assert all(rows[index]["completion"] == rows[index % 700]["completion"] for index in range(20_000))
     assert batch.journal.count().tokens == 3 * (700 if deduplicate else 20_000)
+
+
+def test_rows_that_wait_for_their_like_are_bounded(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, [json.dumps({"country": f"Land {index % 40}"}) for index in range(60_000)])
+    read, results = 0, []
+
+    def chunks() -> Iterator[Any]:
+        nonlocal read
+        for chunk in read_chunks(batch.job.table):
+            read += len(chunk)
+            yield chunk, set(), []
+
+    with ResultIndex() as index:
+        feed = RowFeed(batch.job.make_requests(), chunks(), results.extend, index)
+        asked = feed.take(64)
+        assert len(asked) == 40
+        assert read < 30_000
+        while asked:
+            feed.finish([Completion("A town", "stop", 5, 3, request_id=each.number) for each in asked])
+            asked = feed.take(64)
+    assert sorted(result.row for result in results) == list(range(60_000))
 
 
 def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
