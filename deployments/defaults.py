@@ -27,6 +27,7 @@ from prefect_huggingface.blocks import (
     LocalModel,
     ModelStore,
 )
+from prefect_huggingface.tasks.storage.places import Place
 
 logger = get_logger(__name__)
 
@@ -108,7 +109,8 @@ def save_default_blocks(
     saved["endpoint"] = _save(endpoint, overwrite or (server is not None and _has_moved(endpoint)))
     saved[QUESTIONS_VARIABLE] = _set(QUESTIONS_VARIABLE, questions, overwrite)
     saved[ANSWERS_VARIABLE] = _set(ANSWERS_VARIABLE, answers, overwrite)
-    saved[VECTORS_VARIABLE] = _set(VECTORS_VARIABLE, str(Path(answers).with_name(VECTORS)), overwrite)
+    place = Place.of(answers).parent.child(VECTORS).url
+    saved[VECTORS_VARIABLE] = _set(VECTORS_VARIABLE, place, overwrite)
     _warn_of_missing_places()
     return saved
 
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--answers", default=None, help=f"output file of the nightly batch, such as {ANSWERS}")
     parser.add_argument("--model-server", default=None, help="address of the model server; a saved block follows it")
     given = parser.parse_args()
-    answers = str(Path(given.answers or default_answers()).expanduser().absolute())
+    answers = Place.of(given.answers or default_answers()).url
     examples = find_smollm2() or str(MODEL)
     saved = save_default_blocks(given.model, given.questions, answers, given.model_server, given.overwrite, examples)
     for name, done in saved.items():

@@ -17,6 +17,7 @@ from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 
+PAGE = 200  # of deployments, as many as a server gives at once
 PACKAGE = "prefect_huggingface."
 
 
@@ -28,7 +29,10 @@ def finish_forms() -> list[str]:
     """
     missing: list[str] = []
     with get_client(sync_client=True) as client:
-        for deployment in client.read_deployments():
+        deployments: list[DeploymentResponse] = []
+        while page := client.read_deployments(limit=PAGE, offset=len(deployments)):
+            deployments += page
+        for deployment in deployments:
             if (deployment.entrypoint or "").startswith(PACKAGE):
                 _finish(client, deployment, missing)
     return sorted(set(missing))

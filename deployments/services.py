@@ -37,6 +37,7 @@ START_SECONDS = 180.0
 PORT_SECONDS = 3.0
 # Settings of another server that this one must not get.
 FOREIGN = ("PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "PREFECT_SERVER_API_AUTH_STRING")
+FOREIGN_PREFIXES = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 
 
 class LocalServices:
@@ -65,7 +66,11 @@ class LocalServices:
     @property
     def environment(self) -> dict[str, str]:
         """Environment of everything that is started."""
-        kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)
+        }
         return {
             **kept,
             "PREFECT_HOME": str(self.home / "prefect"),

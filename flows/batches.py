@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -248,15 +249,27 @@ def _run(
         left = run.rows - run.counts.rows
         run_log().info("%d of %d rows are finished already, %d are left.", run.counts.rows, run.rows, left)
     check_failures(monitor.measure(), more.max_failures, more.min_valid)
-    if more.estimate:
-        estimate_plan(plan.job, models, more)
     with lent_models(models) as lent, CancelWatch() as watch:
+        if more.estimate and run.shards:
+            _estimate(plan, models, more, watch)
         seconds = _run_shards(lent, run, monitor, watch, more)
     progress = replace(monitor.measure(), seconds=seconds)
     check_failures(progress, more.max_failures, more.min_valid)
     publication: Publication = publish_batch(plan, owner, replaceable, progress, list_upstream(plan, models))
     publish_artifacts(publication, monitor.samples, owner.journal)
     return publication
+
+
+def _estimate(plan: BatchPlan, models: Sequence[Model], more: BatchOptions, watch: CancelWatch) -> None:
+    """Measure what the whole batch takes, where this process is the one that answers."""
+    context = FlowRunContext.get()
+    if context is not None and not isinstance(context.task_runner, ThreadPoolTaskRunner):
+        run_log().warning(
+            "`estimate` measures this process, and the shards run in others. Call `estimate_batch` there."
+        )
+        return
+    estimate_plan(plan.job, models, more, should_stop=watch.is_cancelled)
+    watch.check()
 
 
 def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: CancelWatch, more: BatchOptions) -> float:

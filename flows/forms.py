@@ -80,7 +80,9 @@ class FormFlow(Flow[P, R]):
         own = inspect.signature(self.fn, eval_str=True).parameters
         loaded = {name: load_references(name, value) for name, value in parameters.items()}
         for name, value in loaded.items():
-            kinds = list(_parts(own[name].annotation)) if name in own else []
+            if name not in own:
+                raise ParameterTypeError(f"`{name}` is no parameter of {self.name!r}. Use one of {list(own)!r}.")
+            kinds = list(_parts(own[name].annotation))
             _check_block(name, value, tuple(kind for kind in kinds if Block.is_block_class(kind)))
             _check_rows(name, value, kinds)
         return {name: _converted(name, value, own[name].annotation) for name, value in loaded.items()}

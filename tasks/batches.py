@@ -33,6 +33,7 @@ from prefect_huggingface.tasks.batching.job import (
 )
 from prefect_huggingface.tasks.batching.output import (
     Publication,
+    check_apart,
     choose_columns,
     place_beside,
     plan_output,
@@ -45,7 +46,7 @@ from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.run_logs import library_logs
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
-from prefect_huggingface.tasks.storage.places import reach_hub
+from prefect_huggingface.tasks.storage.places import Place, reach_hub
 
 ENGINE_TAG = "hugging-face-engine"
 """Tag of the tasks that load a model. A concurrency limit on it keeps a machine from loading two by accident."""
@@ -90,6 +91,7 @@ def check_batch(
     chosen = choose_rows(job.table.rows, rows, more)
     if chosen is not None:  # a trial has a file of its own, which every trial replaces
         output = replace(output, destination=place_beside(output.destination, "trial"))
+        check_apart(source, Place(output.destination))
     return BatchPlan(job, output, chosen)
 
 

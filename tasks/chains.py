@@ -29,7 +29,7 @@ def answer_chain(
         ChainError: If the chain cannot be filled in, a step fails, or an output is not of its form.
     """
     from prefect_huggingface.tasks.batching.job import list_models, number_models
-    from prefect_huggingface.tasks.batching.shard import answer_row
+    from prefect_huggingface.tasks.batching.shard import UNFINISHED, answer_row
     from prefect_huggingface.tasks.engines.registry import load_engine
 
     check_chain(steps, inputs)
@@ -41,11 +41,15 @@ def answer_chain(
     for number, (step, result) in enumerate(zip(steps, results, strict=False)):
         prompt = None if result.status == "missing_value" else chain(0, {**inputs, **outputs}, number).prompt
         rows.append({"step": step.name, "prompt": prompt, "output": result.completion, "error": result.error})
-        if result.error is None:
+        if result.error is None and result.status not in UNFINISHED:
             outputs[step.name] = parse_output(step, result.completion or "")
     publish_table("prompt-chain", rows, "Prompts and outputs of the chain, in order.")
-    if (error := results[-1].error) is not None:
-        raise ChainError(error, error_code=results[-1].status)
+    last = results[-1]
+    if last.error is not None:
+        raise ChainError(last.error, error_code=last.status)
+    if last.status in UNFINISHED:
+        why = "its prompt is too long" if last.status == "skipped" else "its time was up"
+        raise ChainError(f"Step {steps[last.step].name!r} has no whole answer: {why}.", error_code=last.status)
     return outputs
 
 

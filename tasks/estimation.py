@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -86,12 +86,18 @@ def measure_batch(
         return measure_job(describe_models(job, models, more.served_names), models, more, max_seconds)
 
 
-def measure_job(job: BatchJob, models: Sequence[Model], more: BatchOptions, max_seconds: float = 60.0) -> BatchEstimate:
+def measure_job(
+    job: BatchJob,
+    models: Sequence[Model],
+    more: BatchOptions,
+    max_seconds: float = 60.0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> BatchEstimate:
     """Estimate what a planned batch takes, and leave it as an artifact.
 
     Rows drawn at random are generated, several times as many as the engine has at once. The rate is that of the time in
     which its batch is full; of rows that run then, the part counts that is done. Their answers are not kept; a trial,
-    `rows=200`, keeps them. Equal prompts are not looked for.
+    `rows=200`, keeps them. Equal prompts are not looked for. `should_stop` is asked now and then.
     """
     from prefect_huggingface.tasks.engines.memory import resident_bytes
     from prefect_huggingface.tasks.engines.registry import load_engine
@@ -102,7 +108,7 @@ def measure_job(job: BatchJob, models: Sequence[Model], more: BatchOptions, max_
     number = min(job.table.rows, MOST_ROWS, max(ROUNDS * limit, LEAST_ROWS))
     meter = _Meter([isinstance(each, LocalModel) for each in models])
     feed = RowFeed(job.make_requests(), _draw_rows(job, number), meter.results.extend, group_by_prefix=False)
-    with closing(run_requests(engines, feed, limit, lambda: False, meter.listen)) as finished:
+    with closing(run_requests(engines, feed, limit, should_stop, meter.listen)) as finished:
         for completions in finished:
             meter.finish(completions)
             feed.finish(completions)
@@ -152,9 +158,11 @@ class _Meter:
 
     def rate(self) -> float:
         """Return the rows per second while new ones began, so that the batch was full."""
+        if not self._ends:  # no row could be asked
+            return self.rows / max(self.now(), 1e-6)
         full = max(self._last_begin, self.first_end)
         done = sum(self._share(number, full) for number in self._ends)
-        return done / max(len(self._ends), 1) * self.rows / max(full, 1e-6)
+        return done / len(self._ends) * self.rows / max(full, 1e-6)
 
     def _share(self, number: int, at: float) -> float:
         """Return how much of a request was done at a time, from 0 to 1."""

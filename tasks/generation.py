@@ -103,7 +103,7 @@ def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> 
 
 
 def _check_conversations(engine: Engine, requests: Sequence[Request]) -> None:
-    if engine.inputs is None or engine.inputs.template is None:
+    if engine.inputs is None or engine.inputs.template is None or engine.inputs.reads_parts:
         return
     template = engine.inputs.template
     conversations = [request.messages for request in requests if request.messages is not None]

@@ -38,7 +38,9 @@ os.environ.update(
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
 (HOME / "prefect").mkdir(parents=True, exist_ok=True)
 # The demo must work in a shell that is set up for another Prefect server.
-os.environ.pop("PREFECT_PROFILE", None)
+for name in list(os.environ):
+    if name == "PREFECT_PROFILE" or name.startswith(("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")):
+        del os.environ[name]
 
 
 def start_server() -> subprocess.Popen[bytes]:

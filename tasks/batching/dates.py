@@ -144,11 +144,12 @@ def _descend(folder: Place, depth: int) -> Iterator[Place]:
 
 def _is_left(destination: str) -> bool:
     journal = Journal.beside(destination)
+    if is_held(journal):
+        return False
     try:
         record = journal.read_job()
+        # The journal stays after the end where rows failed, and the output may be elsewhere by now.
+        ended = record and any(each.get("job") == record.get("key") for each in journal.list_published())
     except BatchError:
-        record = {}
-    if record is None or is_held(journal):
-        return False
-    # The journal stays after the end where rows failed, and the output may be elsewhere by now.
-    return not any(each.get("job") == record.get("key") for each in journal.list_published())
+        return True
+    return record is not None and not ended

@@ -86,7 +86,7 @@ class BatchOptions(BaseModel):
     timings: bool = Field(default=False, title="Measure each row")
     """Fill the column `seconds`. Times, and with them the bytes of the output, differ from run to run."""
     estimate: bool = Field(default=False, title="Estimate first")
-    """Measure on some rows what the whole batch takes, for a minute at most, and show it before the batch begins."""
+    """Measure first on some rows what the whole batch takes, and show it. No row begins after a minute."""
     sample: int | None = Field(default=None, ge=1, title="Rows of a random trial")
     """Number of rows, drawn from the whole input, that a trial answers. The full run takes them over."""
     sample_seed: int = Field(default=0, ge=0, title="Seed of the trial")

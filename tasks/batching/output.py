@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from typing_extensions import override
 
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
 from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, BatchOptions, Model, Output
-from prefect_huggingface.tasks.batching.requests import NO_VECTORS, ChainRows, parse_output, read_line
+from prefect_huggingface.tasks.batching.requests import NO_VECTORS, ChainRows, ChainStep, parse_output, read_line
 from prefect_huggingface.tasks.batching.run import STATUSES, Progress
 from prefect_huggingface.tasks.batching.shard import Rows
-from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.errors import BatchError, ChainError
 from prefect_huggingface.tasks.openai_protocol import error_body, error_status
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
@@ -62,7 +62,7 @@ def plan_output(source: str, destination: str) -> Output:
         raise BatchError(f"`destination` cannot be a JSON array, got {destination!r}. Use .jsonl, .csv or .parquet.")
     if place.is_folder():
         raise BatchError(f"`destination` must be a file, got the folder {destination!r}. Add a file name.")
-    _check_apart(source, place)
+    check_apart(source, place)
     check_writable(place)
     return Output(place.url, format)
 
@@ -94,8 +94,12 @@ def check_writable(place: Place) -> None:
         raise BatchError(f"`destination` {place.url!r} cannot be written: {reason}")
 
 
-def _check_apart(source: str, destination: Place) -> None:
-    """Refuse an output that the next run would read as input, whatever links lead to it."""
+def check_apart(source: str, destination: Place) -> None:
+    """Refuse an output that the next run would read as input, whatever links lead to it.
+
+    Raises:
+        BatchError: If it is a part of the input.
+    """
     from fsspec.utils import glob_translate
 
     place = Place.of(source)
@@ -427,7 +431,7 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
         if not self._output.timings:
             columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
         for name, step in self._parsed.items():
-            values = [None if text is None else parse_output(step, text) for text in answers[name].to_pylist()]
+            values = [_parse(step, text) for text in answers[name].to_pylist()]
             if self._output.format != "jsonl":
                 values = pa.array([None if value is None else to_json(value).decode() for value in values], pa.string())
             columns[name] = values
@@ -440,6 +444,13 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
             for column, (name, kind) in self._fields.items():
                 columns[column] = pa.array([_typed(value.get(name), kind) for value in objects], kind)
         return columns
+
+
+def _parse(step: ChainStep, text: str | None) -> Any:
+    """Return the output of a step, None for one that is not there, or that a journal of another version took."""
+    with suppress(ChainError):
+        return None if text is None else parse_output(step, text)
+    return None
 
 
 def _reasoning_columns(job: BatchJob, journal: Journal, output: Output) -> dict[str, str]:

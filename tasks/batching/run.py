@@ -277,13 +277,17 @@ class CancelWatch:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
+    def is_cancelled(self) -> bool:
+        """Return whether the run was cancelled."""
+        return self._cancelled.is_set()
+
     def check(self) -> None:
         """Check that the run was not cancelled.
 
         Raises:
             BatchCancelledError: If it was.
         """
-        if self._cancelled.is_set():
+        if self.is_cancelled():
             raise BatchCancelledError("The run was cancelled in Prefect. Its journal keeps what is finished.")
 
     def _watch(self, run: UUID) -> None:

@@ -34,6 +34,7 @@ STOP_CHECK_SECONDS = 0.5
 WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 16 * 2**20
 OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
+UNFINISHED = ("skipped", "deadline")  # statuses of answers that have no error and are not whole
 PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
 
 Rows = range | tuple[int, ...]
@@ -300,8 +301,7 @@ class RowFeed:
             self._waiters -= len(waiting)
             if digest is not None:
                 del self._firsts[digest]
-                # What failed or was cut for want of time or memory may do better next time.
-                if completion.error is None and completion.finish_reason != "deadline":
+                if _is_sharable(result):
                     learnt.append(result)
             self._settle(result, results)
             for other in waiting:
@@ -326,8 +326,9 @@ class RowFeed:
         step = self._chain.steps[result.step]
         if result.error is not None:
             result = result._replace(error=f"Step {step.name!r}: {result.error}", is_last=True)
-        elif result.status in ("skipped", "deadline"):  # no later step can go on from it
-            result = result._replace(is_last=True)
+        elif result.status in UNFINISHED:  # no later step can go on from it, and a part of a form has no value
+            text = result.completion if step.parser == "text" else None
+            result = result._replace(completion=text, is_last=True)
         else:
             try:
                 self._values[result.row][step.name] = parse_output(step, result.completion or "")
@@ -348,7 +349,7 @@ class RowFeed:
         """Yield the first request of all rows but those that are done or cannot be asked."""
         for chunk, left_out, known in chunks:
             if self._index is not None:
-                self._index.add(row for row in known if row.error is None)
+                self._index.add(filter(_is_sharable, known))
             finished = {row.row for row in known if row.is_last}
             self.finished += len(finished)
             done = finished | left_out
@@ -378,7 +379,8 @@ class RowFeed:
             own = outputs.setdefault(result.row, {})
             if result.row not in done and result.error is None and result.step == len(own) and self._chain:
                 step = self._chain.steps[result.step]
-                own[step.name] = parse_output(step, result.completion or "")
+                with suppress(ChainError):  # an older version took it; the step is asked again
+                    own[step.name] = parse_output(step, result.completion or "")
         return outputs
 
     def _admit(self, asked: list[RowRequest]) -> list[RowRequest]:
@@ -411,6 +413,11 @@ def _to_result(completion: Completion, row: int, step: int, digest: bytes | None
         row, step, text, completion.status, completion.finish_reason, completion.prompt_tokens,
         completion.generated_tokens, completion.seconds, completion.error, _details(completion), False, digest, True,
     )  # fmt: skip
+
+
+def _is_sharable(result: ResultRow) -> bool:
+    """Return whether equal prompts get the same; what failed or was cut for want of time may do better next time."""
+    return result.error is None and result.finish_reason != "deadline"
 
 
 def _problem(row: int, problem: RowProblem, step: int = 0) -> ResultRow:

@@ -311,7 +311,9 @@ def read_added_texts(folder: Path) -> tuple[list[str], list[str]]:
     decoder = settings.get("added_tokens_decoder")
     added += decoder.values() if isinstance(decoder, dict) else []
     tokens = [token for token in added if isinstance(token, dict) and token.get("content")]
-    more = [*(settings.get("additional_special_tokens") or []), *(settings.get("extra_special_tokens") or [])]
+    extra = settings.get("extra_special_tokens") or []
+    extra = extra.values() if isinstance(extra, dict) else extra  # by the names that a processor has for them
+    more = [*(settings.get("additional_special_tokens") or []), *extra]
     special = [token["content"] for token in tokens if token.get("special")]
     special += [one["content"] if isinstance(one, dict) else one for one in more if isinstance(one, (str, dict))]
     return special, [token["content"] for token in tokens]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -127,15 +128,20 @@ class TransformersTokenizer(Tokenizer):
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        # The Rust tokenizer is many times faster than its wrapper, and safe in many threads.
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+        # The Rust tokenizer is many times faster than its wrapper, and safe in many threads. It is a copy, since the
+        # wrapper sets the padding and the truncation of its own at each call, and a pipeline is its user's.
+        backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
         self._rust = None if backend is None else RustTokenizer(backend)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text, with or without a start token and the like."""
         if self._rust is not None and not add_special_tokens:
             return self._rust.encode(text, add_special_tokens=False)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        more = {"add_special_tokens": add_special_tokens, "padding": False, "truncation": False, "verbose": False}
+        ids: list[int] = self.tokenizer(text, **more)["input_ids"]
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

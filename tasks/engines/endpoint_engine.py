@@ -21,7 +21,7 @@ from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
 from prefect_huggingface.tasks.engines.endpoint_client import EndpointClient
 from prefect_huggingface.tasks.engines.endpoint_retry import Circuit, EndpointFailure, RetryPolicy
 from prefect_huggingface.tasks.engines.inputs import resolve_options
-from prefect_huggingface.tasks.engines.reasoning import FORMATS
+from prefect_huggingface.tasks.engines.reasoning import FORMATS, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.structured import check_format
 from prefect_huggingface.tasks.engines.worker import CLOSED
@@ -168,6 +168,8 @@ class EndpointEngine(Engine):
             check_format(options.response_format)
         # The server applies the template, so that its reasoning can be told by the tags of most models only.
         reasoning = None if state.request.chat_template == "never" else FORMATS[0]
+        if options.reasoning_tags is not None:
+            reasoning = find_reasoning_format((), tags=options.reasoning_tags)
         echo = (state.request.prompt or "") if options.echo else ""
         state.begin(options, (), None, echo=echo, reasoning=reasoning)
         if state.is_done:

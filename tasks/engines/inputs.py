@@ -30,7 +30,9 @@ from prefect_huggingface.tasks.records import Request
 
 TemplateUse = Literal["auto", "always", "never"]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_encoder_position_embeddings",
+)  # fmt: skip
 # More characters than this for each token are too many in any language.
 CHARACTERS_PER_TOKEN = 64
 
@@ -46,6 +48,7 @@ class InputProcessor:
         tokenizer: Tokenizer of the model, set by `bind`.
         end_ids: Tokens that end an answer, that of the tokenizer and what the template writes after a turn among them.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
+        reads_parts: Whether the template gets messages in parts, text and images.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
         defaults: Options of the model.
@@ -55,6 +58,7 @@ class InputProcessor:
     end_ids: frozenset[int] = frozenset()
     context_length: int | None = None
     is_continued: bool = True
+    reads_parts: bool = False
     check: Callable[[GenerationOptions], None] | None = None
 
     def __init__(
@@ -386,8 +390,16 @@ def read_end_tokens(folder: Path, default: int = -1) -> tuple[int, ...]:
 def context_length_of(settings: Mapping[str, Any]) -> int | None:
     """Return how many tokens prompt and answer may have together, or None where the configuration does not say."""
     settings = {**settings, **(settings.get("text_config") or {})}
+    if settings.get("relative_attention_num_buckets"):  # T5 and its kin count from one token to another
+        return None
     lengths = (settings.get(name) for name in CONTEXT_NAMES)
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def vocabulary_of(settings: Mapping[str, Any]) -> int | None:
+    """Return how many tokens have a score, or None where the configuration does not say."""
+    size = {**settings, **(settings.get("text_config") or {})}.get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def longrope_border(settings: Mapping[str, Any]) -> int | None:

@@ -9,10 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# Of a container: its limit, what it uses, and of that what it holds of files and can let go of.
 CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)  # fmt: skip
+CACHE_NAMES = ("inactive_file", "active_file")
 
 
 def available_bytes(swap: bool = False) -> int:
@@ -20,11 +25,20 @@ def available_bytes(swap: bool = False) -> int:
     import psutil
 
     available = int(psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0))
-    for limit_file, used_file in CGROUP_FILES:
+    for limit_file, used_file, stat_file in CGROUP_FILES:
         with suppress(OSError, ValueError):
             limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())
-            available = min(available, max(limit - used, 0))
+            available = min(available, max(limit - used + _cached_bytes(Path(stat_file)), 0))
     return available
+
+
+def _cached_bytes(stat: Path) -> int:
+    """Return how much of the memory that a container uses is cache of files."""
+    with suppress(OSError, ValueError):
+        found = dict(line.split() for line in stat.read_text().splitlines())
+        # The first version counts what is in groups below with a prefix.
+        return sum(int(found.get(f"total_{name}", found.get(name, 0))) for name in CACHE_NAMES)
+    return 0
 
 
 def total_bytes() -> int:
@@ -32,7 +46,7 @@ def total_bytes() -> int:
     import psutil
 
     total = int(psutil.virtual_memory().total)
-    for limit_file, _ in CGROUP_FILES:
+    for limit_file, *_ in CGROUP_FILES:
         with suppress(OSError, ValueError):
             total = min(total, int(Path(limit_file).read_text()))
     return total

@@ -59,6 +59,8 @@ class MultimodalInputProcessor(InputProcessor):
         EngineError: If Pillow is not installed.
     """
 
+    reads_parts = True
+
     def __init__(self, *arguments: Any) -> None:
         if importlib.util.find_spec("PIL") is None:
             raise EngineError(
@@ -213,9 +215,9 @@ def _unreadable(source: Any, reason: str) -> RequestError:
 def _has_remote_images(request: Request) -> bool:
     try:
         sources: list[Any] = read_conversation(request)[1]
-    except RequestError:  # it is told where the request is read
+    except Exception:  # the reader gives it to the request
         return False
-    return any(str(source).lower().startswith(("http://", "https://")) for source in sources)
+    return any(str(source)[:8].lower().startswith(("http://", "https://")) for source in sources)
 
 
 def read_conversation(request: Request) -> tuple[list[dict[str, Any]], list[str]]:

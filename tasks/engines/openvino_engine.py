@@ -28,7 +28,13 @@ from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
-from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border, read_end_tokens
+from prefect_huggingface.tasks.engines.inputs import (
+    InputProcessor,
+    context_length_of,
+    longrope_border,
+    read_end_tokens,
+    vocabulary_of,
+)
 from prefect_huggingface.tasks.engines.multimodal import IMAGE, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     GenaiPipeline,
@@ -86,7 +92,10 @@ class OpenVINOTextEngine(EngineWorker):
         settings = read_json(path / "config.json")
         # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
         inputs.bind(tokenizer, ends, longrope_border(settings) or context_length_of(settings))
-        inputs.check = lambda options: check_options(options, model.engine)
+        # GenAI 2026.4 takes tokens without a score for places in memory.
+        vocabulary = vocabulary_of(settings)
+        inputs.end_ids = frozenset(token for token in inputs.end_ids if token < (vocabulary or token + 1))
+        inputs.check = lambda options: check_options(options, model.engine, vocabulary)
         self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         self._scheduled: dict[RequestState, ScheduledRequest] = {}
         # More than fit, so that a place that gets free is taken in the same step.

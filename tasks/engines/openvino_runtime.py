@@ -19,6 +19,7 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ResponseFormat
+from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import read_json
 from prefect_huggingface.tasks.engines.inputs import refuse_options
 from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
@@ -119,12 +120,18 @@ def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
         raise loading_error(path, device, exc) from exc
 
 
-def check_options(options: GenerationOptions, engine: EngineOptions) -> None:
-    """Refuse options that OpenVINO GenAI cannot honour.
+def check_options(options: GenerationOptions, engine: EngineOptions, vocabulary: int | None = None) -> None:
+    """Refuse options that OpenVINO GenAI cannot honour. `vocabulary` is the number of tokens that have a score.
 
     Raises:
         RequestError: With the option and what to do instead.
     """
+    unknown = [token for token in options.stop_token_ids if not 0 <= token < (vocabulary or NO_TOKEN)]
+    if unknown:
+        raise RequestError(
+            "invalid_option",
+            f"`stop_token_ids` must be tokens of the model, below {vocabulary}, got {unknown[0]}. Correct it.",
+        )
     if options.num_beams > 1:
         remedy = "Use `ignore_eos`, one beam, or the torch backend."
         refuse_options(options, ["min_new_tokens"], "does not work with beam search on OpenVINO", remedy)
@@ -171,7 +178,8 @@ def generation_config(
 
     config = GenerationConfig()
     config.max_new_tokens = new_tokens
-    config.min_new_tokens = least_tokens
+    # Where nothing ends the answer, there is nothing to hold off; GenAI 2026.4 would write outside of the scores.
+    config.min_new_tokens = 0 if options.ignore_eos else least_tokens
     # Templates are applied before, exactly once.
     config.apply_chat_template = False
     config.ignore_eos = options.ignore_eos

@@ -86,7 +86,7 @@ def choose_sizes(folder: Path, options: EngineOptions, precision: str) -> Schedu
         cache_bytes = int(options.cache_size_gb * GIB)
     else:
         wanted = int(2 * sequences * row_tokens * token_bytes) if token_bytes else GIB
-        cache_bytes = min(max(wanted, SMALLEST_CACHE_BYTES), int(LARGEST_SHARE_OF_MEMORY * available_bytes()))
+        cache_bytes = max(min(wanted, int(LARGEST_SHARE_OF_MEMORY * available_bytes())), SMALLEST_CACHE_BYTES)
     kv_blocks = max(int(cache_bytes / (token_bytes * BLOCK_TOKENS)), 2) if token_bytes else 0
     batched_tokens = options.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, sequences)
     if kv_blocks:

@@ -428,7 +428,7 @@ class ToolCallParser:
 
 def _typed_value(text: str, schema: Any) -> Any:
     kinds = _kinds_of(schema)
-    if kinds and kinds <= {"string", "null"}:
+    if "string" in kinds and kinds <= {"string", "null"}:
         return None if "null" in kinds and text.strip() in ("null", "None") else text
     try:
         return json.loads(text.strip())
@@ -438,12 +438,12 @@ def _typed_value(text: str, schema: Any) -> Any:
 
 
 def _kinds_of(schema: Any) -> set[str]:
-    """Return the types that a schema names, those of its alternatives too."""
-    if not isinstance(schema, Mapping):
-        return set()
-    own = schema.get("type") or ()
+    """Return the types that a schema names, those of its alternatives too; "any" where one names none."""
+    given = schema if isinstance(schema, Mapping) else {}
+    own = given.get("type") or ()
     kinds = {own} if isinstance(own, str) else set(own)
-    return kinds.union(*(_kinds_of(one) for name in ("anyOf", "oneOf") for one in schema.get(name) or ()))
+    parts = [_kinds_of(one) for name in ("anyOf", "oneOf") for one in given.get(name) or ()]
+    return kinds.union(*parts) or {"any"}
 
 
 def _call_of_tree(node: ast.expr) -> ToolCall:

@@ -199,12 +199,13 @@ class TorchEngine(EngineWorker):
         try:
             inputs = self._inputs_of(state.sequences[:1])
             run_beams(self._model, state, inputs, self.tokenizer, self.abort_if_due)
-        except Exception as exc:  # it runs alone, so that whatever goes wrong is its own
-            if isinstance(exc, RuntimeError) and is_out_of_memory(exc):
-                free_cached_memory()
-                state.fail("out_of_cache", OUT_OF_MEMORY)
-            else:
-                state.fail_with(exc, "The beams cannot be searched", "Change its options.")
+        except (ValueError, TypeError, LookupError) as exc:  # it runs alone, so that it is its own
+            state.fail_with(exc, "The beams cannot be searched", "Change its options.")
+        except RuntimeError as exc:
+            if not is_out_of_memory(exc):
+                raise
+            free_cached_memory()
+            state.fail("out_of_cache", OUT_OF_MEMORY)
 
     def _run_whole(self, sequences: list[Sequence]) -> None:
         """Run sequences to their ends; after the memory ran out, those that have no token yet run with fewer others."""
@@ -285,7 +286,7 @@ class TorchTextEngine(TorchEngine):
         while self._waiting:
             if not self._joinable:
                 self._run_whole(self._next_group())
-                continue
+                return  # those that have ended are completed, and the inbox is read
             self._sizes.bytes_per_token = self._batch.bytes_per_token or self._sizes.bytes_per_token
             room = self._sizes.room(self._batch.sequences, self._waiting)
             if not room:

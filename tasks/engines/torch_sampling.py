@@ -94,10 +94,14 @@ class Sampler:
             (options.repetition_penalty != 1.0, self._penalise_repetition),
             (options.presence_penalty != 0.0 or options.frequency_penalty != 0.0, self._penalise_presence),
             (options.no_repeat_ngram_size > 0, self._forbid_repeated_ngrams),
+            (self._grammar is not None, self._mask_by_grammar),
             (self._least_tokens > 0, self._forbid_an_early_end),
         ]
-        grammar = [] if self._grammar is None else [self._grammar.mask]
-        return [adjustment for is_needed, adjustment in needed if is_needed] + grammar
+        return [adjustment for is_needed, adjustment in needed if is_needed]
+
+    def _mask_by_grammar(self, scores: Tensor) -> Tensor:
+        assert self._grammar is not None
+        return self._grammar.mask(scores)
 
     def _penalise_repetition(self, scores: Tensor) -> Tensor:
         import torch
@@ -133,9 +137,12 @@ class Sampler:
         return scores
 
     def _forbid_an_early_end(self, scores: Tensor) -> Tensor:
-        if len(self._tokens) - self._prompt_length < self._least_tokens:
-            scores[[token for token in self._end_ids if token < len(scores)]] = float("-inf")
-        return scores
+        if len(self._tokens) - self._prompt_length >= self._least_tokens:
+            return scores
+        held = scores.clone()
+        held[[token for token in self._end_ids if token < len(scores)]] = float("-inf")
+        # A form that is complete allows nothing but its end.
+        return held if bool((held > float("-inf")).any()) else scores
 
 
 def advance(sequences: Items[Sequence], scores: Tensor) -> None:

@@ -142,12 +142,10 @@ class ChatHuggingFace(BaseChatModel):
             SettingsError: If an argument is unknown, or does not go with another one.
             EngineError: If the model cannot be loaded.
         """
-        if backend == "endpoint":
-            names = {*cls.model_fields, "stop_sequences"} - set(HuggingFaceEndpoint.model_fields) - {"seed", "top_p"}
-            own = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-            return cls(llm=HuggingFaceEndpoint(repo_id=model_id, task=task, **kwargs), **own)
-        for_llm = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
+        for_llm = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs and backend != "endpoint"}
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in {*cls.model_fields, "stop_sequences"}}
+        if backend == "endpoint":
+            return cls(llm=HuggingFaceEndpoint(repo_id=model_id, task=task, **kwargs), **own)
         for_llm["pipeline_kwargs"] = {**(for_llm.get("pipeline_kwargs") or {}), **kwargs}
         backend = "default" if backend == "pipeline" else backend
         llm = HuggingFacePipeline.from_model_id(model_id, task or "text-generation", backend, **for_llm)

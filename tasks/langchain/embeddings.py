@@ -267,7 +267,7 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
         except httpx.HTTPError as exc:
             status = _status_of(exc)
             failure = f"HTTP status {status}" if status else type(exc).__name__
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, OSError) as exc:
             failure = type(exc).__name__ if self.endpoint.url else str(exc).rstrip(".")
         # Outside of the handler, so that no exception with headers in it is the context of this one.
         if failure is not None or len(vectors) != len(texts):
@@ -293,10 +293,9 @@ class HuggingFaceEndpointEmbeddings(BaseModel, Embeddings):
         from huggingface_hub import InferenceClient
 
         provider: Any = self.provider
-        client = InferenceClient(provider=provider, token=self.endpoint.get_token(), timeout=self.timeout)
-        found: list[list[float]] = client.feature_extraction(
-            texts, model=self.endpoint.model_id, **self.model_kwargs
-        ).tolist()
+        with InferenceClient(provider=provider, token=self.endpoint.get_token(), timeout=self.timeout) as client:
+            made = client.feature_extraction(texts, model=self.endpoint.model_id, **self.model_kwargs)
+        found: list[list[float]] = made.tolist()
         return found
 
 

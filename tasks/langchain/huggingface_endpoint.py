@@ -14,12 +14,12 @@ from langchain_core.outputs import GenerationChunk, LLMResult
 from prefect.types import SecretDict
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError
 
-from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, InferenceEndpoint
+from prefect_huggingface.blocks import HuggingFaceCredentials, InferenceEndpoint
 from prefect_huggingface.blocks.endpoint import ExtraOption
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import AsyncRun, EngineLLM, Run, Stop, llm_output
-from prefect_huggingface.tasks.langchain.kwargs import GENERATION_NAMES, Generation, merge_generation, read_generation
+from prefect_huggingface.tasks.langchain.kwargs import GENERATION_NAMES, Generation, read_generation
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 512, "temperature": 0.8, "top_p": 0.95}
 # The class has these arguments; they are settings for generating text.
@@ -91,6 +91,8 @@ class HuggingFaceEndpoint(EngineLLM):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     _task: str = PrivateAttr(default="text-generation")
+    _given: dict[str, Any] = PrivateAttr()
+    _base: InferenceEndpoint = PrivateAttr()
     _generation: Generation = PrivateAttr()
 
     def __init__(self, *, task: str | None = None, **kwargs: Any) -> None:
@@ -100,28 +102,29 @@ class HuggingFaceEndpoint(EngineLLM):
             SettingsError: If an argument is unknown, or does not go with another one. It is a `ValueError`.
         """
         given = check_names(kwargs, type(self).model_fields)
-        generation, parameters = read_endpoint_generation(given)
-        block = given.pop("endpoint", None)
-        if block is None:
+        asked = dict(given)
+        base = given.pop("endpoint", None)
+        if base is None:
             places = [given.pop(name, None) for name in ("model", "endpoint_url", "inference_server_url", "repo_id")]
             given |= _place_of(*places)
-            block = read_endpoint(given, generation.options, parameters)
-        elif not isinstance(block, InferenceEndpoint) or any(given.get(name) for name in PLACE_ARGUMENTS):
+            base = read_endpoint(given)
+        elif not isinstance(base, InferenceEndpoint) or any(given.get(name) for name in PLACE_ARGUMENTS):
             raise SettingsError("`endpoint` must be an InferenceEndpoint, and excludes the arguments that say where.")
         else:
-            options = block.options.merged(generation.options)
-            block = block.model_copy(
-                update={"options": options, "extra_parameters": {**block.extra_parameters, **parameters}}
-            )
-            given["model"] = block.url or block.model_id
+            given["model"] = base.url or base.model_id
+        block, generation = put_over(base, asked)
         super().__init__(**{**given, "endpoint": block})
         self._task = task or self._task
-        self._generation = Generation(block.options, generation.max_length, generation.min_length)
+        self._given, self._base, self._generation = asked, base, generation
 
     def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field. A setting for generating text counts from then on, and None leaves it to the defaults."""
+        if name in (*SETTINGS, *TGI_PARAMETERS, "model_kwargs"):
+            given = {**self._given, name: value}
+            block, self._generation = put_over(self._base, given)
+            self._given = given
+            super().__setattr__("endpoint", block)
         super().__setattr__(name, value)
-        if name in SETTINGS:  # settings that are set later count, too
-            self._generation = merge_generation(self._generation, read_generation({name: value}))
 
     def get_engine(self) -> Engine:
         """Return the engine of the endpoint. The endpoint is asked nothing before the first request."""
@@ -261,10 +264,23 @@ def read_endpoint_generation(given: Mapping[str, Any]) -> tuple[Generation, dict
     return generation, parameters
 
 
-def read_endpoint(
-    given: Mapping[str, Any], options: GenerationOptions, parameters: Mapping[str, Any]
-) -> InferenceEndpoint:
-    """Return the block that the arguments mean.
+def put_over(base: InferenceEndpoint, given: Mapping[str, Any]) -> tuple[InferenceEndpoint, Generation]:
+    """Return a block with the settings of the arguments put over its own, and these settings.
+
+    Raises:
+        SettingsError: If a setting is unknown.
+    """
+    generation, parameters = read_endpoint_generation(given)
+    changes = {
+        "options": base.options.merged(generation.options),
+        "extra_parameters": {**base.extra_parameters, **parameters},
+    }
+    block = base.model_copy(update=changes)
+    return block, Generation(block.options, generation.max_length, generation.min_length)
+
+
+def read_endpoint(given: Mapping[str, Any]) -> InferenceEndpoint:
+    """Return the block that the arguments mean, without their settings for generating text.
 
     Raises:
         SettingsError: If an argument is unknown or has no allowed value.
@@ -281,8 +297,6 @@ def read_endpoint(
             timeout_seconds=given.get("timeout", 120),
             # A server that does not know these refuses them itself.
             extra_options=list(EXTRA_OPTIONS),
-            extra_parameters=dict(parameters),
-            options=options,
         )
     except ValidationError as exc:
         problems = "; ".join(str(error["msg"]).removeprefix("Value error, ") for error in exc.errors())

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,8 +22,9 @@ from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
 
 AHEAD_BYTES = 2**20  # read from a file at once
+HTTP_VERSIONS = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
 BLOCK_BYTES = 32 * 2**20  # fetched from a remote file at once, while the block before is looked at
-_hubs: list[dict[str, Any]] = []  # in use, the newest last
+_hub: ContextVar[dict[str, Any]] = ContextVar("hub", default={})  # noqa: B039  # nobody changes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class Place:
         if self.is_local:
             return ""
         system, path = _file_system(self.url, is_fresh=True)
+        if self.url.startswith(("http://", "https://")):  # fsspec takes what is there for unchangeable
+            return str({name: system.info(path).get(name) for name in HTTP_VERSIONS})
         return str(system.ukey(path))
 
     def write(self, content: bytes) -> None:
@@ -171,9 +175,11 @@ class Place:
             return sorted(os.listdir(self.url)) if os.path.isdir(self.url) else []
         system, path = _file_system(self.url, is_fresh=True)
         try:
-            return sorted(str(found).rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
+            found = [str(name).strip("/") for name in system.ls(path, detail=False)]
         except FileNotFoundError:
             return []
+        # S3 lists the marker of a folder, made by its console for instance, within the folder.
+        return sorted(name.rpartition("/")[2] for name in found if name != path.strip("/"))
 
     def remove(self) -> None:
         """Remove the file, or the folder with all that is in it, if it is there."""
@@ -271,14 +277,13 @@ def _is_data(place: Place) -> bool:
 def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
     """Read and write `hf://` of a Hub with its own token, or with none, for the time of the block.
 
-    It holds for the whole process, since files are also written by threads. A token never goes to another Hub.
+    It holds for this thread and for the tasks that it begins. A token never goes to another Hub.
     """
-    used = {"endpoint": endpoint, "token": token or False}
-    _hubs.append(used)
+    used = _hub.set({"endpoint": endpoint, "token": token or False})
     try:
         yield
-    finally:  # in any order: batches of several threads overlap
-        _hubs[:] = [each for each in _hubs if each is not used]
+    finally:
+        _hub.reset(used)
 
 
 def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
@@ -288,7 +293,7 @@ def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
     if "://" not in url:
         return fsspec.filesystem("file"), url
     try:
-        system, path = fsspec.url_to_fs(url, **(_hubs[-1] if _hubs and url.startswith("hf://") else {}))
+        system, path = fsspec.url_to_fs(url, **(_hub.get() if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
         raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
     if is_fresh:

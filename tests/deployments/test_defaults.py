@@ -60,6 +60,13 @@ def test_the_endpoint_follows_a_model_server_to_another_port_and_nowhere_else(bu
     assert save_server("http://127.0.0.1:4301/v1") == "https://models.example/v1"
 
 
+def test_outputs_may_be_addresses(bundled_model):
+    save(bundled_model, overwrite=True, answers="s3://bucket/nightly/answers-{date}.jsonl")
+    assert Variable.get("hugging_face_answers") == "s3://bucket/nightly/answers-{date}.jsonl"
+    assert Variable.get("hugging_face_vectors") == "s3://bucket/nightly/vectors-{date}-{time}.parquet"
+    save(bundled_model, overwrite=True)
+
+
 def test_examples_of_one_model_are_saved(bundled_model, tmp_path):
     saved = save_default_blocks(
         str(bundled_model), "questions.jsonl", "a.jsonl", overwrite=True, example_model=str(tmp_path)

@@ -23,6 +23,15 @@ TESTS = Path(__file__).parent.parent
 CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
 
 
+def test_the_server_keeps_what_is_its_own_in_its_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me:secret@db/prefect")
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me:secret@db/prefect")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_HOST", "db")
+    environment = LocalServices(tmp_path / "home", 4300).environment
+    assert not [name for name in environment if "DATABASE" in name]
+    assert environment["PREFECT_HOME"] == str(tmp_path / "home" / "prefect")
+
+
 def start_pair(folder: Path) -> ServiceProcess:
     """Start a process with a child."""
     service = start_process("pair", [sys.executable, "-c", CHILD], folder, os.environ)

@@ -115,6 +115,15 @@ def test_a_trial_answers_some_rows_that_the_full_run_takes_over(tmp_path: Path, 
         batch_inference(model, source, str(tmp_path / "no.jsonl"), PROMPT, rows=2, sample=3)
 
 
+@pytest.mark.parametrize("source", ["out.trial.jsonl", "out.*.jsonl"])
+def test_a_trial_does_not_replace_its_input(tmp_path: Path, model: LocalModel, source: str) -> None:
+    write_numbers(tmp_path / "out.trial.jsonl", 8)
+    before = (tmp_path / "out.trial.jsonl").read_text()
+    with pytest.raises(BatchError, match="within the input|read it"):
+        batch_inference(model, str(tmp_path / source), str(tmp_path / "out.jsonl"), PROMPT, rows=2)
+    assert (tmp_path / "out.trial.jsonl").read_text() == before
+
+
 def test_a_chain_over_a_table(tmp_path: Path, model: LocalModel) -> None:
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "Maria is 34 years old."}\n{"text": "Peter is 7 years old."}\n')
@@ -211,6 +220,11 @@ def test_a_flow_with_other_options_explains_as_well() -> None:
     other = batch_inference.with_options(name="other")
     with pytest.raises(ParameterTypeError, match="`source` must be a text, got a list of 3 rows. Write the rows"):
         other({"model_id": "a/b"}, [{"question": "a"}] * 3, "b.jsonl")
+
+
+def test_a_parameter_that_is_not_there_is_named(model: LocalModel) -> None:
+    with pytest.raises(ParameterTypeError, match="`sources` is no parameter of 'batch-inference'"):
+        batch_inference.validate_parameters({"model": model, "sources": "in.jsonl"})
 
 
 def test_values_that_are_too_large_are_named_and_not_repeated(model: LocalModel) -> None:

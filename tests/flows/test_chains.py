@@ -36,6 +36,16 @@ def test_a_failed_step_names_itself(model):
         prompt_chain(model, [{"name": "first", "prompt": "{text}"}], {"text": " "})
 
 
+@pytest.mark.parametrize("parser", ["text", "json"])
+def test_a_step_that_is_skipped_is_told(model, parser):
+    steps = [
+        {"name": "first", "prompt": "{text}", "parser": parser, "options": {"context_overflow": "skip"}},
+        {"name": "second", "prompt": "{first}"},
+    ]
+    with pytest.raises(ChainError, match="Step 'first' has no whole answer: its prompt is too long"):
+        prompt_chain(model, steps, {"text": "One, two. " * 2000})
+
+
 def test_a_step_has_options_of_its_own(model):
     steps = [{"name": "a", "prompt": "What is the number 99 in french?", "options": {"max_new_tokens": 1}}]
     short = prompt_chain(model, steps, {})["a"]

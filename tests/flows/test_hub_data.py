@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,14 +36,20 @@ def data(hub, monkeypatch):
 
 
 def test_batches_of_two_threads_keep_their_own_hubs(data):
-    """As two shards of one process, of which the first ends first."""
-    first, second = reach_hub(data.endpoint, AMBIENT), reach_hub(data.endpoint, TOKEN)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert Place(SOURCE).exists()
-    assert {entry.token for entry in data.journal.requests} == {TOKEN}
-    second.__exit__(None, None, None)
+    both, first_ended = threading.Barrier(2), threading.Event()
+
+    def look(token: str, waits: bool) -> list[bool]:
+        with reach_hub(data.endpoint, token):
+            both.wait(30)
+            found = [Place(SOURCE).exists()]
+            assert not waits or first_ended.wait(30)
+            found.append(Place(SOURCE).exists())
+        first_ended.set()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        foreign, own = (pool.submit(look, token, waits) for token, waits in ((AMBIENT, False), (TOKEN, True)))
+        assert (foreign.result(60), own.result(60)) == ([False, False], [True, True])
 
 
 def model_of(hub, folder: Path, token: str | None) -> LocalModel:

@@ -14,6 +14,14 @@ from prefect_huggingface.tasks.estimation import describe_estimate, measure_batc
 ROWS = 2000
 
 
+def test_rows_that_cannot_be_asked_take_no_time(tmp_path: Path, bundled_model: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"number": null}\n' * 1000)
+    estimate = measure_batch(LocalModel(model_id=str(bundled_model)), str(source), "{number}")
+    assert estimate.seconds < 60
+    assert (estimate.prompt_tokens, estimate.generated_tokens) == (0, 0)
+
+
 # Also where the time is up at once: those that end first are the shortest, and no measure of all.
 @pytest.mark.parametrize(("seconds", "measured"), [(60.0, 256), (0.0, 64)])
 def test_tokens_of_rows_of_mixed_lengths(tmp_path: Path, bundled_model: Path, seconds: float, measured: int) -> None:

@@ -288,6 +288,8 @@ def find_problems(case: ExportCase) -> tuple[str, ...]:
         check_transformers, check_source_format, check_tokenizer, check_packages, check_dataset,
     )  # fmt: skip
     if not case.config:
+        if case.source.files and "config.json" not in case.source.files:
+            return (f"{case.name} holds no 'config.json', which names its architecture. Choose another model.",)
         checks = (check_packages, check_dataset)
     problems = [problem for check in checks if (problem := check(case)) is not None]
     # It takes a second or two where such packages are installed, and no longer matters beside another problem.

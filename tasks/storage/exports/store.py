@@ -253,15 +253,21 @@ def get_export(model: LocalModel, verify: bool = False) -> Export:
         source = describe_snapshot(snapshot)
     if is_openvino_folder(source.files):
         return use_openvino_folder(model, snapshot)
-    return make_once(model, snapshot, recipe, partial(make_plan, model, recipe, source), run_export)
+    return make_once(model, snapshot, recipe, partial(make_plan, model, recipe, source), run_export, verify)
 
 
 def make_once(
-    model: LocalModel, snapshot: Snapshot, recipe: Recipe, make: Callable[[], ExportPlan], run: Run
+    model: LocalModel,
+    snapshot: Snapshot,
+    recipe: Recipe,
+    make: Callable[[], ExportPlan],
+    run: Run,
+    verify: bool = False,
 ) -> Export:
     """Make an export of a snapshot with `run`, or wait for the process that is making it.
 
-    The plan that `make` returns is checked when nobody else is at it, who would take the memory and the disk.
+    The plan that `make` returns is checked when nobody else is at it, who would take the memory and the disk. With
+    `verify`, an export that somebody has made meanwhile is checked by its hashes.
 
     Raises:
         PlanError: If the export cannot succeed; nothing was started.
@@ -269,17 +275,21 @@ def make_once(
     """
     store, key = model.store_path, export_key(snapshot.commit, recipe)
     path = lock_path(store, key)
-    if not path.exists():  # else somebody may be making it, who takes the memory and the disk meanwhile
+    # Somebody who is making it takes the memory and the disk meanwhile; and a store with a limit can make room.
+    if not path.exists() and model.get_store().max_size_gb is None:
         check_plan(make())
     longest = model.get_store().lock_timeout_seconds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         notice = WaitNotice(run_log(), f"Waiting for {holder_of(path)}, which makes the same export {key[:16]}")
         with file_held(FileLock(path), longest, notice), hold_export(snapshot.path):
-            found = find_export(store, key)
+            found = find_export(store, key, verify)
             if found is not None:
                 return found
             plan = make()
+            if plan.disk_bytes > plan.free_disk_bytes:
+                make_room(model.get_store(), snapshot.path, plan.disk_bytes)
+                plan = make()
             check_plan(plan)
             made = make_export(store, snapshot, recipe, plan, run)
             make_room(model.get_store(), made.path)

@@ -639,14 +639,20 @@ def remove_partials(store: ModelStore, unused_seconds: float = 7 * 24 * 3600.0) 
                 if found.st_mtime < oldest:
                     place.unlink()
                     freed += found.st_size
-        with suppress(StoreBusyError, OSError), folder.lock(REPOSITORY_LOCK, timeout_seconds=0.0):
-            freed += _remove_unfinished(folder, oldest)
+        with suppress(OSError, StoreBusyError):
+            if _old_marks(folder, oldest):
+                with folder.lock(REPOSITORY_LOCK, timeout_seconds=0.0):
+                    freed += _remove_unfinished(folder, oldest)
     return freed
+
+
+def _old_marks(folder: RepositoryFolder, oldest: float) -> list[Path]:
+    return [mark for mark in (folder.path / "downloaded").glob("*/*") if mark.stat().st_mtime < oldest]
 
 
 def _remove_unfinished(folder: RepositoryFolder, oldest: float) -> int:
     """Remove blobs that were downloaded before a time for a snapshot that was never finished, nor is now."""
-    marks = [mark for mark in (folder.path / "downloaded").glob("*/*") if mark.stat().st_mtime < oldest]
+    marks = _old_marks(folder, oldest)
     places = (folder.path / "snapshots").glob("*") if marks else ()
     used = {name for place in places for name, _ in _files_of(folder, place).values()}
     freed = 0

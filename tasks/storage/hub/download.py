@@ -330,9 +330,11 @@ def _fetch(model: LocalModel, hub: HubConnection, revision: str, progress: Progr
     if manifest is None:
         folder.check_writable()
         shortage = space_error(model, folder, chosen)
+        if not isinstance(shortage, StoreLimitError):
+            make_room(store, folder.snapshot(state.commit), missing_bytes(folder, chosen))
+            shortage = space_error(model, folder, chosen)
         if shortage is not None:
             raise shortage
-        make_room(store, folder.snapshot(state.commit), missing_bytes(folder, chosen))
         with folder.lock(REPOSITORY_LOCK, store.lock_timeout_seconds):
             # Another process may have fetched it meanwhile.
             manifest = find_complete(folder, state.commit, key)

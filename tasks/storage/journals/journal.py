@@ -20,6 +20,7 @@ a quarter of all flipped bits would pass.)
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import re
@@ -423,7 +424,9 @@ class JournalWriter(AbstractContextManager["JournalWriter"]):
         self._rows: list[tuple[Any, ...]] = []
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="journal-writer", daemon=True)
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(self._run,), name="journal-writer", daemon=True
+        )
         self._thread.start()
 
     def add(self, rows: Sequence[ResultRow]) -> None:

@@ -12,6 +12,7 @@ a lease by its own clock, so that the clocks of two machines are never compared.
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import os
 import re
@@ -214,7 +215,7 @@ def _renewed(owner: JournalOwner) -> Iterator[None]:
                     return
                 owner.beat(count)
 
-    thread = threading.Thread(target=renew, name="journal-lease", daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(renew,), name="journal-lease", daemon=True)
     thread.start()
     try:
         yield

@@ -355,7 +355,7 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
         raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
     if format in ("parquet", "arrow"):
         what = _describe(head) or packed
-        if what and what.split()[1] != format.title():
+        if what and what.split()[1:2] != [format.title()]:
             raise TableError(f"{place.url!r} is {what}, not {format}. Correct its name, or the file.")
         return {}
     if encoding := options.encoding or next((e for mark, e in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None):

@@ -17,7 +17,7 @@ from prefect_huggingface.tasks.batching.run import get_status, open_run
 from prefect_huggingface.tasks.batching.shard import ShardResult, process_shard
 from prefect_huggingface.tasks.errors import BatchError, ChainError
 from prefect_huggingface.tasks.records import Completion, Request
-from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.instant_engines import InstantEngine
 from support.journals import claim_journal
@@ -193,14 +193,28 @@ def test_null_is_json(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("reason", ["skipped", "deadline"])
-def test_a_chain_ends_at_a_step_that_was_not_answered_whole(tmp_path: Path, reason: Any) -> None:
-    steps = [{"name": "first", "prompt": "Extract from {text}"}, {"name": "second", "prompt": "Title of {first}"}]
+@pytest.mark.parametrize(("parser", "kept"), [("text", '{"a": "b'), ("json", None)])
+def test_a_chain_ends_at_a_step_that_was_not_answered_whole(
+    tmp_path: Path, reason: Any, parser: str, kept: str | None
+) -> None:
+    first = {"name": "first", "prompt": "Extract from {text}", "parser": parser}
+    steps = [first, {"name": "second", "prompt": "Title of {first}"}]
     batch, model = Batch(tmp_path, ["Ann", "Ann"], steps), GivenEngine()
-    model.prompts, model.given = [], Completion("A", reason, 5, 1)
+    model.prompts, model.given = [], Completion('{"a": "b', reason, 5, 1)
     batch.run(model, max_concurrency=1)
     rows = batch.publish()
-    assert [(row["status"], row["first"], row["second"]) for row in rows] == [(reason, "A", None)] * 2
+    assert [(row["status"], row["first"], row["second"]) for row in rows] == [(reason, kept, None)] * 2
     assert model.prompts == []
+
+
+def test_a_journal_with_an_output_that_is_refused_now_goes_on(tmp_path: Path) -> None:
+    batch, model = Batch(tmp_path, ["Ann", "Bob"]), engine()
+    open_run(claim_journal(batch.journal), batch.job, BatchOptions())
+    row = {"completion": "[1, 2]]", "finish_reason": "stop", "is_last": False}
+    batch.journal.append(1, "00000000", 0, batch.job.key, [ResultRow(0, 0, **row)])
+    batch.run(model)
+    assert model.prompts[0] == "Extract from Ann"
+    assert [each["status"] for each in batch.publish()] == ["ok", "ok"]
 
 
 def test_equal_steps_of_rows_are_asked_once(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from prefect_huggingface.tasks.engines.detokenizer import (
     REPLACEMENT,
     RustTokenizer,
     StopStrings,
+    TransformersTokenizer,
     WindowDetokenizer,
     split_text,
     token_bytes,
@@ -183,3 +184,18 @@ def test_an_error_of_the_receiver_is_that_of_the_request():
     assert state.is_done
     state.complete()
     assert "closed" in state.future.result(0).error
+
+
+def test_the_truncation_and_padding_of_a_tokenizer_are_its_users(tiny_llama):
+    from transformers import AutoTokenizer
+
+    text, plain = "One, two, three, four, five.", AutoTokenizer.from_pretrained(tiny_llama)
+    expected = [plain(text, add_special_tokens=special)["input_ids"] for special in (False, True)]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    ours = TransformersTokenizer(tokenizer)
+    assert [ours.encode(text, add_special_tokens=special) for special in (False, True)] == expected
+    assert len(tokenizer(text, truncation=True, max_length=4)["input_ids"]) == 4
+    assert ours.encode(text, add_special_tokens=False) == expected[0]

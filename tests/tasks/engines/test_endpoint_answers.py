@@ -216,3 +216,14 @@ def test_log_probabilities_come_with_the_texts_of_their_tokens(streamed):
         answer = {"choices": [{**PLAIN["choices"][0], "logprobs": {"content": said}, "finish_reason": "length"}]}
     found = read(answer, on_text=(lambda text: None) if streamed else None, logprobs=True)
     assert (found.tokens, found.logprobs) == (("Hi", "\\xf0\\x9f"), (-0.5, -1.5))
+
+
+def test_tags_of_reasoning_hold_for_endpoints_too():
+    def said(text: str, **options) -> tuple[str, str | None]:
+        found = read({"choices": [{"message": {"content": text}}]}, **options)
+        return found.text, found.reasoning
+
+    thought = "<think>Two</think>It is 4."
+    assert said(thought) == ("It is 4.", "Two")
+    assert said(thought, reasoning_tags=[]) == (thought, None)
+    assert said("[THINK]Two[/THINK]It is 4.", reasoning_tags=["[THINK]", "[/THINK]"]) == ("It is 4.", "Two")

@@ -108,3 +108,11 @@ def test_without_the_extra_the_error_names_it(engine, monkeypatch):
     completion = ask(engine, {"choices": ["a"]})
     assert completion.error_code == "invalid_option"
     assert "prefect-huggingface[structured]" in completion.error
+
+
+@needs_llguidance
+@pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "seed": 1}])
+def test_a_form_that_is_complete_ends_the_answer_before_its_least_length(engine, sampled):
+    completion = ask(engine, ResponseFormat(choices=["yes", "no"]), min_new_tokens=20, **sampled)
+    assert completion.error is None
+    assert completion.text in ("yes", "no")

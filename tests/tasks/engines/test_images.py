@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks import generate_chat, unload_engines
 from prefect_huggingface.tasks.engines import multimodal
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.engines.multimodal import READERS, read_conversation
@@ -198,6 +199,17 @@ def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
         assert time.perf_counter() - started < 5
     # The connection is closed now, so that the reader ends.
     assert waiting.result(60).error is not None
+
+
+def test_conversations_of_a_model_with_images_are_asked(folder, pictures):
+    model = settings(folder, backend="torch")
+    picture = {"type": "image", "path": str(pictures[0])}
+    plain = [{"role": "user", "content": "What is this?"}]
+    parts = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
+    answers = generate_chat.fn(model, [plain, parts])
+    assert [answer.error for answer in answers] == [None, None]
+    assert answers[0].text != answers[1].text
+    unload_engines()
 
 
 def test_a_server_that_drips_is_given_up(monkeypatch):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prefect_huggingface.blocks import EngineOptions
+from prefect_huggingface.blocks import EngineOptions, GenerationOptions
 from prefect_huggingface.tasks import unload_engines
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
+from prefect_huggingface.tasks.records import Completion, Request
 from support.engine_families import Family, family_model
 from support.export_models import make_model
 from support.tiny_models import SAMPLE_TEXTS
@@ -117,3 +118,20 @@ def test_beams_on_both_sides_of_the_border_stay_apart(longrope):
     expected = alone(longrope, **options)
     futures = [longrope.submit(prompt, **options) for prompt in PROMPTS]
     assert [meaning(future.result(120)) for future in futures] == expected
+
+
+def test_groups_that_cannot_be_joined_end_one_by_one(tiny_longrope: Path) -> None:
+    engine = TorchTextEngine(tiny_longrope, family_model("torch-text", tiny_longrope))
+    order: list[int] = []
+    options = GenerationOptions(max_new_tokens=24, ignore_eos=True)
+    with engine:
+        count = 3 * engine.in_flight
+        futures = [engine.submit(Request("One, two,", options=options)) for _ in range(count)]
+        for number, future in enumerate(futures):
+            future.add_done_callback(lambda _, number=number: order.append(number))
+        first = futures[0].result(120)
+        late = [future for future in futures if not future.done()]
+        assert late, "all groups were done before the first was completed"
+        late[-1].cancel()
+        assert first.error is None
+        assert all(future.result(120).error is None for future in futures if not future.cancelled())

@@ -151,6 +151,14 @@ def test_the_end_token_is_ignored_when_asked(engine, reference):
     assert (completion.generated_tokens, completion.finish_reason) == (30, "length")
 
 
+@pytest.mark.parametrize("least", [0, 5])
+def test_an_end_token_that_the_model_has_not_is_that_requests_error(engine, expected, least):
+    options = GenerationOptions(stop_token_ids=[10**8], min_new_tokens=least, max_new_tokens=8)
+    found = engine.submit(Request(PROMPTS[0], options=options)).result(60)
+    assert (found.error_code, "`stop_token_ids` must be tokens of the model" in found.error) == ("invalid_option", True)
+    assert engine.submit(Request(PROMPTS[0])).result(60).error is None
+
+
 def test_log_probabilities_are_those_of_the_model(engine, reference):
     import torch
 

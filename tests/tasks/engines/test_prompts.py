@@ -9,8 +9,8 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
-from prefect_huggingface.tasks.engines.inputs import InputProcessor, fit_context, resolve_options
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_added_texts
+from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, fit_context, resolve_options
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.records import Request
 from support.tiny_models import CHAT_TEMPLATE
@@ -172,3 +172,21 @@ def test_the_template_of_a_request_says_how_it_reasons_and_ends(tiny_llama):
     assert other.reasoning.starts_open
     assert inputs.tokenizer.special_id("<|system|>") in other.end_ids
     assert inputs.tokenizer.special_id("<|system|>") not in state.end_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({"n_positions": 512, "relative_attention_num_buckets": 32}, None),
+        ({"max_encoder_position_embeddings": 16384, "max_decoder_position_embeddings": 1024}, 16384),
+        ({"text_config": {"max_position_embeddings": 4096}}, 4096),
+    ],
+)
+def test_the_context_is_what_the_positions_allow(settings, length):
+    assert context_length_of(settings) == length
+
+
+def test_names_of_special_tokens_are_words(tmp_path):
+    settings = {"extra_special_tokens": {"image_token": "<image_soft_token>", "boi_token": {"content": "<boi>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert read_added_texts(tmp_path)[0] == ["<image_soft_token>", "<boi>"]

@@ -14,7 +14,7 @@ GREEDY = [
     {}, {"repetition_penalty": 1.4}, {"repetition_penalty": 0.7}, {"presence_penalty": 0.3}, {"presence_penalty": -1.0},
     {"frequency_penalty": 0.2}, {"frequency_penalty": -0.5}, {"presence_penalty": 0.5, "frequency_penalty": 0.5},
     {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.3}, {"min_new_tokens": 12},
-    {"ignore_eos": True}, {"num_beams": 4}, {"num_beams": 4, "n": 3},
+    {"ignore_eos": True}, {"ignore_eos": True, "min_new_tokens": 12}, {"num_beams": 4}, {"num_beams": 4, "n": 3},
     # Sampling that leaves one token is greedy.
     {"do_sample": True, "top_k": 1, "seed": 1}, {"do_sample": True, "min_p": 0.999999, "seed": 1},
     {"do_sample": True, "top_p": 1e-6, "seed": 1},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions
+from prefect_huggingface.tasks.engines import memory
 from prefect_huggingface.tasks.engines.memory import available_bytes, kv_bytes_per_token, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.openvino_scheduler import (
     BLOCK_TOKENS,
@@ -171,3 +172,16 @@ def test_the_work_for_one_waiting_request_does_not_grow_with_the_running_ones():
         return len(looks)
 
     assert looks_for(1024) == looks_for(1)
+
+
+@pytest.mark.parametrize("prefix", ["", "total_"])
+def test_files_that_a_container_has_read_are_no_used_memory(tmp_path, monkeypatch, folder, prefix):
+    limit, used, stat = (tmp_path / name for name in ("limit", "used", "stat"))
+    limit.write_text(f"{8 * GIB}\n")
+    used.write_text(f"{8 * GIB}\n")
+    stat.write_text(f"anon 5\n{prefix}inactive_file {GIB}\n{prefix}active_file {GIB // 2}\n")
+    monkeypatch.setattr(memory, "CGROUP_FILES", ((str(limit), str(used), str(stat)),))
+    assert available_bytes() == 3 * GIB // 2
+    stat.unlink()
+    assert available_bytes() == 0
+    assert choose_sizes(folder, EngineOptions(), "u8").cache_bytes >= GIB // 4

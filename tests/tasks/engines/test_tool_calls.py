@@ -276,6 +276,9 @@ def test_definitions_of_forced_tools_stay_their_own() -> None:
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "3", 3),
         ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, "3", 3),
         ({}, "3", 3),
+        ({"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}]}, '{"zip": 1}', {"zip": 1}),
+        ({"anyOf": [{"enum": [1, 2]}, {"type": "null"}]}, "2", 2),
+        ({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Place"}]}, '{"zip": 1}', {"zip": 1}),
     ],
 )
 def test_arguments_without_quotes_have_the_type_that_the_tool_wants(schema: object, text: str, value: object) -> None:

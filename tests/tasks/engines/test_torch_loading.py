@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks import embed_texts
 from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
 from prefect_huggingface.tasks.engines.torch_loading import available_devices, resolve_device
 from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
@@ -131,3 +132,22 @@ def test_a_missing_package_is_named(tiny_llama, monkeypatch, settings, module, n
     with pytest.raises(EngineError, match=f"pip install {module}") as caught:
         TorchTextEngine(tiny_llama, block(tiny_llama, **settings))
     assert name in str(caught.value)
+
+
+def test_an_encoder_needs_no_pooler(session_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from support.vector_models import TEXTS, make_embedder
+
+    whole = make_embedder(tmp_path / "whole", "bert")
+    bare = tmp_path / "bare"
+    shutil.copytree(whole, bare)
+    weights = load_file(bare / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler." not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, bare / "model.safetensors", {"format": "pt"})
+    one, other = (
+        embed_texts.fn(LocalModel(model_id=str(folder), task="feature-extraction", backend="torch"), TEXTS[:3]).vectors
+        for folder in (whole, bare)
+    )
+    assert (one == other).all()

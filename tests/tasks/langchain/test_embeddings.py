@@ -241,6 +241,15 @@ def test_a_model_of_the_hub_is_asked_by_the_route_of_its_provider(
     assert json.loads(post.content)["normalize"] is True
 
 
+def test_offline_is_told_as_any_other_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read when the client is imported
+    embeddings = HuggingFaceEndpointEmbeddings(model="org/model", huggingfacehub_api_token=TOKEN, max_attempts=1)
+    with pytest.raises(GenerationError, match="'org/model' gave no vectors"):
+        embeddings.embed_query("a")
+
+
 @pytest.mark.parametrize("kind", [HuggingFaceEmbeddings, HuggingFaceEndpointEmbeddings, HuggingFaceCrossEncoder])
 def test_a_token_under_a_wrong_name_is_not_shown(kind: Any) -> None:
     with pytest.raises(ValueError, match="token") as caught:

@@ -182,6 +182,17 @@ def test_settings_that_are_set_later_count(tgi):
     llm.max_new_tokens, llm.stop_sequences = 3, ["xyzzy"]
     assert llm.generate([PROMPT]).llm_output["token_usage"]["completion_tokens"] == 3
     assert llm.generation.options.stop == ["xyzzy"]
+    llm.stop_sequences, llm.temperature = ["plugh"], 0.5
+    options = llm.generation.options
+    assert (options.stop, options.do_sample, options.temperature, options.top_p) == (["plugh"], True, 0.5, 0.95)
+    llm.temperature, llm.typical_p = None, 0.9
+    assert llm.generation.options.do_sample is False
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        llm.max_new_tokens = -1
+    assert (llm.max_new_tokens, llm.generation.options.max_new_tokens) == (3, 3)
+    llm.temperature = 0.5
+    llm.invoke(PROMPT)
+    assert tgi.posts()[-1].body["parameters"]["typical_p"] == 0.9
 
 
 def test_blocks_of_other_models_are_told_apart():

@@ -97,7 +97,7 @@ def test_a_disk_that_fills_up_is_named(tiny_llama: Path, small_disk: Path) -> No
 
 @pytest.mark.slow
 def test_room_that_another_process_takes_for_the_same_export_is_no_reason_to_refuse(
-    tiny_llama: Path, small_disk: Path
+    tiny_llama: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=small_disk / "store"))
     path = lock_path(model.store_path, plan_model(model).key)
@@ -105,7 +105,9 @@ def test_room_that_another_process_takes_for_the_same_export_is_no_reason_to_ref
     with FileLock(path):
         (small_disk / "ballast").write_bytes(b"x" * 90_000_000)
         thread, errors = ask_in_thread(model)
-        time.sleep(2)
+        end = time.monotonic() + 60
+        while "which makes the same export" not in caplog.text and thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.1)
         assert thread.is_alive(), errors
         (small_disk / "ballast").unlink()
     thread.join(timeout=120)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ import pytest
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ModelSourceError, PlanError
+from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.storage import snapshots
-from prefect_huggingface.tasks.storage.exports.store import HASHES, find_export, get_export, read_manifest
+from prefect_huggingface.tasks.storage.exports.plan import describe_snapshot, make_plan
+from prefect_huggingface.tasks.storage.exports.recipes import Recipe, resolve_recipe
+from prefect_huggingface.tasks.storage.exports.store import HASHES, find_export, get_export, make_once, read_manifest
+from prefect_huggingface.tasks.storage.snapshots import get_snapshot
 from support.export_requests import flip_byte, published, staged
 
 
@@ -126,6 +131,17 @@ def test_hidden_damage_is_found_when_asked_for(exported: LocalModel, tmp_path: P
     snapshots._HASHES.clear()
     assert find_export(model.store_path, export.key) is not None
     assert find_export(model.store_path, export.key, verify=True) is None
+    made: list[Path] = []
+
+    def make(snapshot: Snapshot, recipe: Recipe, work: Path, descriptor: int) -> dict[str, Any]:
+        made.append(work)
+        raise ExportError("Another one is made.")
+
+    snapshot, recipe = get_snapshot(exported), resolve_recipe(exported, None)
+    plan = partial(make_plan, model, recipe, describe_snapshot(snapshot))
+    with pytest.raises(ExportError, match="Another one is made"):
+        make_once(model, snapshot, recipe, plan, make, verify=True)
+    assert len(made) == 1
 
 
 def test_a_copy_is_checked_when_it_is_first_used(exported: LocalModel, tmp_path: Path) -> None:

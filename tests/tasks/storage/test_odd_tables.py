@@ -532,3 +532,10 @@ def test_malformed_rows_keep_their_cells(tmp_path: Path) -> None:
     assert publication.statuses == {"malformed": 4, "ok": 1}
     assert [row.get("id") for row in rows] == ["1", "2", "3", "4", "5"]
     assert [(row.get("q"), row.get("c")) for row in rows][:3] == [("a", None), ("b", "c"), (None, "c")]
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.parquet.gz"])
+def test_packed_text_with_the_name_of_another_format_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"id,text\n1,a\n"))
+    with pytest.raises(TableError, match=name):
+        inspect_table(str(tmp_path / name))

@@ -76,6 +76,35 @@ def test_folders_and_patterns(folder: Place) -> None:
     assert [place.read() for place in found] == [b"x", b"x"]
 
 
+def test_the_marker_of_a_folder_is_none_of_its_files(s3: str) -> None:
+    import fsspec
+
+    folder = Place(f"{s3}/marked")
+    folder.child("a.csv").write(b"x")
+    folder.child("year=2024").child("b.csv").write(b"x")
+    for marker in ("marked/", "marked/year=2024/"):  # as the console of S3 makes them
+        fsspec.filesystem("s3").pipe_file(f"{s3}/{marker}", b"")
+    assert [place.name for place in find_places(folder.url)] == ["a.csv", "b.csv"]
+
+
+def test_a_file_behind_http_that_was_rewritten_has_another_version(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    (tmp_path / "rows.csv").write_text("id\n1\n")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    place = Place(f"http://127.0.0.1:{server.server_address[1]}/rows.csv")
+    first = place.version()
+    assert place.version() == first
+    os.utime(tmp_path / "rows.csv", (1, 1))
+    assert place.version() != first
+    server.shutdown()
+    server.server_close()
+
+
 def test_published_files_have_the_usual_permissions(tmp_path: Path) -> None:
     with Place.of(tmp_path / "a").published() as path:
         path.write_text("x")

@@ -80,6 +80,7 @@ PROBLEMS: dict[str, tuple[Files, str]] = {
     "a variant": (
         {**without(WHOLE, "model.safetensors"), "model.fp16.safetensors": weights("a")}, "without a variant",
     ),
+    "no configuration": (without(WHOLE, "config.json"), "config.json"),
     "GGUF files": ({"config.json": b"{}", "model-Q4_K_M.gguf": b"GGUF"}, "holds GGUF files"),
     "no tokenizer": (without(WHOLE, "tokenizer.json", "tokenizer_config.json"), "holds no tokenizer"),
     "an IR without tokenizer": (IR, "OpenVINO model without a tokenizer"),

@@ -86,6 +86,17 @@ def test_the_store_keeps_to_its_limit_and_the_least_recently_used_goes_first(hub
     held.close()
 
 
+def test_what_was_used_least_recently_goes_where_the_disk_is_smaller_than_the_store_may_become(hub, small_disk):
+    limit = {"store_settings": {"max_size_gb": 0.011}}
+    for number in range(2):
+        hub.create(f"org/model{number}", model_files(7 * MEGABYTE, seed=number))
+        check_snapshot(
+            fetch_snapshot(hub_model(hub, small_disk, f"org/model{number}", **limit)).path,
+            model_files(7 * MEGABYTE, seed=number),
+        )
+    assert [s.repo_id for s in list_snapshots(ModelStore(path=small_disk))] == ["org/model1"]
+
+
 def _fetch(hub, store, errors):
     try:
         fetch_snapshot(hub_model(hub, store, settings={"timeout_seconds": 30}))
