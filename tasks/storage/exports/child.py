@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from io import RawIOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,7 +132,8 @@ def run_child(program: ChildProgram, job: Mapping[str, Any], work: Path, descrip
     except OSError as error:
         raise _not_started(program, error) from None
     report, output = ChildReport(), work / "output.log"
-    with process, output.open("w", encoding="utf-8") as file:
+    # Without a buffer, which would fail at the end on a disk that is full.
+    with process, output.open("wb", buffering=0) as file:
         assert process.stdout is not None
         try:
             _follow(process.stdout, report, program, file)
@@ -179,7 +181,7 @@ def child_environment(work: Path, network: bool = False) -> dict[str, str]:
     }
 
 
-def _follow(stream: IO[str], report: ChildReport, program: ChildProgram, file: IO[str]) -> None:
+def _follow(stream: IO[str], report: ChildReport, program: ChildProgram, file: RawIOBase) -> None:
     """Read the output of the child to its end: its steps are for the log of the run, the rest for a file.
 
     Each state of a progress bar is a line, as Python takes a carriage return for its end.
@@ -199,8 +201,7 @@ def _follow(stream: IO[str], report: ChildReport, program: ChildProgram, file: I
             report.tail.append(line)
         log.debug("%s", line)
         with suppress(OSError):  # a full disk, which the child meets too
-            file.write(line + "\n")
-            file.flush()
+            file.write(f"{line}\n".encode("utf-8", "replace"))
 
 
 def describe_bar(line: str) -> str | None:

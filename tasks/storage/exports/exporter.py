@@ -29,12 +29,13 @@ from prefect_huggingface.tasks.storage.exports.vector_exports import (
 REPORT_MARK = "@@export@@ "
 VERIFIED_TOKENS = 4
 ENGINE_BATCH = 8
-SHORTEST_CHECK, LONGEST_CHECK, LONGEST_CONTEXT = 64, 1024, 1 << 20
-"""Tokens of the text on which engine and model are compared: enough for a window. Above the second number they are
-compared where that takes no longer than the following seconds."""
-LONGEST_CHECK_SECONDS = 120
-BEYOND_WINDOW = 32
-LOGITS_TOKENS = LONGEST_CHECK + BEYOND_WINDOW
+SHORTEST_CHECK = 64
+"""Tokens of the text on which every engine is compared with its model."""
+LARGE_WINDOW, LONGEST_CHECK_SECONDS = 1024, 120
+"""Beyond a window of more tokens they are compared where that takes no longer than so many seconds."""
+LAST_TOKENS = 32
+"""Tokens at the end of a text, which are compared by themselves: only they are beyond the window."""
+LOGITS_TOKENS = 1056
 """Tokens whose logits are in memory at once: those of a large vocabulary take a megabyte for each token."""
 LARGEST_GAP = 0.02
 """Difference (nats) between engine and model that rounding explains, both in single precision."""
@@ -248,8 +249,8 @@ def has_chat_template(folder: Path) -> bool:
 def check_engine(output: Path) -> int:
     """Return how many tokens the continuous batch that will answer generates.
 
-    Its probabilities are held against the model's own, on a text that is longer than a sliding window. A very large
-    window is looked beyond where this machine does that soon.
+    Its probabilities are held against the model's own, on a short text and on one that is twice as long as a sliding
+    window. Beyond a large window it is looked where this machine does that soon.
 
     Raises:
         RuntimeError: If the engine cannot run the model, or gives other probabilities.
@@ -260,11 +261,12 @@ def check_engine(output: Path) -> int:
     model, engine = load_plainly(str(output), "CPU", exact)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     config |= config.get("text_config") or {}
-    text, longer = checked_tokens(config), checked_tokens(config, LONGEST_CONTEXT)
+    window = attention_window(config)
+    text, longer = checked_tokens(config, SHORTEST_CHECK), checked_tokens(config, 2 * window)
     started = time.monotonic()
     check_probabilities(model, engine, [text, *(text[: len(text) - 3 * step] for step in range(1, ENGINE_BATCH))])
     seconds = (time.monotonic() - started) / len(text) * len(longer)
-    if len(longer) > len(text) and seconds < LONGEST_CHECK_SECONDS:
+    if len(longer) > len(text) and (window <= LARGE_WINDOW or seconds < LONGEST_CHECK_SECONDS):
         check_probabilities(model, engine, [longer[: len(longer) // part] for part in range(1, ENGINE_BATCH + 1)])
     generation = openvino_genai.GenerationConfig(max_new_tokens=VERIFIED_TOKENS, do_sample=False, ignore_eos=True)
     return len(engine.generate([text], generation)[0].generated_ids)
@@ -282,15 +284,19 @@ def check_probabilities(model: PlainModel, engine: PlainEngine, texts: list[list
     for batch in (texts[:1], texts):
         for tokens, found in zip(batch, engine.log_probabilities(batch), strict=True):
             gaps = [abs(a - b) for a, b in zip(own[: len(tokens) - 1], found, strict=True)]
-            for some in (gaps, gaps[-BEYOND_WINDOW:]):
+            for some in (gaps, gaps[-LAST_TOKENS:]):
                 check_gap(sum(some) / len(some), LARGEST_GAP)
 
 
-def checked_tokens(config: dict[str, Any], longest: int = LONGEST_CHECK) -> list[int]:
-    """Return tokens of all parts of the vocabulary, more than fit into the model's attention window below a length."""
+def attention_window(config: dict[str, Any]) -> int:
+    """Return the number of tokens that a token attends to, 0 where it is all before it."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     window = window if isinstance(window, int) else config.get("window_size")
-    length = window + BEYOND_WINDOW if isinstance(window, int) and 0 < window < longest else SHORTEST_CHECK
+    return window if isinstance(window, int) and window > 0 else 0
+
+
+def checked_tokens(config: dict[str, Any], length: int) -> list[int]:
+    """Return tokens of all parts of the vocabulary, as many as asked for and the model takes."""
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(positions, int):
         length = min(length, positions - VERIFIED_TOKENS)

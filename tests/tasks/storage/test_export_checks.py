@@ -13,7 +13,12 @@ from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.storage.exports import child
 from prefect_huggingface.tasks.storage.exports.child import ChildProgram, child_environment, run_child, run_export
-from prefect_huggingface.tasks.storage.exports.exporter import LARGEST_GAP, check_gap, checked_tokens
+from prefect_huggingface.tasks.storage.exports.exporter import (
+    LARGEST_GAP,
+    attention_window,
+    check_gap,
+    checked_tokens,
+)
 from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
 from prefect_huggingface.tasks.storage.exports.store import get_export
 from prefect_huggingface.tasks.storage.snapshots import get_snapshot
@@ -63,13 +68,13 @@ def test_a_process_that_cannot_be_started_is_no_fault_of_the_store(tmp_path: Pat
 
 
 def test_the_checked_text_is_longer_than_the_window_and_fits_the_model() -> None:
-    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 200})) == 232
-    assert len(checked_tokens({"vocab_size": 100, "window_size": 256})) == 288
-    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 200, "use_sliding_window": False})) == 64
-    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 8, "max_position_embeddings": 32})) == 28
-    assert all(8 <= token < 100 for token in checked_tokens({"vocab_size": 100, "sliding_window": 500}))
-    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 4096})) == 64
-    assert len(checked_tokens({"vocab_size": 100, "sliding_window": 4096}, longest=10_000)) == 4128
+    assert attention_window({"sliding_window": 200}) == 200
+    assert attention_window({"window_size": 256}) == 256
+    assert attention_window({"sliding_window": 200, "use_sliding_window": False}) == 0
+    assert attention_window({"sliding_window": None}) == 0
+    assert len(checked_tokens({"vocab_size": 100}, 400)) == 400
+    assert len(checked_tokens({"vocab_size": 100, "max_position_embeddings": 32}, 400)) == 28
+    assert all(8 <= token < 100 for token in checked_tokens({"vocab_size": 100}, 500))
 
 
 @pytest.mark.parametrize("gap", [LARGEST_GAP * 2, float("nan")])
