@@ -269,7 +269,6 @@ def _estimate(plan: BatchPlan, models: Sequence[Model], more: BatchOptions, watc
         )
         return
     estimate_plan(plan.job, models, more, should_stop=watch.is_cancelled)
-    watch.check()
 
 
 def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: CancelWatch, more: BatchOptions) -> float:

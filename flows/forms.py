@@ -81,7 +81,7 @@ class FormFlow(Flow[P, R]):
         loaded = {name: load_references(name, value) for name, value in parameters.items()}
         for name, value in loaded.items():
             if name not in own:
-                raise ParameterTypeError(f"`{name}` is no parameter of {self.name!r}. Use one of {list(own)!r}.")
+                raise ParameterTypeError(f"{self.name!r} has no parameter `{name}`. Use one of {list(own)!r}.")
             kinds = list(_parts(own[name].annotation))
             _check_block(name, value, tuple(kind for kind in kinds if Block.is_block_class(kind)))
             _check_rows(name, value, kinds)

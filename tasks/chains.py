@@ -48,8 +48,8 @@ def answer_chain(
     if last.error is not None:
         raise ChainError(last.error, error_code=last.status)
     if last.status in UNFINISHED:
-        why = "its prompt is too long" if last.status == "skipped" else "its time was up"
-        raise ChainError(f"Step {steps[last.step].name!r} has no whole answer: {why}.", error_code=last.status)
+        why = "its prompt is too long. Shorten it" if last.status == "skipped" else "its deadline passed. Raise it"
+        raise ChainError(f"Step {steps[last.step].name!r} was not answered: {why}.", error_code=last.status)
     return outputs
 
 

@@ -27,6 +27,7 @@ from prefect_huggingface.tasks.batching.job import (
 from prefect_huggingface.tasks.batching.requests import RowRequest
 from prefect_huggingface.tasks.batching.shard import FeedChunk, RowFeed, run_requests
 from prefect_huggingface.tasks.engines.base import OnText
+from prefect_huggingface.tasks.errors import BatchCancelledError
 from prefect_huggingface.tasks.progress import format_seconds
 from prefect_huggingface.tasks.records import Completion
 from prefect_huggingface.tasks.run_logs import library_logs
@@ -98,6 +99,9 @@ def measure_job(
     Rows drawn at random are generated, several times as many as the engine has at once. The rate is that of the time in
     which its batch is full; of rows that run then, the part counts that is done. Their answers are not kept; a trial,
     `rows=200`, keeps them. Equal prompts are not looked for. `should_stop` is asked now and then.
+
+    Raises:
+        BatchCancelledError: If it was stopped.
     """
     from prefect_huggingface.tasks.engines.memory import resident_bytes
     from prefect_huggingface.tasks.engines.registry import load_engine
@@ -115,6 +119,8 @@ def measure_job(
             if meter.now() > max_seconds:
                 # What has begun is finished: those that end first are the shortest.
                 feed.end()
+    if should_stop():
+        raise BatchCancelledError("The batch was stopped while it was measured. No row was answered yet.")
     estimate = _extrapolate(job, meter, resident_bytes())
     publish_markdown("batch-estimate", describe_estimate(estimate), f"What a batch of {job.table.source} takes")
     return estimate

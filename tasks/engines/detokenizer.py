@@ -6,6 +6,7 @@ import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,7 +131,9 @@ class TransformersTokenizer(Tokenizer):
         self.tokenizer = tokenizer
         # The Rust tokenizer is many times faster than its wrapper, and safe in many threads. It is a copy, since the
         # wrapper sets the padding and the truncation of its own at each call, and a pipeline is its user's.
-        backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+        backend = None
+        with suppress(Exception):  # one with parts in Python cannot be copied
+            backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()

@@ -390,15 +390,15 @@ def read_end_tokens(folder: Path, default: int = -1) -> tuple[int, ...]:
 def context_length_of(settings: Mapping[str, Any]) -> int | None:
     """Return how many tokens prompt and answer may have together, or None where the configuration does not say."""
     settings = {**settings, **(settings.get("text_config") or {})}
-    if settings.get("relative_attention_num_buckets"):  # T5 and its kin count from one token to another
-        return None
-    lengths = (settings.get(name) for name in CONTEXT_NAMES)
+    # T5 and its kin count from one token to another, whatever number is left in their configuration; MPNet does both.
+    names = CONTEXT_NAMES[:1] if settings.get("relative_attention_num_buckets") else CONTEXT_NAMES
+    lengths = (settings.get(name) for name in names)
     return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def vocabulary_of(settings: Mapping[str, Any]) -> int | None:
     """Return how many tokens have a score, or None where the configuration does not say."""
-    size = {**settings, **(settings.get("text_config") or {})}.get("vocab_size")
+    size = {**settings, **(settings.get("text_config") or settings.get("llm_config") or {})}.get("vocab_size")
     return size if isinstance(size, int) and size > 0 else None
 
 

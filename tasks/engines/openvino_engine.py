@@ -37,6 +37,7 @@ from prefect_huggingface.tasks.engines.inputs import (
 )
 from prefect_huggingface.tasks.engines.multimodal import IMAGE, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
+    NO_TOKEN,
     GenaiPipeline,
     apply_tuning,
     check_options,
@@ -93,9 +94,8 @@ class OpenVINOTextEngine(EngineWorker):
         # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
         inputs.bind(tokenizer, ends, longrope_border(settings) or context_length_of(settings))
         # GenAI 2026.4 takes tokens without a score for places in memory.
-        vocabulary = vocabulary_of(settings)
-        inputs.end_ids = frozenset(token for token in inputs.end_ids if token < (vocabulary or token + 1))
-        inputs.check = lambda options: check_options(options, model.engine, vocabulary)
+        self._vocabulary = vocabulary_of(settings) or NO_TOKEN
+        inputs.check = lambda options: check_options(options, model.engine, self._vocabulary)
         self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         self._scheduled: dict[RequestState, ScheduledRequest] = {}
         # More than fit, so that a place that gets free is taken in the same step.
@@ -177,7 +177,7 @@ class OpenVINOTextEngine(EngineWorker):
         sequence.must_resubmit = False
         config = generation_config(
             state.options,
-            state.end_ids,
+            [token for token in state.end_ids if token < self._vocabulary],
             self._options,
             seed=sequence.seed,
             new_tokens=sequence.tokens_left,

@@ -120,13 +120,13 @@ def load_optimum_model(path: Path, model: LocalModel, auto_class: str) -> Any:
         raise loading_error(path, device, exc) from exc
 
 
-def check_options(options: GenerationOptions, engine: EngineOptions, vocabulary: int | None = None) -> None:
+def check_options(options: GenerationOptions, engine: EngineOptions, vocabulary: int = NO_TOKEN) -> None:
     """Refuse options that OpenVINO GenAI cannot honour. `vocabulary` is the number of tokens that have a score.
 
     Raises:
         RequestError: With the option and what to do instead.
     """
-    unknown = [token for token in options.stop_token_ids if not 0 <= token < (vocabulary or NO_TOKEN)]
+    unknown = [token for token in options.stop_token_ids if not 0 <= token < vocabulary]
     if unknown:
         raise RequestError(
             "invalid_option",
@@ -178,8 +178,9 @@ def generation_config(
 
     config = GenerationConfig()
     config.max_new_tokens = new_tokens
-    # Where nothing ends the answer, there is nothing to hold off; GenAI 2026.4 would write outside of the scores.
-    config.min_new_tokens = 0 if options.ignore_eos else least_tokens
+    # Where nothing ends the answer, there is nothing to hold off: GenAI 2026.4 would write outside of the scores. And a
+    # form that is complete allows nothing but its end.
+    config.min_new_tokens = 0 if options.ignore_eos or response_format is not None else least_tokens
     # Templates are applied before, exactly once.
     config.apply_chat_template = False
     config.ignore_eos = options.ignore_eos

@@ -442,8 +442,10 @@ def _kinds_of(schema: Any) -> set[str]:
     given = schema if isinstance(schema, Mapping) else {}
     own = given.get("type") or ()
     kinds = {own} if isinstance(own, str) else set(own)
+    if kinds:
+        return kinds
     parts = [_kinds_of(one) for name in ("anyOf", "oneOf") for one in given.get(name) or ()]
-    return kinds.union(*parts) or {"any"}
+    return set().union(*parts) or {"any"}
 
 
 def _call_of_tree(node: ast.expr) -> ToolCall:

@@ -199,13 +199,14 @@ class TorchEngine(EngineWorker):
         try:
             inputs = self._inputs_of(state.sequences[:1])
             run_beams(self._model, state, inputs, self.tokenizer, self.abort_if_due)
-        except (ValueError, TypeError, LookupError) as exc:  # it runs alone, so that it is its own
-            state.fail_with(exc, "The beams cannot be searched", "Change its options.")
-        except RuntimeError as exc:
-            if not is_out_of_memory(exc):
+        except Exception as exc:  # it runs alone, so that what goes wrong is its own
+            if isinstance(exc, RuntimeError) and is_out_of_memory(exc):
+                free_cached_memory()
+                state.fail("out_of_cache", OUT_OF_MEMORY)
+            elif "CUDA" in str(exc):  # after which a GPU answers nobody
                 raise
-            free_cached_memory()
-            state.fail("out_of_cache", OUT_OF_MEMORY)
+            else:
+                state.fail_with(exc, "The beams cannot be searched", "Change its options.")
 
     def _run_whole(self, sequences: list[Sequence]) -> None:
         """Run sequences to their ends; after the memory ran out, those that have no token yet run with fewer others."""

@@ -143,7 +143,8 @@ class ChatHuggingFace(BaseChatModel):
             EngineError: If the model cannot be loaded.
         """
         for_llm = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs and backend != "endpoint"}
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in {*cls.model_fields, "stop_sequences"}}
+        names = {*cls.model_fields, "stop_sequences"} - {"model_kwargs"}
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         if backend == "endpoint":
             return cls(llm=HuggingFaceEndpoint(repo_id=model_id, task=task, **kwargs), **own)
         for_llm["pipeline_kwargs"] = {**(for_llm.get("pipeline_kwargs") or {}), **kwargs}

@@ -32,6 +32,7 @@ TGI_PARAMETERS = (
     "typical_p", "truncate", "watermark", "best_of", "top_n_tokens", "adapter_id", "decoder_input_details",
 )  # fmt: skip
 EXTRA_OPTIONS: tuple[ExtraOption, ...] = ("top_k", "repetition_penalty", "min_new_tokens", "ignore_eos")
+OTHER_NAMES = {"stop_sequences": ("stop",), "max_new_tokens": ("max_tokens", "max_completion_tokens")}
 TOKEN_VARIABLE = "HUGGINGFACEHUB_API_TOKEN"
 BILL_HEADER = "X-HF-Bill-To"
 URL_VARIABLE = "HF_INFERENCE_ENDPOINT"
@@ -119,12 +120,18 @@ class HuggingFaceEndpoint(EngineLLM):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field. A setting for generating text counts from then on, and None leaves it to the defaults."""
-        if name in (*SETTINGS, *TGI_PARAMETERS, "model_kwargs"):
-            given = {**self._given, name: value}
-            block, self._generation = put_over(self._base, given)
-            self._given = given
+        if name in (*SETTINGS, *TGI_PARAMETERS, "model_kwargs", "endpoint"):
+            given = {**self._given, name: {} if name == "model_kwargs" and value is None else value}
+            if name != "model_kwargs":  # a field counts more than the same by another name
+                others = {name, *OTHER_NAMES.get(name, ())}
+                given["model_kwargs"] = {key: kept for key, kept in given["model_kwargs"].items() if key not in others}
+            given = check_names(given, type(self).model_fields)
+            base = value if name == "endpoint" else self._base
+            block, self._generation = put_over(base, given)
+            self._given, self._base = given, base
             super().__setattr__("endpoint", block)
-        super().__setattr__(name, value)
+        if name != "endpoint":
+            super().__setattr__(name, value)
 
     def get_engine(self) -> Engine:
         """Return the engine of the endpoint. The endpoint is asked nothing before the first request."""
@@ -248,7 +255,7 @@ def read_endpoint_generation(given: Mapping[str, Any]) -> tuple[Generation, dict
     settings |= {name: value for name, value in kwargs.items() if name in GENERATION_NAMES}
     defaults = {} if isinstance(given.get("endpoint"), InferenceEndpoint) else dict(DEFAULTS)
     new_tokens = defaults.pop("max_new_tokens", None)
-    if new_tokens and "max_length" not in settings:
+    if new_tokens and not settings.keys() & {"max_length", *OTHER_NAMES["max_new_tokens"]}:
         settings.setdefault("max_new_tokens", new_tokens)
     if settings.get("do_sample") is False:
         # LangChain code gives sampling settings beside it, which mean nothing then.

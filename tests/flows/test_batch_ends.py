@@ -223,7 +223,7 @@ def test_a_flow_with_other_options_explains_as_well() -> None:
 
 
 def test_a_parameter_that_is_not_there_is_named(model: LocalModel) -> None:
-    with pytest.raises(ParameterTypeError, match="`sources` is no parameter of 'batch-inference'"):
+    with pytest.raises(ParameterTypeError, match="'batch-inference' has no parameter `sources`"):
         batch_inference.validate_parameters({"model": model, "sources": "in.jsonl"})
 
 

@@ -42,7 +42,7 @@ def test_a_step_that_is_skipped_is_told(model, parser):
         {"name": "first", "prompt": "{text}", "parser": parser, "options": {"context_overflow": "skip"}},
         {"name": "second", "prompt": "{first}"},
     ]
-    with pytest.raises(ChainError, match="Step 'first' has no whole answer: its prompt is too long"):
+    with pytest.raises(ChainError, match="Step 'first' was not answered: its prompt is too long"):
         prompt_chain(model, steps, {"text": "One, two. " * 2000})
 
 

@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import LocalModel
-from prefect_huggingface.tasks.batching.job import BatchOptions
-from prefect_huggingface.tasks.estimation import describe_estimate, measure_batch
+from prefect_huggingface.tasks.batching.job import BatchOptions, describe_models, plan_job
+from prefect_huggingface.tasks.errors import BatchCancelledError
+from prefect_huggingface.tasks.estimation import describe_estimate, measure_batch, measure_job
 
 ROWS = 2000
+
+
+def test_a_measurement_that_is_stopped_says_so(tmp_path: Path, bundled_model: Path) -> None:
+    source, model = tmp_path / "in.jsonl", LocalModel(model_id=str(bundled_model))
+    source.write_text('{"number": 1}\n' * 1000)
+    more, job = BatchOptions(), plan_job(str(source), "{number}")
+    with pytest.raises(BatchCancelledError, match="while it was measured"):
+        measure_job(describe_models(job, [model]), [model], more, should_stop=lambda: True)
 
 
 def test_rows_that_cannot_be_asked_take_no_time(tmp_path: Path, bundled_model: Path) -> None:

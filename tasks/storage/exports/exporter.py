@@ -32,9 +32,9 @@ ENGINE_BATCH = 8
 SHORTEST_CHECK = 64
 """Tokens of the text on which every engine is compared with its model."""
 LARGE_WINDOW, LONGEST_CHECK_SECONDS = 1024, 120
-"""Beyond a window of more tokens they are compared where that takes no longer than so many seconds."""
+"""Beyond a window of more tokens they are compared only if that takes less than `LONGEST_CHECK_SECONDS`."""
 LAST_TOKENS = 32
-"""Tokens at the end of a text, which are compared by themselves: only they are beyond the window."""
+"""Tokens at the end of a text, which are compared by themselves too: they are the farthest beyond the window."""
 LOGITS_TOKENS = 1056
 """Tokens whose logits are in memory at once: those of a large vocabulary take a megabyte for each token."""
 LARGEST_GAP = 0.02
@@ -250,7 +250,7 @@ def check_engine(output: Path) -> int:
     """Return how many tokens the continuous batch that will answer generates.
 
     Its probabilities are held against the model's own, on a short text and on one that is twice as long as a sliding
-    window. Beyond a large window it is looked where this machine does that soon.
+    window. A window above `LARGE_WINDOW` is checked only if that takes less than `LONGEST_CHECK_SECONDS`.
 
     Raises:
         RuntimeError: If the engine cannot run the model, or gives other probabilities.

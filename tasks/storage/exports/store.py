@@ -275,9 +275,10 @@ def make_once(
     """
     store, key = model.store_path, export_key(snapshot.commit, recipe)
     path = lock_path(store, key)
-    # Somebody who is making it takes the memory and the disk meanwhile; and a store with a limit can make room.
-    if not path.exists() and model.get_store().max_size_gb is None:
-        check_plan(make())
+    if not path.exists():  # else somebody may be making it, who takes the memory and the disk meanwhile
+        plan = make()
+        if not _lacks_only_disk(model, plan):
+            check_plan(plan)
     longest = model.get_store().lock_timeout_seconds
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +288,7 @@ def make_once(
             if found is not None:
                 return found
             plan = make()
-            if plan.disk_bytes > plan.free_disk_bytes:
+            if _lacks_only_disk(model, plan):
                 make_room(model.get_store(), snapshot.path, plan.disk_bytes)
                 plan = make()
             check_plan(plan)
@@ -301,6 +302,12 @@ def make_once(
         ) from None
     except OSError as error:
         raise not_writable(store, error) from None
+
+
+def _lacks_only_disk(model: LocalModel, plan: ExportPlan) -> bool:
+    """Return whether nothing but disk is missing, in a store with a limit, which may make room."""
+    is_short = plan.disk_bytes > plan.free_disk_bytes and len(plan.problems) == 1
+    return is_short and model.get_store().max_size_gb is not None
 
 
 def use_openvino_folder(model: LocalModel, snapshot: Snapshot) -> Export:

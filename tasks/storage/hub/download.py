@@ -330,9 +330,9 @@ def _fetch(model: LocalModel, hub: HubConnection, revision: str, progress: Progr
     if manifest is None:
         folder.check_writable()
         shortage = space_error(model, folder, chosen)
-        if not isinstance(shortage, StoreLimitError):
+        if shortage is None or isinstance(shortage, DiskFullError):
             make_room(store, folder.snapshot(state.commit), missing_bytes(folder, chosen))
-            shortage = space_error(model, folder, chosen)
+            shortage = shortage and space_error(model, folder, chosen)
         if shortage is not None:
             raise shortage
         with folder.lock(REPOSITORY_LOCK, store.lock_timeout_seconds):

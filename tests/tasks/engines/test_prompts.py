@@ -178,6 +178,7 @@ def test_the_template_of_a_request_says_how_it_reasons_and_ends(tiny_llama):
     ("settings", "length"),
     [
         ({"n_positions": 512, "relative_attention_num_buckets": 32}, None),
+        ({"max_position_embeddings": 514, "relative_attention_num_buckets": 32}, 514),
         ({"max_encoder_position_embeddings": 16384, "max_decoder_position_embeddings": 1024}, 16384),
         ({"text_config": {"max_position_embeddings": 4096}}, 4096),
     ],

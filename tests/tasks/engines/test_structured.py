@@ -68,6 +68,12 @@ def test_one_of_the_choices_is_given_whatever_is_in_them(engine):
     assert len({completion.text for completion in found}) > 3
 
 
+def test_a_form_that_is_complete_ends_the_answer_before_its_least_length(engine):
+    options = GenerationOptions(response_format=ResponseFormat(choices=["yes", "no"]), min_new_tokens=20)
+    found = engine.submit(Request("One, two,", options=options)).result(60)
+    assert (found.error, found.text in ("yes", "no")) == (None, True)
+
+
 def test_one_choice_is_always_the_answer(engine):
     for choice in ("a.b*c", "\\d+", "(", "{", "caf\u00e9 \u2713", "tab\there", "line\nline"):
         completion = ask(engine, PROMPTS[0], response_format=ResponseFormat(choices=[choice]), max_new_tokens=40)

@@ -277,6 +277,7 @@ def test_definitions_of_forced_tools_stay_their_own() -> None:
         ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, "3", 3),
         ({}, "3", 3),
         ({"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}]}, '{"zip": 1}', {"zip": 1}),
+        ({"type": "string", "oneOf": [{"const": "1"}, {"const": "2"}]}, "1", "1"),
         ({"anyOf": [{"enum": [1, 2]}, {"type": "null"}]}, "2", 2),
         ({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Place"}]}, '{"zip": 1}', {"zip": 1}),
     ],

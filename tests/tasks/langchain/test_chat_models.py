@@ -247,7 +247,7 @@ def test_from_model_id_loads_both(tiny_llama: Path) -> None:
 def test_from_model_id_takes_an_endpoint() -> None:
     chat = ChatHuggingFace.from_model_id(
         "org/model", "text-generation", "endpoint", huggingfacehub_api_token="hf_canary", max_tokens=5, temperature=0.5,
-        tags=["own"], streaming=True, repetition_penalty=1.2,
+        tags=["own"], streaming=True, repetition_penalty=1.2, model_kwargs={"typical_p": 0.9},
     )  # fmt: skip
     assert (chat.tags, chat.streaming, chat.temperature) == (["own"], True, 0.5)
     assert chat.llm.generation.options.repetition_penalty == 1.2

@@ -195,6 +195,20 @@ def test_settings_that_are_set_later_count(tgi):
     assert tgi.posts()[-1].body["parameters"]["typical_p"] == 0.9
 
 
+def test_other_names_and_blocks_that_are_set_later():
+    llm = HuggingFaceEndpoint(endpoint_url="http://a", max_tokens=5, stop=["a"], model_kwargs={"temperature": 0.3})
+    assert llm.generation.options.max_new_tokens == 5
+    llm.temperature, llm.stop_sequences = 0.9, ["b"]
+    assert (llm.generation.options.temperature, llm.generation.options.stop) == (0.9, ["b"])
+    with pytest.raises(SettingsError, match="nonsense"):
+        llm.model_kwargs = {"nonsense": 1}
+    llm.model_kwargs = None
+    assert llm.generation.options.max_new_tokens == 512
+    llm.endpoint = InferenceEndpoint(url="http://b", options=GenerationOptions(top_k=3, do_sample=True))
+    llm.temperature = 0.5
+    assert (llm.endpoint.url, llm.generation.options.top_k, llm.generation.options.temperature) == ("http://b", 3, 0.5)
+
+
 def test_blocks_of_other_models_are_told_apart():
     blocks = [
         InferenceEndpoint(url="http://a", model_id="one"),
