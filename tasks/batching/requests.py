@@ -301,7 +301,8 @@ def parse_output(step: ChainStep, text: str) -> Any:
     try:
         value = parser.parse(text.strip())
         # Of brackets that do not match, the parser of LangChain makes None.
-        if not (value is None and text.strip("` \n").removeprefix("json").strip() != "null") and not is_deep(value):
+        has_value = value is not None or text.strip("` \n").removeprefix("json").strip() == "null"
+        if has_value and not is_deep(value):
             return value
     except (OutputParserException, RecursionError):
         pass

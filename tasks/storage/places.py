@@ -122,7 +122,8 @@ class Place:
             return ""
         system, path = _file_system(self.url, is_fresh=True)
         if self.url.startswith(("http://", "https://")):  # fsspec takes what is there for unchangeable
-            return str({name: system.info(path).get(name) for name in HTTP_VERSIONS})
+            found = system.info(path)
+            return str({name: found.get(name) for name in HTTP_VERSIONS})
         return str(system.ukey(path))
 
     def write(self, content: bytes) -> None:

@@ -248,9 +248,8 @@ def _parse_lines(lines: list[bytes]) -> tuple[list[Any], Problems]:
     if not _has_large_integer(block):
         with suppress(ValueError):
             rows: list[Any] = list(map(orjson.loads, lines))
-            return rows, _check_objects(
-                rows, may_be_deep, odd_names=False
-            )  # `orjson` refuses names that are not Unicode
+            # `orjson` refuses names that are not Unicode.
+            return rows, _check_objects(rows, may_be_deep, odd_names=False)
     rows, problems = [], {}
     for place, line in enumerate(lines):
         try:
