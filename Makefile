@@ -53,7 +53,8 @@ test-all: $(READY)
 
 # Half an hour on two cores. QUICK=1 tries the engines on a small model. tests/benchmarks/README.md has more.
 BENCHMARKS := build/benchmarks
-PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp
+PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp \
+	"langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
 
 benchmark: SHELL := /bin/bash
 benchmark: $(READY)

@@ -24,15 +24,23 @@ from statistics import median
 from typing import Any
 
 from benchmark_contenders import CONTENDERS
-from benchmark_models import SHAPES, find_real_weights, make_checkpoint, make_eight_bits, make_exports
+from benchmark_models import (
+    SHAPES,
+    find_real_weights,
+    make_checkpoint,
+    make_eight_bits,
+    make_exports,
+    make_real_checkpoint,
+)
 from benchmark_workloads import Workload, make_workloads
 from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
 
 PEERS = {"langchain_huggingface": "langchain-huggingface==1.2.3", "xllamacpp": "xllamacpp==2026.10.11549"}
-ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
+ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline", "transformers generate_batch")
 # These take minutes for a whole workload, so that they get a part of its rows.
+SLOW = (*ON_TORCH, "langchain-huggingface, openvino")
 SLOW_ROWS = 8
-OURS = ("ours", "ours, tuned")
+OURS = ("ours", "ours, tuned", "ours, a process per core")
 CONTINUOUS = (*OURS, "continuous batching, tuned by hand", "continuous batching, defaults")
 LISTS = tuple(name for name in CONTENDERS if name != "ours, one list")
 # Which engines do which workload: those that it tells apart.
@@ -47,12 +55,15 @@ HERE = Path(__file__).parent
 
 
 Figures = dict[str, dict[str, list[tuple[float, float]]]]
+Peaks = dict[str, float]
 
 
 class Worker:
-    """One engine in a process of its own, with properties of OpenVINO for this library's."""
+    """One engine in a process of its own, bound to some cores where they are given, with properties of OpenVINO."""
 
-    def __init__(self, name: str, folder: Path, peers: Path = HERE, **properties: Any) -> None:
+    def __init__(
+        self, name: str, folder: Path, peers: Path = HERE, cores: set[int] | None = None, **properties: Any
+    ) -> None:
         command = [sys.executable, str(HERE / "benchmark_contenders.py"), name, str(folder), json.dumps(properties)]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(peers),
@@ -62,6 +73,8 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=environment,
         )  # fmt: skip
+        if cores is not None:
+            os.sched_setaffinity(self._process.pid, cores)
         self._read()
 
     def run(self, workload: Workload) -> tuple[float, float]:
@@ -138,18 +151,23 @@ def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], re
         workers = [Worker(name, folders[name], peers) for name in names]
         for repeat in range(repeats + 1):
             for worker in workers:
-                rows = workload.sample(SLOW_ROWS) if worker.name in ON_TORCH else workload
+                rows = workload.sample(SLOW_ROWS) if worker.name in SLOW else workload
                 rates = worker.run(rows.fresh(repeat))
                 if repeat:
                     figures[workload.name].setdefault(worker.name, []).append(rates)
+        peaks = {worker.name: worker.peak_mib() for worker in workers}
         for worker in workers:
             worker.close()
-        print_table(workload, figures[workload.name], limits)
+        print_table(workload, figures[workload.name], limits, peaks)
     return figures
 
 
-def print_table(workload: Workload, figures: dict[str, list[tuple[float, float]]], limits: Limits) -> None:
+def print_table(
+    workload: Workload, figures: dict[str, list[tuple[float, float]]], limits: Limits, peaks: Peaks
+) -> None:
     """Print the medians of one workload, how many times slower than this library each engine is, and shares of limits.
+
+    The memory is the greatest resident memory of the process, in MiB.
 
     The limit of one stream is the read bandwidth over the bytes of the weights, that of a batch the rate of products
     for its new tokens and those of its prompts, in the fastest precision of this machine. What is read of keys and
@@ -158,15 +176,14 @@ def print_table(workload: Workload, figures: dict[str, list[tuple[float, float]]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=workload.name)
-    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit"):
-        table.add_column(heading)
+    headings = ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit", "MiB")
+    table = Table(*headings, title=workload.name)
     own, own_core = medians(figures["ours"])
     for name, rates in figures.items():
         (clock, core), by_clock = medians(rates), [rate for rate, _ in rates]
         cells = (clock, min(by_clock), max(by_clock), own / clock, core, own_core / core)
         shown = [f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)]
-        table.add_row(name, *shown, f"{limits.share(workload, clock):.2f}")
+        table.add_row(name, *shown, f"{limits.share(workload, clock):.2f}", f"{peaks[name]:.0f}")
     Console(width=120).print(table)
 
 
@@ -249,11 +266,13 @@ def prepare(
     """
     checkpoint = find_real_weights() if shape is None else make_checkpoint(work / "checkpoint", shape=SHAPES[shape])
     exports = make_exports(checkpoint, work / "store", formats)
-    left_out = ON_TORCH if shape is None else ("llama.cpp",)
+    on_torch = make_real_checkpoint(work) if shape is None and set(names) & set(ON_TORCH) else checkpoint
     folders: dict[str, dict[str, Path]] = {}
     for weight_format, export in exports.items():
-        places = {name: checkpoint if name in ON_TORCH else export for name in names if name not in left_out}
-        if "llama.cpp" in places:
+        places = {name: on_torch if name in ON_TORCH else export for name in names}
+        if shape is not None:
+            places.pop("llama.cpp", None)
+        elif "llama.cpp" in places:
             eight = weight_format == "int8"
             places["llama.cpp"] = make_eight_bits(checkpoint, work / "Q8_0.gguf") if eight else checkpoint
         folders[weight_format] = places
