@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from prefect.logging import get_logger
 
@@ -85,14 +85,14 @@ class EngineGroup(Engine):
         # Its deadline begins now, wherever it waits, so that it does not wait here.
         is_urgent = request.options is not None and request.options.deadline_seconds is not None
         with self._lock:
-            instance = min(self._instances, key=lambda one: len(one.states))
-            is_refused = self._closed
-            if not is_refused and (is_urgent or len(instance.states) < instance.in_flight):
-                instance.begin(state)
-            elif not is_refused:
-                self._waiting.append(state)
-        if is_refused:
-            self._refuse(state)
+            if not self._closed:
+                instance = min(self._instances, key=lambda one: len(one.states))
+                if is_urgent or len(instance.states) < instance.in_flight:
+                    instance.begin(state)
+                else:
+                    self._waiting.append(state)
+                return state.future
+        self._refuse(state)
         return state.future
 
     def close(self) -> None:
@@ -138,8 +138,8 @@ class EngineGroup(Engine):
         left = len(self._waiting) + sum(len(instance.states) for instance in self._instances)
         assert left == 0, f"The engine is idle and still holds {left} requests."
 
-    def has_room(self, instance: _Instance) -> None:
-        """Give a process the next request that waits."""
+    def feed(self, instance: _Instance) -> None:
+        """Give a process the next of the requests that wait."""
         with self._lock:
             while self._waiting and not self._closed and len(instance.states) < instance.in_flight:
                 state = self._waiting.popleft()
@@ -183,13 +183,14 @@ class _Instance:
         self.states: dict[int, RequestState] = {}
         self.in_flight, self.cache_usage = 1, 0.0
         self._last_number = 0
-        self._outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._loaded: Future[int] = Future()
+        # An interruption from the terminal is for the process that loaded it, which closes this one.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         # No token: the files are there.
-        self._outbox.put((cores, path, model.model_copy(update={"credentials": None})))
+        self._send(cores, path, model.model_copy(update={"credentials": None}))
         # Each end of a pipe has a thread of its own, since a write may wait for what the other end has to say first.
         for work in (self._write, self._read):
             threading.Thread(target=work, name=f"{type(self).__name__} {self.process.pid}", daemon=True).start()
@@ -215,9 +216,14 @@ class _Instance:
     def begin(self, state: RequestState) -> None:
         """Send a request to the process."""
         self._last_number = number = self._last_number + 1
-        self.states[number] = state
         streams = state.on_text is not None, state.on_reasoning is not None
-        self._outbox.put(("submit", number, state.request, streams))
+        try:
+            self._send("submit", number, state.request, streams)
+        except Exception as exc:
+            state.fail_with(exc, "The request cannot be sent to a process", "Give it plain values.")
+            state.complete()
+            return
+        self.states[number] = state
         state.future.add_done_callback(lambda future: self._cancel(number) if future.cancelled() else None)
 
     def take_all(self) -> list[RequestState]:
@@ -239,14 +245,18 @@ class _Instance:
 
     def _cancel(self, number: int) -> None:
         if number in self.states:
-            self._outbox.put(("cancel", number))
+            self._send("cancel", number)
+
+    def _send(self, *message: Any) -> None:
+        self._outbox.put(pickle.dumps(message))
 
     def _write(self) -> None:
         assert self.process.stdin is not None
         try:
             with self.process.stdin as pipe:
                 while (message := self._outbox.get()) is not None:
-                    _send(pipe, message)
+                    pipe.write(message)
+                    pipe.flush()
         except OSError:
             return  # the process has ended, which its reader sees
 
@@ -258,8 +268,10 @@ class _Instance:
                     kind, *values = pickle.load(pipe)
                     getattr(self, f"_take_{kind}")(*values)
         except (EOFError, OSError, pickle.UnpicklingError):
-            status = self.process.wait()
-        problem = f"A process of it ended with status {status}, for want of memory perhaps."
+            problem = f"A process of it ended with status {self.process.wait()}, for want of memory perhaps."
+        except Exception as exc:
+            # Nobody would wait for the answers of this process any more.
+            problem = f"{type(exc).__name__}: {exc}."
         if not self._loaded.done():
             self._loaded.set_exception(EngineError(f"The model cannot be loaded: {problem} Lower `instances`."))
         elif self._loaded.exception() is None:
@@ -293,12 +305,7 @@ class _Instance:
             state.complete(replace(completion, seconds=state.seconds))
         if failure is not None:
             self._group.fail(failure)
-        self._group.has_room(self)
-
-
-def _send(pipe: IO[bytes], message: tuple[Any, ...]) -> None:
-    pickle.dump(message, pipe)
-    pipe.flush()
+        self._group.feed(self)
 
 
 def serve() -> None:
@@ -310,7 +317,8 @@ def serve() -> None:
 
     def tell(*message: Any) -> None:
         with lock:
-            _send(pipe, message)
+            pickle.dump(message, pipe)
+            pipe.flush()
 
     cores, path, model = pickle.load(sys.stdin.buffer)
     try:

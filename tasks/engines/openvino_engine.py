@@ -117,7 +117,7 @@ class OpenVINOTextEngine(EngineWorker):
     @property
     def cache_usage(self) -> float:
         """Share of the KV cache that the last step used, 0 to 1."""
-        return self._pipeline.cache_usage
+        return 0.0 if self._closed else self._pipeline.cache_usage
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of the queue."""
@@ -138,7 +138,11 @@ class OpenVINOTextEngine(EngineWorker):
         self._scorer = None
 
     def release(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, and before of what runs in it: OpenVINO GenAI complains about what is left."""
+        for request in self._scheduled.values():
+            request.cancel()
+        for pipeline in filter(None, (self._pipeline, self._scorer)):
+            pipeline.drain()
         del self._pipeline, self._scorer, self._load_pipeline
 
     def leftovers(self) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -296,15 +297,19 @@ class GenaiPipeline:
         """Do one step of the model for everything that was added."""
         self._pipeline.step()
 
+    def drain(self) -> bool:
+        """Have the pipeline let go of all requests, whose handles must be cancelled, and tell whether it did."""
+        for _ in range(CLEARING_STEPS):
+            with suppress(RuntimeError):
+                if not self.has_work:
+                    return True
+                self._pipeline.step()
+        return False
+
     def clear(self) -> None:
         """Make the pipeline usable again after a failed step. All handles must be cancelled before."""
-        for _ in range(CLEARING_STEPS):
-            try:
-                if not self.has_work:
-                    return
-                self._pipeline.step()
-            except RuntimeError:
-                continue
+        if self.drain():
+            return
         logger.warning("The pipeline of %s cannot be cleared; loading the model again.", self._folder)
         del self._pipeline
         self._pipeline = self._load()

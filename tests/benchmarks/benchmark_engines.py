@@ -34,12 +34,13 @@ from benchmark_models import (
 )
 from benchmark_workloads import Workload, make_workloads
 from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
+from report import show, store
 
 PEERS = {"langchain_huggingface": "langchain-huggingface==1.2.3", "xllamacpp": "xllamacpp==2026.10.11549"}
 ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline", "transformers generate_batch")
 # These take minutes for a whole workload, so that they get a part of its rows.
 SLOW = (*ON_TORCH, "langchain-huggingface, openvino")
-SLOW_ROWS = 8
+SLOW_ROWS = 4
 OURS = ("ours", "ours, tuned", "ours, a process per core")
 CONTINUOUS = (*OURS, "continuous batching, tuned by hand", "continuous batching, defaults")
 LISTS = tuple(name for name in CONTENDERS if name != "ours, one list")
@@ -173,18 +174,15 @@ def print_table(
     for its new tokens and those of its prompts, in the fastest precision of this machine. What is read of keys and
     values, and the products of attention, are left out, so that the shares are a little too small.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     headings = ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit", "MiB")
-    table = Table(*headings, title=workload.name)
+    rows = []
     own, own_core = medians(figures["ours"])
     for name, rates in figures.items():
         (clock, core), by_clock = medians(rates), [rate for rate, _ in rates]
         cells = (clock, min(by_clock), max(by_clock), own / clock, core, own_core / core)
         shown = [f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)]
-        table.add_row(name, *shown, f"{limits.share(workload, clock):.2f}", f"{peaks[name]:.0f}")
-    Console(width=120).print(table)
+        rows.append([name, *shown, f"{limits.share(workload, clock):.2f}", f"{peaks[name]:.0f}"])
+    show(workload.name, headings, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +213,8 @@ def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
     return median(rate for rate, _ in rates), median(rate for _, rate in rates)
 
 
-def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> Path:
-    """Write the raw figures with the machine and the versions, and a plot where matplotlib is there."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> None:
+    """Write the raw figures with the machine and the versions."""
     packages = ("openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
     facts = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -226,31 +223,12 @@ def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: 
         "repeats": repeats,
         "tokens_per_second_and_core_second": figures,
     }
-    path = folder / "figures.json"
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    try:
-        import matplotlib
-    except ImportError:
-        print("There is no plot, matplotlib is missing. Install it with pip install matplotlib.")
-        return path
-    matplotlib.use("Agg")
-    plot(figures, folder / "figures.svg")
-    return path
-
-
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Draw the medians as bars, one panel per workload and weight format."""
-    from matplotlib import pyplot
-
-    panels = [(f"{form}, {name}", rates) for form, by_name in figures.items() for name, rates in by_name.items()]
-    drawing, axes = pyplot.subplots(len(panels), 1, figsize=(8, 1 + 2 * len(panels)), squeeze=False)
-    for axis, (title, rates) in zip(axes[:, 0], panels, strict=True):
-        axis.barh(list(rates), [medians(values)[0] for values in rates.values()])
-        axis.set_title(title)
-        axis.set_xlabel("tokens per second")
-        axis.invert_yaxis()
-    drawing.tight_layout()
-    drawing.savefig(path)
+    panels = {
+        f"{form}, {name}": {engine: medians(values)[0] for engine, values in rates.items()}
+        for form, by_name in figures.items()
+        for name, rates in by_name.items()
+    }
+    store(folder / "figures.json", facts, panels, "tokens per second")
 
 
 def prepare(
@@ -289,6 +267,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"], help="weight formats")
     parser.add_argument("--engines", nargs="+", default=list(CONTENDERS), help="which engines")
     parser.add_argument("--workloads", nargs="+", default=None, help="which workloads")
+    parser.add_argument("--rows", type=int, help="how many rows of a workload, for large models")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     arguments = parser.parse_args()
     shape = None if arguments.real else "quick" if arguments.quick else arguments.shape
@@ -302,6 +281,8 @@ def main() -> None:
     exports, folders = prepare(work, shape, arguments.formats, names)
     workloads = make_workloads(next(iter(exports.values())) / "tokenizer.json", quick=arguments.quick)
     workloads = [one for one in workloads if arguments.workloads is None or one.name in arguments.workloads]
+    if arguments.rows is not None:
+        workloads = [workload.sample(arguments.rows) for workload in workloads]
     machine = measure_machine()
     print(f"The machine: {json.dumps(asdict(machine))}")
     figures = {}
@@ -311,7 +292,7 @@ def main() -> None:
             tune(export)
         limits = Limits(machine, *weight_facts(export))
         figures[weight_format] = measure(folders[weight_format], peers, workloads, arguments.repeats, limits)
-    print(write_figures(work, figures, arguments.repeats, machine))
+    write_figures(work, figures, arguments.repeats, machine)
 
 
 if __name__ == "__main__":

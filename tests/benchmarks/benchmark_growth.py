@@ -27,6 +27,7 @@ from benchmark_engines import Worker
 from benchmark_models import make_int8
 from benchmark_workloads import Workload
 from machine import Machine, measure_machine, share_of_products, weight_facts
+from report import show, store
 
 CONCURRENCY = (1, 4, 16, 64, 256)
 PROMPT_TOKENS = (10, 100, 1000, 4000, 8000)
@@ -34,7 +35,7 @@ PROCESSES = (1, 2, 4)
 NEW_TOKENS = 32
 PROMPT = 30  # tokens of a prompt, where their number is not what grows
 ROWS_OF_A_PROCESS = 16
-REPEATS = 3
+REPEATS = 2
 
 
 def workload_of(folder: Path, rows: int, new_tokens: int, prompt_tokens: int, repeat: int) -> Workload:
@@ -101,17 +102,6 @@ def exponent(sizes: list[int], costs: list[float]) -> float:
     return products / sum((x - middle) ** 2 for x in across)
 
 
-def show(title: str, headings: list[str], rows: list[list[str]]) -> None:
-    """Print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
-
-
 def grow_concurrency(folder: Path, _: Machine) -> dict[str, Any]:
     """Measure requests at once."""
     found = measure(folder, [(rows, NEW_TOKENS, PROMPT) for rows in CONCURRENCY])
@@ -121,7 +111,8 @@ def grow_concurrency(folder: Path, _: Machine) -> dict[str, Any]:
         for count, (seconds, memory) in zip(CONCURRENCY, found, strict=True)
     ]
     show(f"Requests at once: exponent {slope:.2f}", ["requests", "seconds", "tokens/s", "MiB"], rows)
-    return {"sizes": CONCURRENCY, "seconds_and_mib": found, "exponent": slope}
+    bars = {str(count): count * NEW_TOKENS / seconds for count, (seconds, _) in zip(CONCURRENCY, found, strict=True)}
+    return {"sizes": CONCURRENCY, "seconds_and_mib": found, "exponent": slope, "bars": bars}
 
 
 def grow_prompts(folder: Path, machine: Machine) -> dict[str, Any]:
@@ -141,12 +132,13 @@ def grow_prompts(folder: Path, machine: Machine) -> dict[str, Any]:
     ]  # fmt: skip
     headings = ["tokens of the prompt", "seconds to the first token", "tokens read/s", "of the limit", "MiB"]
     show(f"Long prompts: exponent {slope:.2f}", headings, rows)
-    return {"sizes": PROMPT_TOKENS, "seconds_and_mib": found, "exponent": slope}
+    bars = {str(tokens): tokens / seconds for tokens, (seconds, _) in zip(PROMPT_TOKENS, found, strict=True)}
+    return {"sizes": PROMPT_TOKENS, "seconds_and_mib": found, "exponent": slope, "bars": bars}
 
 
 def grow_processes(folder: Path, _: Machine) -> dict[str, Any]:
     """Measure processes beside each other, with all cores each and with the cores divided."""
-    cores, rows, figures = sorted(os.sched_getaffinity(0)), [], {}
+    cores, rows, figures, bars = sorted(os.sched_getaffinity(0)), [], {}, {}
     for count in PROCESSES:
         shared = measure_processes(folder, [set(cores)] * count)
         # With more processes than cores, some share one.
@@ -154,11 +146,13 @@ def grow_processes(folder: Path, _: Machine) -> dict[str, Any]:
                                              for place in range(count)])  # fmt: skip
         group = measure_instances(folder, count) if count <= len(cores) else None
         figures[str(count)] = {"all_cores_each": shared, "divided": divided, "instances": group}
+        bars |= {f"{count}, all cores each": shared[0], f"{count}, cores divided": divided[0]}
+        bars |= {} if group is None else {f"one engine with {count}": group}
         rates = [f"{rate:.1f}" for rate in (shared[0], divided[0], *([] if group is None else [group]))]
         rows.append([str(count), *rates, *([""] if group is None else []), f"{shared[1]:.0f}", f"{divided[1]:.0f}"])
     headings = ["processes", "tokens/s, all cores each", "cores divided", "one engine", "MiB", "MiB, divided"]
     show("Processes on one machine", headings, rows)
-    return figures
+    return {**figures, "bars": bars}
 
 
 GROWTHS = {"concurrency": grow_concurrency, "prompts": grow_prompts, "processes": grow_processes}
@@ -178,9 +172,7 @@ def main() -> None:
     print(f"The machine: {json.dumps(figures['machine'])}")
     for name in arguments.of:
         figures[name] = GROWTHS[name](folder, machine)
-    path = work / "growth.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(path)
+    store(work / "growth.json", figures, {name: figures[name]["bars"] for name in arguments.of}, "tokens per second")
 
 
 if __name__ == "__main__":

@@ -207,3 +207,11 @@ def test_the_seconds_of_a_request_are_those_since_its_submission(group):
     seconds = [future.result(60).seconds for future in futures]
     assert max(seconds) <= time.perf_counter() - started
     assert max(seconds) >= seconds[0] > 0
+
+
+def test_a_request_that_cannot_travel_is_an_error_and_harms_no_other(group):
+    odd = GenerationOptions(template_options={"call": lambda: None})
+    lost, kept = group.submit(Request("The", options=odd)), group.submit(Request("The"))
+    assert "cannot be sent" in lost.result(60).error
+    assert kept.result(60).error is None
+    group.check_integrity()
