@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -87,11 +88,15 @@ class Worker:
     def begin(self, workload: Workload) -> None:
         """Begin a workload."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         print(json.dumps(asdict(workload)), file=self._process.stdin, flush=True)
 
     def finish(self) -> dict[str, float]:
         """Wait for the end of a workload and return its `seconds`, `processor_seconds` and `tokens`."""
-        return self._read()
+        figures = self._read()
+        # Some engines keep a core busy while they wait.
+        self._process.send_signal(signal.SIGSTOP)
+        return figures
 
     def peak_mib(self) -> float:
         """Return the greatest resident memory of the process."""
@@ -101,6 +106,7 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
