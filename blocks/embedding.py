@@ -46,4 +46,4 @@ class EmbeddingOptions(BaseModel):
         """Return these options with those of `other` that are given put over them."""
         if other is None:
             return self
-        return self.model_copy(update={name: getattr(other, name) for name in other.model_fields_set})
+        return self.model_copy(update={name: value for name, value in other if value is not None})

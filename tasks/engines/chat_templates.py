@@ -66,10 +66,9 @@ class ChatTemplate:
         self.added_texts = self.special_texts | frozenset(added_texts)
 
     @classmethod
-    def of_folder(cls, folder: Path) -> ChatTemplate | None:
-        """Return the template of a model folder, or None where it has none."""
-        sources = read_templates(folder)
-        return cls(sources, read_special_tokens(folder), *read_added_texts(folder)) if sources else None
+    def of_folder(cls, folder: Path) -> ChatTemplate:
+        """Return the template of a model folder, without sources where it has none."""
+        return cls(read_templates(folder), read_special_tokens(folder), *read_added_texts(folder))
 
     def choose(self, tools: Sequence[Any] = (), name: str | None = None) -> str:
         """Return the text of the template for a conversation, chosen as Transformers does.

@@ -132,11 +132,7 @@ def check_shapes(
 
 
 def check_untrusted(template: ChatTemplate, messages: Sequence[Message]) -> None:
-    """Refuse texts that look like special tokens, for engines whose prompts cannot be cut within them.
-
-    Raises:
-        ChatTemplateError: With the first one.
-    """
+    """Refuse (`ChatTemplateError`) what looks like a special token, where a prompt cannot be cut within it."""
     found = _find_special(template, "\n".join(_texts_of([message.get("content") for message in messages])))
     if found is not None:
         raise ChatTemplateError(
@@ -199,8 +195,18 @@ def _ways_to_write(messages: Messages, tools: Tools) -> Iterator[tuple[Messages,
     Yields:
         Messages, and the tools that are given to the template as such.
     """
-    plain = _with_short_ids(_with_arguments(_with_known_roles(messages), as_text=False))
-    as_text = _with_arguments(plain, as_text=True)
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        yield from _ways_to_write_texts(messages, tools)
+        return
+    # Templates for images want texts, or parts everywhere.
+    for written, shown in _ways_to_write_texts([_with_text(message) for message in messages], tools):
+        yield written, shown
+        yield [{**message, "content": _parts_of(message["content"])} for message in written], shown
+
+
+def _ways_to_write_texts(messages: Messages, tools: Tools) -> Iterator[tuple[Messages, Tools]]:
+    plain = _with_short_ids(with_arguments(_with_known_roles(messages), as_text=False))
+    as_text = with_arguments(plain, as_text=True)
     bases = [plain] if plain == messages else [messages, plain]
     bases += [as_text] if as_text != plain else []
     for base in bases:
@@ -224,14 +230,14 @@ def _with_known_roles(messages: Messages) -> Messages:
     return [{**message, "role": roles.get(message["role"], message["role"])} for message in messages]
 
 
-def _with_arguments(messages: Messages, *, as_text: bool) -> Messages:
+def with_arguments(messages: Messages, *, as_text: bool) -> Messages:
     """Return the messages with the arguments of calls as objects, or as JSON texts."""
 
     def convert(call: Mapping[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)
         arguments = function.get("arguments")
-        if as_text and isinstance(arguments, Mapping):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+        if as_text and not isinstance(arguments, str):
+            arguments = json.dumps(arguments or {}, ensure_ascii=False)
         if not as_text and isinstance(arguments, str):
             arguments = _parse(arguments)
         function = {**function, "arguments": arguments}
@@ -283,7 +289,7 @@ def _with_written_tools(messages: Messages, tools: Tools) -> Messages:
     for message in map(_with_written_calls, messages):
         if written and written[-1]["role"] == message["role"] == "user":
             # The results of several calls are one turn: templates want turns to alternate.
-            written[-1] = {**written[-1], "content": f"{text_of(written[-1])}\n{text_of(message)}"}
+            written[-1] = {**written[-1], "content": _joined(written[-1]["content"], "\n", message["content"])}
         else:
             written.append(message)
     if not tools:
@@ -317,31 +323,39 @@ def _with_merged_system(messages: Messages) -> Messages:
     text = "\n\n".join(system)
     if first is None:
         return [{"role": "user", "content": text}, *rest]
-    content = rest[first]["content"]
-    merged: Any = f"{text}\n\n{content}"
-    if not isinstance(content, str):
-        merged = [{"type": "text", "text": f"{text}\n\n"}, *content]
-    return [*rest[:first], {**rest[first], "content": merged}, *rest[first + 1 :]]
+    merged = {**rest[first], "content": _joined(text, "\n\n", rest[first]["content"])}
+    return [*rest[:first], merged, *rest[first + 1 :]]
+
+
+def _joined(first: Any, separator: str, second: Any) -> Any:
+    """Return two contents as one: a text, or parts where one of them has parts."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}{separator}{second}"
+    return [*_parts_of(first), *_parts_of(separator), *_parts_of(second)]
+
+
+def _parts_of(content: Any) -> list[Any]:
+    parts = [content] if isinstance(content, str) else content
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with a text as its content where all its parts are texts."""
+    is_text = all(part.get("type") == "text" for part in _parts_of(message["content"]))
+    return {**message, "content": text_of(message)} if is_text else message
 
 
 def text_of(message: Message) -> str:
     """Return the text of a message whose content is a text or a list of parts."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
+    return "".join(str(part.get("text") or "") for part in _parts_of(message.get("content") or ""))
 
 
 def check_complete(
     template: ChatTemplate, prompt: str, messages: Messages, tools: Sequence[Tool], as_variable: bool
 ) -> None:
-    """Refuse a prompt that lacks a message, a call or a tool.
-
-    Raises:
-        LostTextError: If something is missing.
-    """
+    """Refuse (`LostTextError`) a prompt that lacks a message, a call or a tool."""
     for message in messages:
-        if not _stands_in(_essential_text(message), prompt):
+        if not all(_stands_in(text, prompt) for text in _essential_texts(message)):
             raise LostTextError(
                 f"The chat template of the model leaves out a message of the role {message['role']!r}. "
                 "Put its text into a message of the user."
@@ -381,21 +395,24 @@ def _writes_calls(template: ChatTemplate) -> bool:
     """Return whether a template writes the calls of the assistant; in doubt, the texts of the calls tell."""
     messages: Messages = [{"role": "user", "content": USER}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     written = []
-    for base in (messages, _with_arguments(messages, as_text=True)):
+    for base in (messages, with_arguments(messages, as_text=True)):
         with suppress(ChatTemplateError):
             written.append(PROBE_TOOL["function"]["name"] in template.render(base, answer=False))
     return any(written) or not written
 
 
-def _essential_text(message: Message) -> str:
-    text = text_of(message)
+def _essential_texts(message: Message) -> list[str]:
+    texts = [str(part.get("text") or "") for part in _parts_of(message.get("content") or "")]
     if message["role"] != "assistant":
-        return text
+        return texts
     # Templates leave out earlier reasoning on purpose, and some the words beside a call.
-    if message.get("tool_calls"):
-        return ""
+    return [] if message.get("tool_calls") else [_without_reasoning(text) for text in texts]
+
+
+def _without_reasoning(text: str) -> str:
     for known in FORMATS:
-        text = text.rpartition(known.end)[2] if known.start in text or known.end.startswith("</") else text
+        if known.start in text or known.end.startswith("</"):
+            text = text.rpartition(known.end)[2]
     return text
 
 

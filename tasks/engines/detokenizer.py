@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 REPLACEMENT = "\ufffd"
 # A character has four bytes at most, so that more tokens without one are no beginning of a character.
@@ -17,13 +17,6 @@ MAX_HELD_TOKENS = 12
 VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 BYTE_OF_LETTER = {chr(byte): byte for byte in VISIBLE} | {chr(256 + place): byte for place, byte in enumerate(HIDDEN)}
-
-
-class Detokenizer(Protocol):
-    """Text of one sequence of tokens as they come."""
-
-    def step(self, token: int) -> str:
-        """Return the text that a token completes, empty where a character is still incomplete."""
 
 
 class Tokenizer(ABC):
@@ -41,8 +34,8 @@ class Tokenizer(ABC):
     def special_id(self, text: str) -> int | None:
         """Return the special token that has exactly this text, or None."""
 
-    def open_stream(self) -> Detokenizer:
-        """Return a detokenizer for a new sequence."""
+    def open_stream(self) -> WindowDetokenizer | RustDetokenizer:
+        """Return a detokenizer for a new sequence, which gives its text as the tokens come."""
         return WindowDetokenizer(self)
 
     def entry(self, token: int) -> str:
@@ -58,29 +51,21 @@ class RustTokenizer(Tokenizer):
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        """Take a tokenizer of that library, which neither cuts nor fills up from now on."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.rust = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: place for place, token in added.items() if token.special}
 
     @classmethod
     def of_folder(cls, folder: Path) -> RustTokenizer | None:
-        """Return the tokenizer of a model folder, or None where there is none that can be read.
-
-        It neither cuts nor fills up.
-        """
+        """Return the tokenizer of a model folder, or None where there is none that can be read."""
         from tokenizers import Tokenizer
 
-        path = folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path)) if path.is_file() else None
-        except Exception:
-            # A file of a newer version of the library cannot be read by this one.
-            return None
-        if tokenizer is None:
-            return None
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return cls(tokenizer)
+        with suppress(Exception):  # a file of a newer version of the library cannot be read by this one
+            return cls(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        return None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text, with or without a start token and the like."""
@@ -90,7 +75,7 @@ class RustTokenizer(Tokenizer):
         """Return the text of tokens, without special tokens and without any clean-up of spaces."""
         return str(self.rust.decode(list(token_ids), skip_special_tokens=True))
 
-    def open_stream(self) -> Detokenizer:
+    def open_stream(self) -> WindowDetokenizer | RustDetokenizer:
         """Return a detokenizer for a new sequence."""
         return RustDetokenizer(self.rust)
 
@@ -131,13 +116,9 @@ class TransformersTokenizer(Tokenizer):
         self.tokenizer = tokenizer
         # The Rust tokenizer is many times faster than its wrapper, and safe in many threads. It is a copy, since the
         # wrapper sets the padding and the truncation of its own at each call, and a pipeline is its user's.
-        backend = None
-        with suppress(Exception):  # one with parts in Python cannot be copied
-            backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
-        if backend is not None:
-            backend.no_truncation()
-            backend.no_padding()
-        self._rust = None if backend is None else RustTokenizer(backend)
+        self._rust: RustTokenizer | None = None
+        with suppress(Exception):  # not all have one, and one with parts in Python cannot be copied
+            self._rust = RustTokenizer(copy.deepcopy(tokenizer.backend_tokenizer))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a text, with or without a start token and the like."""
@@ -153,7 +134,7 @@ class TransformersTokenizer(Tokenizer):
             return self._rust.decode(token_ids)
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def open_stream(self) -> Detokenizer:
+    def open_stream(self) -> WindowDetokenizer | RustDetokenizer:
         """Return a detokenizer for a new sequence."""
         return super().open_stream() if self._rust is None else self._rust.open_stream()
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
@@ -37,25 +37,12 @@ MAX_BATCH_ROWS = 32
 SMALLEST_NORM = 1e-12
 
 
-class Network(Protocol):
-    """A loaded model. Only the thread of its engine uses it.
+class OpenVINONetwork:
+    """Model of an OpenVINO folder. Batches are computed side by side, one for each stream of the device.
 
     Attributes:
         slots: How many batches may be under way.
     """
-
-    slots: int
-
-    def start(self, inputs: Arrays) -> Callable[[], np.ndarray]:
-        """Start a batch, and return what waits for its first output: hidden states or logits.
-
-        Args:
-            inputs: `input_ids`, `attention_mask` and `token_type_ids`, each int64 of [rows, tokens].
-        """
-
-
-class OpenVINONetwork:
-    """Model of an OpenVINO folder. Batches are computed side by side, one for each stream of the device."""
 
     def __init__(self, folder: Path, model: LocalModel) -> None:
         device = choose_device(model)
@@ -79,7 +66,11 @@ class OpenVINONetwork:
         self._idle = [compiled.create_infer_request() for _ in range(self.slots)]
 
     def start(self, inputs: Arrays) -> Callable[[], np.ndarray]:
-        """Start a batch, and return what waits for its output."""
+        """Start a batch, and return what waits for its first output: hidden states or logits.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and `token_type_ids`, each int64 of [rows, tokens].
+        """
         import numpy as np
 
         if "position_ids" in self._names:
@@ -99,7 +90,7 @@ class OpenVINONetwork:
 
 
 class TorchNetwork:
-    """Model of Transformers."""
+    """Model of Transformers, used as that of an OpenVINO folder is."""
 
     slots = 1
 
@@ -156,7 +147,7 @@ class EmbeddingEngine(EngineWorker):
                 "Use a reranker, or set `task='feature-extraction'`."
             )
         inputs = EmbeddingInputs(folder, files, _tokenizer_of(folder, model), is_ranker)
-        self._network: Network
+        self._network: OpenVINONetwork | TorchNetwork
         if model.backend == "openvino":
             self._network = OpenVINONetwork(folder, model)
         else:
@@ -321,10 +312,7 @@ def _tokenizer_of(folder: Path, model: LocalModel) -> RustTokenizer:
         from prefect_huggingface.tasks.engines.torch_loading import load_tokenizer
 
         backend = getattr(load_tokenizer(folder, model), "backend_tokenizer", None)
-        if backend is not None:
-            backend.no_truncation()
-            backend.no_padding()
-            found = RustTokenizer(backend)
+        found = None if backend is None else RustTokenizer(backend)
     if found is None:
         raise EngineError(
             f"The model in {str(folder)!r} has no fast tokenizer (`tokenizer.json`) that can be read, which vectors "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.blocks import EmbeddingOptions
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import read_json, read_special_tokens
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, read_json, read_special_tokens
 from prefect_huggingface.tasks.engines.detokenizer import RustTokenizer
 from prefect_huggingface.tasks.engines.inputs import (
     InputProcessor,
@@ -103,10 +103,9 @@ class ModelFiles:
         found["query_prompt"] = _first(prompts, QUERY_PROMPTS, default)
         found["document_prompt"] = _first(prompts, DOCUMENT_PROMPTS, default)
         found["dimensions"] = sentence.get("truncate_dim")
-        found["max_length"] = self._max_length(given.max_length)
-        found["activation"] = self._activation()
-        given = given.model_copy(update={"max_length": found["max_length"]})
-        self.options = EmbeddingOptions(**found).merged(_only_given(given))
+        found["activation"] = given.activation or self._activation()
+        given = given.model_copy(update={"max_length": self._max_length(given.max_length)})
+        self.options = EmbeddingOptions(**found).merged(given)
 
     @property
     def is_causal(self) -> bool:
@@ -190,7 +189,7 @@ class EmbeddingInputs(InputProcessor):
     """
 
     def __init__(self, folder: Path, files: ModelFiles, tokenizer: RustTokenizer, is_ranker: bool) -> None:
-        super().__init__(None)
+        super().__init__(ChatTemplate({}))
         self.files, self.is_ranker = files, is_ranker
         self.tokenizer, self._rust = tokenizer, tokenizer.rust
         self.context_length = files.options.max_length
@@ -316,8 +315,3 @@ def _read_dense(folder: Path) -> DenseLayer:
 def _first(prompts: Mapping[str, Any], names: tuple[str, ...], default: Any) -> str | None:
     found = next((prompts[name] for name in names if prompts.get(name) is not None), default)
     return None if found is None else str(found)
-
-
-def _only_given(options: EmbeddingOptions) -> EmbeddingOptions:
-    """Return options whose empty fields do not count as given."""
-    return EmbeddingOptions(**{name: value for name, value in options if value is not None})

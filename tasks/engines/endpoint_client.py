@@ -1,32 +1,37 @@
 """One attempt at a time over HTTP: what is sent to an endpoint, and what its answers say.
 
 The token and the further headers of the block go to the origin of the endpoint only; a redirection elsewhere is
-followed without them. No more of an answer is read than the block allows.
+followed without them. No more of an answer is read than the block allows. What an endpoint cannot honour is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import mimetypes
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import httpx
 
-from prefect_huggingface.blocks import InferenceEndpoint
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, ResponseFormat
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.endpoint_requests import Server, chat_body, is_chat, refusal, text_body
+from prefect_huggingface.tasks.engines.conversations import with_arguments
 from prefect_huggingface.tasks.engines.endpoint_retry import (
     EndpointFailure,
     HttpTrace,
     explain,
     explain_status,
     not_an_endpoint,
-    words_of,
 )
+from prefect_huggingface.tasks.engines.inputs import check_messages, check_prompt, is_set, refuse_options
+from prefect_huggingface.tasks.engines.multimodal import image_bytes
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
-from prefect_huggingface.tasks.records import FinishReason
+from prefect_huggingface.tasks.records import FinishReason, Request
 
 MAX_REDIRECTS = 5
 REFUSAL_BYTES = 64 * 1024
@@ -35,12 +40,47 @@ NO_SUCH_ROUTE = (400, 404, 405, 422)
 # Errors inside a stream have no status of their own; TGI names them.
 STREAM_STATUSES = {"validation": 422, "generation": 424, "overloaded": 429, "incomplete_generation": 500}
 TRACE = "prefect_huggingface_trace"
+# Servers take four at most. The further ones still end the text, on this side.
+MAX_STOP_STRINGS = 4
+# A server of one model ignores the name; the clients of Hugging Face send this one.
+UNNAMED_MODEL = "dummy"
+# Options outside OpenAI's protocol, under the names that most servers give them.
+EXTRA_NAMES = {
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
+    "ignore_eos": "ignore_eos",
+    "stop_token_ids": "stop_token_ids",
+    "template_options": "chat_template_kwargs",
+}
+NOWHERE = (
+    "num_beams", "no_repeat_ngram_size", "max_reasoning_tokens", "choice_probabilities", "src_lang", "tgt_lang",
+    "forced_bos_token_id",
+)  # fmt: skip
+NO_SUCH_OPTION = ("does not exist at this endpoint", "Leave it out.")
+NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n", "min_p", "stop_token_ids", "template_options")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What an endpoint is.
+
+    Attributes:
+        dialect: Protocol that it speaks.
+        context_length: Number of tokens of prompt and answer together, or None where it does not say.
+        model: Name of the model in a request, or None where the server names none.
+    """
+
+    dialect: Literal["openai", "tgi"]
+    context_length: int | None = None
+    model: str | None = None
 
 
 class EndpointClient:
     """What can be asked of an endpoint. Used by the coroutines of one event loop.
 
-    Every method raises `EndpointFailure` or `RequestError`, and nothing of the libraries underneath.
+    Every method raises `RequestError` (`EndpointFailure` among them), and nothing of the libraries underneath.
     """
 
     def __init__(self, endpoint: InferenceEndpoint) -> None:
@@ -114,12 +154,9 @@ class EndpointClient:
         """Return the JSON of a route, or nothing where there is no such route."""
         try:
             async with self._traced() as trace:
-                response = await self._connect().get(f"{self._root}{route}", extensions={TRACE: trace})
-                if response.status_code >= 400 and response.status_code not in NO_SUCH_ROUTE:
-                    raise explain_status(response.status_code, words_of(trace.body), trace, self._endpoint)
-                found = response.json() if response.is_success else {}
+                found = (await self._connect().get(f"{self._root}{route}", extensions={TRACE: trace})).json()
         except EndpointFailure as failure:
-            if failure.code != "bad_answer":
+            if failure.code != "bad_answer" and trace.status not in NO_SUCH_ROUTE:
                 raise
             return {}
         return found if isinstance(found, Mapping) else {}
@@ -153,7 +190,7 @@ class EndpointClient:
             headers["authorization"] = f"Bearer {token}"
 
     async def _inspect(self, response: httpx.Response) -> None:
-        """Note what came, read the beginning of a refusal, and stop an answer that is too large or of another kind."""
+        """Note what came; a refusal, and what is too large or of another kind, is an `EndpointFailure`."""
         trace: HttpTrace = response.request.extensions[TRACE]
         trace.status, trace.headers = response.status_code, response.headers
         refused = response.status_code >= 400
@@ -161,10 +198,9 @@ class EndpointClient:
         limit = REFUSAL_BYTES if refused else self._max_bytes
         response.stream = _Bounded(response.stream, limit, None if refused else self._too_large())
         if refused:
-            trace.body = (await response.aread()).decode(errors="replace")
-            if response.request.method == "POST":
-                raise explain_status(response.status_code, words_of(trace.body), trace, self._endpoint)
-        elif response.is_success:
+            body = (await response.aread()).decode(errors="replace")
+            raise explain_status(response.status_code, body, trace, self._endpoint)
+        if response.is_success:
             if trace.content_type == "text/html":
                 raise not_an_endpoint(self._endpoint, trace, "a web page")
             if response.headers.get("content-encoding", "identity") != "identity":
@@ -215,8 +251,175 @@ class _Bounded(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
-def _origin_of(url: httpx.URL) -> tuple[str, str, int]:
-    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
+def _origin_of(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port  # None for that of the scheme
+
+
+def is_chat(request: Request, endpoint: InferenceEndpoint, server: Server) -> bool:
+    """Return whether a request goes to the chat route, and not as raw text.
+
+    Raises:
+        RequestError: If it lacks a prompt or messages, has both, or must go a way that the server does not know.
+    """
+    check_prompt(request)
+    if request.prompt is None:
+        return True
+    wishes = {"always": "chat", "never": "text"}
+    wish = wishes.get(request.chat_template or "auto", endpoint.send_prompts_as)
+    if wish == "text" and server.dialect != "tgi":
+        raise refusal("send_prompts_as", "text", "speaks OpenAI's chat protocol", "Set it to 'chat'")
+    return wish == "chat" or server.dialect != "tgi"
+
+
+def text_body(
+    request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server
+) -> dict[str, Any]:
+    """Return the JSON for TGI's text route.
+
+    Raises:
+        RequestError: If the request has an option that the endpoint cannot honour.
+    """
+    refuse_options(options, (*NOWHERE, *NOT_ON_TGI, "presence_penalty"), *NO_SUCH_OPTION)
+    if request.images or request.tools:
+        raise refusal("images" if request.images else "tools", "some", "takes plain text", "Send messages")
+    parameters: dict[str, Any] = {
+        "details": True,
+        "return_full_text": False,
+        "max_new_tokens": options.max_new_tokens,
+        "stop": options.stop[:MAX_STOP_STRINGS] or None,
+        "truncate": _truncation(options, server),
+        "grammar": _tgi_format(options.response_format, "json"),
+        "repetition_penalty": options.repetition_penalty if options.repetition_penalty != 1.0 else None,
+        "frequency_penalty": options.frequency_penalty or None,
+    }
+    if options.do_sample:
+        # TGI takes no top_p of 1, which is the default.
+        top_p = options.top_p if options.top_p != 1.0 else None
+        parameters |= {"do_sample": True, "temperature": options.temperature, "top_p": top_p, "top_k": options.top_k}
+        parameters["seed"] = options.seed
+    return {"inputs": request.prompt, "parameters": {**_given(parameters), **endpoint.extra_parameters}}
+
+
+def chat_body(
+    request: Request, options: GenerationOptions, endpoint: InferenceEndpoint, server: Server
+) -> dict[str, Any]:
+    """Return the JSON for the chat route.
+
+    Raises:
+        RequestError: If the request has an option that the endpoint cannot honour.
+    """
+    refuse_options(options, NOWHERE if server.dialect == "openai" else (*NOWHERE, "n"), *NO_SUCH_OPTION)
+    if options.context_overflow not in ("error", "skip"):
+        raise refusal("context_overflow", options.context_overflow, "cannot truncate a chat", "Use 'error' or 'skip'")
+    if options.echo and request.messages is not None:
+        raise refusal("echo", True, "returns no conversation", "Leave it out")
+    body = {
+        "messages": messages_of(request),
+        "model": endpoint.model_name or server.model or UNNAMED_MODEL,
+        "max_tokens": options.max_new_tokens,
+        "stop": options.stop[:MAX_STOP_STRINGS] or None,
+        "tools": [dict(tool) for tool in request.tools] or None,
+        "logprobs": options.logprobs or None,
+        "n": options.n if options.n > 1 else None,
+        # A server may sample by default; only a temperature of 0 is greedy everywhere.
+        "temperature": (1.0 if options.temperature is None else options.temperature) if options.do_sample else 0.0,
+        "top_p": options.top_p,
+        "seed": options.seed,
+        "presence_penalty": options.presence_penalty or None,
+        "frequency_penalty": options.frequency_penalty or None,
+        "response_format": _chat_format(options.response_format, server),
+        **_extra_options(options, endpoint),
+    }
+    return {**_given(body), **endpoint.extra_parameters}
+
+
+def _extra_options(options: GenerationOptions, endpoint: InferenceEndpoint) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, sent_name in EXTRA_NAMES.items():
+        if not is_set(options, name):
+            continue
+        if name not in endpoint.extra_options:
+            action = f"Leave it out, or put {name!r} into `extra_options` if the server understands it"
+            raise refusal(
+                name, getattr(options, name), "speaks OpenAI's chat protocol, which has no such option", action
+            )
+        found[sent_name] = getattr(options, name)
+    return found
+
+
+def _chat_format(form: ResponseFormat | None, server: Server) -> dict[str, Any] | None:
+    if form is None:
+        return None
+    if server.dialect == "tgi":
+        return _tgi_format(form, "json_object")
+    if form.json_schema is None:
+        kind = "regex" if form.regex is not None else "choices"
+        raise refusal(
+            "response_format", kind, "speaks OpenAI's chat protocol, which knows JSON schemas only", "Use `json_schema`"
+        )
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form.json_schema, "strict": True}}
+
+
+def _tgi_format(form: ResponseFormat | None, name: str) -> dict[str, Any] | None:
+    if form is None:
+        return None
+    if form.json_schema is not None:
+        return {"type": name, "value": form.json_schema}
+    regex = form.regex if form.regex is not None else "|".join(f"({re.escape(text)})" for text in form.choices or ())
+    return {"type": "regex", "value": regex}
+
+
+def _truncation(options: GenerationOptions, server: Server) -> int | None:
+    """Return how many tokens of the prompt's end TGI keeps, or None for all."""
+    if options.context_overflow == "truncate_right":
+        raise refusal("context_overflow", "truncate_right", "drops the beginning only", "Use 'truncate_left'")
+    if options.context_overflow != "truncate_left":
+        return None
+    if server.context_length is None:
+        raise refusal("context_overflow", "truncate_left", "does not tell its context length", "Use 'error' or 'skip'")
+    return max(1, server.context_length - options.max_new_tokens)
+
+
+def messages_of(request: Request) -> list[dict[str, Any]]:
+    """Return the conversation of a request, with its images in the last message.
+
+    Raises:
+        RequestError: If a message is malformed, or an image cannot be read.
+    """
+    if request.messages is None:
+        messages: list[dict[str, Any]] = [{"role": "user", "content": request.prompt}]
+    elif any(_has_parts(message) for message in request.messages):
+        # Content in parts, with images for instance, is for the server to understand.
+        messages = [dict(message) for message in request.messages]
+    else:
+        messages = check_messages(request.messages)
+    if request.images:
+        content = messages[-1].get("content") or ""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        images = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in request.images]
+        messages[-1]["content"] = [*images, *parts]
+    # The protocol has the arguments of calls as text, and templates do not.
+    return with_arguments(messages, as_text=True)
+
+
+def _has_parts(message: Any) -> bool:
+    return isinstance(message, Mapping) and "role" in message and isinstance(message.get("content"), list)
+
+
+def _image_url(image: str) -> str:
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    kind = mimetypes.guess_type(image)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(image_bytes(image)).decode()}"
+
+
+def refusal(name: str, value: Any, reason: str, action: str) -> RequestError:
+    """Return the error for an option that an endpoint cannot honour."""
+    return RequestError("invalid_option", f"`{name}` cannot be {value!r} here: this endpoint {reason}. {action}.")
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 async def _events_of(
@@ -235,10 +438,10 @@ async def _events_of(
                 return
             event = json.loads(content)
             if event.get("error"):
-                words, kind = words_of(content.decode()), event.get("error_type")
                 nested = event["error"].get("code") if isinstance(event["error"], dict) else None
-                status = STREAM_STATUSES.get(kind, nested if isinstance(nested, int) and nested >= 400 else 500)
-                raise explain_status(status, words, trace, endpoint)
+                status = nested if isinstance(nested, int) and nested >= 400 else 500
+                status = STREAM_STATUSES.get(event.get("error_type"), status)
+                raise explain_status(status, content.decode(), trace, endpoint)
             yield event
 
 
@@ -310,16 +513,17 @@ async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: Reques
     """Read a streamed answer of the chat route, up to a stop string."""
     sequence, calls, reason = state.sequences[0], dict[int, dict[str, str]](), None
     async for event in events:
-        usage = event.get("usage") or {}
-        _count(state, usage.get("prompt_tokens"), usage.get("completion_tokens"))
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
             _add_tool_calls(calls, delta.get("tool_calls"))
             _add_tokens(sequence, (choice.get("logprobs") or {}).get("content"))
             sequence.append_reasoning(_reasoning_of(delta))
             reason = choice.get("finish_reason") or reason
-            if not _add_text(sequence, delta.get("content")):
-                return
+            _add_text(sequence, delta.get("content"))
+        usage = event.get("usage") or {}
+        _count(state, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        if sequence.finish_reason is not None:
+            return
     if reason is not None:
         _add_text(sequence, "\n".join(_tool_call_text(call["name"], call["arguments"]) for call in calls.values()))
         sequence.finish(_reason_of(reason))

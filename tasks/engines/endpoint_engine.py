@@ -19,7 +19,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import InferenceEndpoint
 from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
 from prefect_huggingface.tasks.engines.endpoint_client import EndpointClient
-from prefect_huggingface.tasks.engines.endpoint_retry import Circuit, EndpointFailure, RetryPolicy
+from prefect_huggingface.tasks.engines.endpoint_retry import Circuit, RetryPolicy
 from prefect_huggingface.tasks.engines.inputs import resolve_options
 from prefect_huggingface.tasks.engines.reasoning import FORMATS, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
@@ -127,8 +127,8 @@ class EndpointEngine(Engine):
             raise EngineError(f"The engine of {self.endpoint.base_url!r} is closed. Load it again.")
         try:
             return future.result()
-        except EndpointFailure as failure:
-            raise EngineError(failure.message, error_code=failure.code) from None
+        except RequestError as exc:
+            raise EngineError(str(exc), error_code=exc.code) from None
         except CancelledError:
             raise EngineError(CLOSED) from None
         except Exception as exc:  # its text may hold the token
@@ -151,7 +151,7 @@ class EndpointEngine(Engine):
         """Bring a request to its end, whatever happens."""
         try:
             await self._generate(state)
-        except (RequestError, EndpointFailure) as exc:
+        except RequestError as exc:
             if exc.code == "too_long" and state.options.context_overflow == "skip":
                 state.sequences, state.echo = [], ""
                 state.skip(0)

@@ -22,6 +22,7 @@ import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
 
 from prefect_huggingface.blocks import InferenceEndpoint
+from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.hub_errors import announced_wait
 from prefect_huggingface.tasks.records import ErrorCode
 from prefect_huggingface.tasks.run_logs import redact, run_log
@@ -43,11 +44,10 @@ PROBE_SHARE = 0.1
 LOG_EVERY_SECONDS = 15.0
 
 
-class EndpointFailure(Exception):
+class EndpointFailure(RequestError):
     """One attempt that failed.
 
     Attributes:
-        code: Kind of the error.
         kind: What it means for the next attempt.
         wait_seconds: How long the server asks to wait, or None.
     """
@@ -59,8 +59,7 @@ class EndpointFailure(Exception):
         kind: Literal["final", "transient", "down", "asleep"] = "final",
         wait_seconds: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
+        super().__init__(code, message)
         self.kind, self.wait_seconds = kind, wait_seconds
 
     @property
@@ -76,13 +75,11 @@ class HttpTrace:
     Attributes:
         status: Status of the last response, or None where there was none.
         headers: Headers of the last response.
-        body: Beginning of the body of a refusal.
         redirected_to: Origin that the request was redirected to, where that is another one.
     """
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: str = ""
     redirected_to: str | None = None
 
     @property
@@ -134,21 +131,13 @@ class Circuit:
         return self._endpoint.wake_timeout_seconds if asleep else self._endpoint.outage_timeout_seconds
 
     def check(self) -> None:
-        """Raise the last failure where the endpoint has been away for too long.
-
-        Raises:
-            EndpointFailure: With how long it was waited for.
-        """
+        """Raise the last failure where the endpoint has been away for too long, with how long it was waited for."""
         failure = self._last_failure
         if failure is not None and self.down_seconds > self._limit:
-            raise EndpointFailure(failure.code, f"{failure.message} It was waited for {self.down_seconds:.0f} s.")
+            raise EndpointFailure(failure.code, f"{failure} It was waited for {self.down_seconds:.0f} s.")
 
     async def ready(self) -> None:
-        """Wait until a request may be sent.
-
-        Raises:
-            EndpointFailure: If the endpoint has been away for too long.
-        """
+        """Wait until a request may be sent, or raise where the endpoint has been away for too long."""
         while not self.can_admit:
             self.check()
             try:
@@ -198,7 +187,7 @@ class Circuit:
             self._next_log = now + LOG_EVERY_SECONDS
             run_log().warning(
                 "Waiting for %s for %.0f s of at most %.0f s: %s",
-                self._endpoint.base_url, self.down_seconds, self._limit, failure.message,
+                self._endpoint.base_url, self.down_seconds, self._limit, failure,
             )  # fmt: skip
 
 
@@ -220,11 +209,7 @@ class RetryPolicy:
         await AsyncRetrying(sleep=asyncio.sleep, retry=may_pass, wait=self._backoff, reraise=True)(attempt)
 
     def _backoff(self, call: RetryCallState) -> float:
-        """Return the seconds to wait before the next attempt: longer each time, and as long as the server asks.
-
-        Raises:
-            EndpointFailure: If there must be no next attempt.
-        """
+        """Return the seconds to wait before the next attempt: longer each time, and as long as the server asks."""
         failure = call.outcome.exception() if call.outcome is not None else None
         assert isinstance(failure, EndpointFailure)
         # While the endpoint answers nobody, the failure is not this request's own.
@@ -232,28 +217,27 @@ class RetryPolicy:
         self._successes = self._circuit.successes
         self._circuit.check()
         if self._own_failures >= self._endpoint.max_attempts:
-            text = f"{failure.message} It was tried {call.attempt_number} times."
+            text = f"{failure} It was tried {call.attempt_number} times."
             raise EndpointFailure(failure.code, text) from None
         if failure.is_outage and self._circuit.is_open:
             return 0.0
         asked, longest = failure.wait_seconds or 0.0, self._endpoint.max_retry_wait_seconds
         if asked > longest and not failure.is_outage:
             text = f"It asks to wait {asked:.0f} s, more than `max_retry_wait_seconds` ({longest:g})."
-            raise EndpointFailure(failure.code, f"{failure.message} {text}") from None
+            raise EndpointFailure(failure.code, f"{failure} {text}") from None
         return min(max(asked, BACKOFF(call)), longest)
 
 
 def explain(exc: Exception, trace: HttpTrace, endpoint: InferenceEndpoint) -> EndpointFailure:
     """Return the failure that an exception means. It keeps no reference to the exception, which may hold a secret."""
-    if isinstance(exc, EndpointFailure):
-        return exc
     if isinstance(exc, httpx.TransportError | httpx.TooManyRedirects):
         return _explain_transport(exc, trace, endpoint)
     return not_an_endpoint(endpoint, trace, f"an answer that cannot be read ({type(exc).__name__})")
 
 
-def explain_status(status: int, words: str, trace: HttpTrace, endpoint: InferenceEndpoint) -> EndpointFailure:
-    """Return the failure that a status and the words of the server mean."""
+def explain_status(status: int, body: str, trace: HttpTrace, endpoint: InferenceEndpoint) -> EndpointFailure:
+    """Return the failure that a status means, and what the server says with it."""
+    words = _words_of(body)
     said = f" ({_clean(words, endpoint)})" if words else ""
     place = repr(endpoint.base_url)
     wait = announced_wait(trace.headers)
@@ -272,7 +256,7 @@ def explain_status(status: int, words: str, trace: HttpTrace, endpoint: Inferenc
     if status >= 500 and status != 501:
         text = f"{place} is not ready, status {status}{said}. Start it, or raise `wake_timeout_seconds`."
         return EndpointFailure("unavailable", text, "asleep" if status == 503 else "down", wait)
-    if status == 413 or "context_length_exceeded" in trace.body or TOO_LONG.search(words):
+    if status == 413 or "context_length_exceeded" in body or TOO_LONG.search(words):
         text = f"The prompt with its new tokens is too long for {place}{said}. Shorten it, or lower `max_new_tokens`."
         return EndpointFailure("too_long", text)
     if status in (400, 422):
@@ -325,7 +309,7 @@ def not_an_endpoint(endpoint: InferenceEndpoint, trace: HttpTrace, what: str) ->
     return EndpointFailure("bad_answer", text)
 
 
-def words_of(body: str) -> str:
+def _words_of(body: str) -> str:
     """Return what a server says in the body of a refusal, as JSON or as a short plain text."""
     try:
         value = json.loads(body)

@@ -6,6 +6,7 @@ The chat template is applied exactly once, on every engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,12 @@ from pydantic import ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import (
-    TOKEN_NAMES,
-    ChatTemplate,
-    ChatTemplateError,
-    read_json,
-    read_special_tokens,
-)
-from prefect_huggingface.tasks.engines.conversations import Prompt, write_conversation
+from prefect_huggingface.tasks.engines.chat_templates import TOKEN_NAMES, ChatTemplate, ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.conversations import Prompt, check_untrusted, write_conversation
 from prefect_huggingface.tasks.engines.detokenizer import Tokenizer
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, find_reasoning_format
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.structured import check_format
-from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
 from prefect_huggingface.tasks.records import Request
 
 TemplateUse = Literal["auto", "always", "never"]
@@ -51,7 +45,7 @@ class InputProcessor:
         reads_parts: Whether the template gets messages in parts, text and images.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
-        defaults: Options of the model.
+        defaults: Options of the model, set by its engine.
     """
 
     tokenizer: Tokenizer
@@ -61,43 +55,33 @@ class InputProcessor:
     reads_parts: bool = False
     check: Callable[[GenerationOptions], None] | None = None
 
-    def __init__(
-        self,
-        template: ChatTemplate | None,
-        tokens: Mapping[str, str] | None = None,
-        use: TemplateUse = "auto",
-        defaults: GenerationOptions | None = None,
-    ) -> None:
-        """Take the template of a model, or its special tokens by their names where it has no template."""
-        self.template = template
-        self._use = use
-        self.defaults = defaults or GenerationOptions()
-        self._tokens = dict(template.tokens if template else tokens or {})
-        self._start_token = self._tokens.get("bos_token") or ""
-        self._other_templates: dict[str, ChatTemplate] = {}
+    def __init__(self, template: ChatTemplate, use: TemplateUse = "auto") -> None:
+        """Take the special tokens of a model with its template, which has no sources where the model has none."""
+        self.template = template if template.sources else None
+        self._base, self._use = template, use
+        self.defaults = GenerationOptions()
+        self._start_token = self._base.tokens.get("bos_token") or ""
 
     @classmethod
-    def of_folder(
-        cls, folder: Path, use: TemplateUse = "auto", defaults: GenerationOptions | None = None
-    ) -> InputProcessor:
+    def of_folder(cls, folder: Path, use: TemplateUse = "auto") -> InputProcessor:
         """Return the input processor of a model folder."""
-        return cls(ChatTemplate.of_folder(folder), read_special_tokens(folder), use, defaults)
+        return cls(ChatTemplate.of_folder(folder), use)
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> InputProcessor:
         """Return the input processor of a tokenizer or processor of Transformers; plain prompts stay as they are."""
         named = getattr(tokenizer, "tokenizer", tokenizer)
         tokens = {name: str(value) for name in TOKEN_NAMES if (value := getattr(named, name, None))}
-        source = getattr(tokenizer, "chat_template", None)
+        source = getattr(tokenizer, "chat_template", None) or {}
         added = getattr(named, "added_tokens_decoder", None) or {}
         special = [token.content for token in added.values() if token.special]
         every = [token.content for token in added.values()]
-        return cls(ChatTemplate(source, tokens, special, every) if source else None, tokens, "never")
+        return cls(ChatTemplate(source, tokens, special, every), "never")
 
     def bind(self, tokenizer: Tokenizer, end_ids: Collection[int], context_length: int | None) -> None:
         """Take the tokenizer of the model, the end tokens that its settings name, and the length of its context."""
         self.tokenizer, self.context_length = tokenizer, context_length
-        ends = (self._tokens.get("eos_token"), self.template and self.template.end_text)
+        ends = (self._base.tokens.get("eos_token"), self.template and self.template.end_text)
         further = {tokenizer.special_id(text) for text in ends if text}
         self.end_ids = frozenset(end_ids) | {token for token in further if token is not None}
 
@@ -132,7 +116,6 @@ class InputProcessor:
             self._end_ids_of(state),
             echo=prompt.text if options.echo else "",
             reasoning=self._reasoning_of(state, prompt),
-            visible_marks=TOOL_MARKS if state.request.tools else (),
         )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:
@@ -142,10 +125,23 @@ class InputProcessor:
             RequestError: If the request has no prompt, or its messages cannot be used.
         """
         check_prompt(request)
+        if request.messages is None and not self._takes_template(request):
+            return self._from_text(request.prompt or "")
         options = options or self.defaults
-        if request.messages is not None:
-            return self._from_messages(request, check_messages(request.messages), options)
-        return self._from_text(request, options)
+        messages, template = self._messages_of(request), self._template_of(request)
+        try:
+            if self.reads_parts and not options.trusted_text:
+                # A prompt with images is not tokenized piece by piece.
+                check_untrusted(template, messages)
+            return write_conversation(
+                template,
+                messages,
+                request.tools,
+                options=options.template_options,
+                trusted_text=options.trusted_text or self.reads_parts,
+            )
+        except ChatTemplateError as exc:
+            raise RequestError("invalid_prompt", str(exc)) from exc
 
     def _resolve(self, request: Request) -> GenerationOptions:
         """Return the options of a request, which the model can honour."""
@@ -196,39 +192,24 @@ class InputProcessor:
         sources = template.sources.values() if template is not None else ()
         return find_reasoning_format(sources, prompt.text, state.options.reasoning_tags)
 
-    def _from_messages(self, request: Request, messages: list[dict[str, Any]], options: GenerationOptions) -> Prompt:
-        template = self._template_of(request)
-        try:
-            return write_conversation(
-                template,
-                messages,
-                request.tools,
-                options=options.template_options,
-                trusted_text=options.trusted_text,
-            )
-        except ChatTemplateError as exc:
-            raise RequestError("invalid_prompt", str(exc)) from exc
+    def _messages_of(self, request: Request) -> list[dict[str, Any]]:
+        """Return the conversation of a request as the template gets it; a prompt is a message of the user."""
+        if request.messages is not None:
+            return check_messages(request.messages)
+        return [{"role": "user", "content": request.prompt}]
 
     def _template_of(self, request: Request) -> ChatTemplate:
-        """Return the template of a request; a caller has few of them, and each learns what it writes only once."""
-        if request.template is None:
-            if self.template is None:
-                raise RequestError(
-                    "invalid_prompt",
-                    "The model has no chat template, so it cannot answer messages. "
-                    "Give a plain prompt, or take a model that is tuned for chat.",
-                )
-            return self.template
-        source = request.template
-        if source not in self._other_templates:
-            base = self.template or ChatTemplate("", self._tokens)
-            self._other_templates = {source: ChatTemplate(source, base.tokens, base.special_texts, base.added_texts)}
-        return self._other_templates[source]
+        if request.template is not None:
+            return _with_source(self._base, request.template)
+        if self.template is None:
+            raise RequestError(
+                "invalid_prompt",
+                "The model has no chat template, so it cannot answer messages. "
+                "Give a plain prompt, or take a model that is tuned for chat.",
+            )
+        return self.template
 
-    def _from_text(self, request: Request, options: GenerationOptions) -> Prompt:
-        text = request.prompt or ""
-        if self._takes_template(request):
-            return self._from_messages(request, [{"role": "user", "content": text}], options)
+    def _from_text(self, text: str) -> Prompt:
         starts = bool(self._start_token) and text.startswith(self._start_token)
         # A templated text gets a start token only where the template itself writes one.
         is_templated = self.template is not None and self.template.is_templated(text)
@@ -236,11 +217,7 @@ class InputProcessor:
         return Prompt((text,), add_special_tokens=not starts and writes_start)
 
     def _takes_template(self, request: Request) -> bool:
-        """Return whether a plain prompt is put into the chat template.
-
-        Raises:
-            RequestError: If the model has no template to put it into.
-        """
+        """Return whether a plain prompt is put into the chat template, which "always" must have."""
         use = request.chat_template or self._use
         if self.template is None and use == "always":
             raise RequestError(
@@ -252,12 +229,14 @@ class InputProcessor:
         return use == "always" or not self.template.is_templated(request.prompt or "")
 
 
-def check_prompt(request: Request) -> None:
-    """Refuse a request without a prompt or messages, with both, or with what is no prompt.
+@lru_cache(maxsize=16)
+def _with_source(base: ChatTemplate, source: str) -> ChatTemplate:
+    """Return a template with another text; a caller has few of them, and each learns what it writes only once."""
+    return ChatTemplate(source, base.tokens, base.special_texts, base.added_texts)
 
-    Raises:
-        RequestError: If it is one.
-    """
+
+def check_prompt(request: Request) -> None:
+    """Refuse (`RequestError`) a request without a prompt or messages, with both, or with what is no prompt."""
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("invalid_prompt", "A request must have a prompt or messages, and not both. Give one.")
     if request.messages is None:
@@ -270,22 +249,14 @@ def is_set(options: GenerationOptions, name: str) -> bool:
 
 
 def refuse_options(options: GenerationOptions, names: Iterable[str], rule: str, remedy: str) -> None:
-    """Refuse options that are set.
-
-    Raises:
-        RequestError: With the first one, the rule that it breaks, and the remedy.
-    """
+    """Refuse (`RequestError`) options that are set, with the rule that the first one breaks and the remedy."""
     for name in names:
         if is_set(options, name):
             raise RequestError("invalid_option", f"`{name}` {rule}, got {getattr(options, name)!r}. {remedy}")
 
 
 def check_text(text: Any) -> None:
-    """Refuse what is no prompt.
-
-    Raises:
-        RequestError: If the prompt is not a text, has nothing in it, or holds half of a character.
-    """
+    """Refuse (`RequestError`) a prompt that is not a text, has nothing in it, or holds half of a character."""
     if not isinstance(text, str):
         raise RequestError("invalid_prompt", f"A prompt must be a text, got {type(text).__name__}. Give a string.")
     if not text.strip():
@@ -295,11 +266,7 @@ def check_text(text: Any) -> None:
 
 
 def check_characters(text: str, context_length: int | None) -> None:
-    """Refuse a text that no tokenizer needs to see to find it too long for the context.
-
-    Raises:
-        RequestError: If it is.
-    """
+    """Refuse (`RequestError`) a text that no tokenizer needs to see to find it too long for the context."""
     limit = CHARACTERS_PER_TOKEN * context_length if context_length is not None else len(text)
     if len(text) > limit:
         raise RequestError(

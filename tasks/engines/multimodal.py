@@ -11,7 +11,6 @@ import binascii
 import importlib.util
 import io
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,8 +21,7 @@ from urllib.request import url2pathname
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError
-from prefect_huggingface.tasks.engines.conversations import Prompt, check_complete, check_untrusted
+from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_messages, check_prompt, refuse_options
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
@@ -42,12 +40,10 @@ class MultimodalInput:
     """What was read for one request.
 
     Attributes:
-        messages: Conversation with parts as content.
         images: Images in RGB, in the order of their places.
         prepared: What the engine made of text and images.
     """
 
-    messages: list[dict[str, Any]]
     images: list[Any] = field(default_factory=list)
     prepared: Any = None
 
@@ -74,10 +70,17 @@ class MultimodalInputProcessor(InputProcessor):
 
     def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
         """Read the images of a request and hand it over; one that fails is handed over with its error."""
-        # A slow server keeps a thread for a while; nobody but those who ask one waits for these threads.
-        readers = self._fetchers if _has_remote_images(state.request) else self._readers
         try:
-            readers.submit(self._read, state, hand_over)
+            sources = read_conversation(state.request)[1]
+        except Exception as exc:
+            state.fail_with(exc, "The request failed", "Check its messages.")
+            hand_over(state)
+            return
+        state.multimodal = MultimodalInput()
+        # A slow server keeps a thread for a while; nobody but those who ask one waits for these threads.
+        readers = self._fetchers if any(map(_is_remote, sources)) else self._readers
+        try:
+            readers.submit(self._read, state, sources, hand_over)
         except RuntimeError:
             # The readers are gone after the engine was closed.
             hand_over(state)
@@ -88,18 +91,17 @@ class MultimodalInputProcessor(InputProcessor):
         self._readers.shutdown(wait=False)
         self._fetchers.shutdown(wait=False)
 
-    def _read(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
+    def _read(self, state: RequestState, sources: list[str], hand_over: Callable[[RequestState], None]) -> None:
         try:
             if not self._closed and state.abort_reason is None:
-                messages, sources = read_conversation(state.request)
-                state.multimodal = MultimodalInput(messages, [read_image(source) for source in sources])
+                state.multimodal.images = [read_image(source) for source in sources]
         except Exception as exc:
             state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
 
-    @abstractmethod
-    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
-        """Put messages and tools into the template, with the places of images as the engine wants them."""
+    def place_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages with the places of images as the engine wants them."""
+        return messages
 
     def _check_options(self, options: GenerationOptions) -> None:
         super()._check_options(options)
@@ -107,33 +109,17 @@ class MultimodalInputProcessor(InputProcessor):
         refuse_options(options, names, "does not work with images", "Leave it out.")
 
     def _write(self, state: RequestState) -> Prompt:
-        request, options = state.request, state.options
-        if request.prompt is not None and not self._takes_template(request):
-            return self._from_text(request, options)
-        template, messages = self._template_of(request), state.multimodal.messages
-        try:
-            if not options.trusted_text:
-                check_untrusted(template, messages)
-            text = self.render(template, messages, request, options=options.template_options)
-            check_complete(template, text, list(_pieces_of(messages)), request.tools, bool(request.tools))
-        except ChatTemplateError as exc:
-            raise RequestError("invalid_prompt", str(exc)) from exc
-        return Prompt((text,), add_special_tokens=False)
+        return self.write(state.request, state.options)
+
+    def _messages_of(self, request: Request) -> list[dict[str, Any]]:
+        return self.place_images(read_conversation(request)[0])
 
     def _reasoning_of(self, state: RequestState, prompt: Prompt) -> None:
         return None
 
 
-def _pieces_of(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a message for each text of a conversation, and those with calls."""
-    for message in messages:
-        texts = [part["text"] for part in message["content"] if part["type"] == "text"]
-        for text in texts if texts or not message.get("tool_calls") else [""]:
-            yield {**message, "content": text}
-
-
 def read_image(source: Any) -> Any:
-    """Return an image in RGB.
+    """Return an image in RGB, upright as its file says.
 
     Args:
         source: Path, or URL with the scheme file, data, http or https.
@@ -141,26 +127,42 @@ def read_image(source: Any) -> Any:
     Raises:
         RequestError: If there is no image that can be read. The error shows the source.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
+    content = image_bytes(source)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                # A small file may be a picture that fills the memory.
+                raise ValueError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise _unreadable(source, "it is not an image of a known kind") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as exc:
+        raise _unreadable(source, exc) from None
+
+
+def image_bytes(source: Any) -> bytes:
+    """Return the content of an image file, from the sources that `read_image` takes.
+
+    Raises:
+        RequestError: If it cannot be read.
+    """
     if not isinstance(source, (str, Path)):
         raise RequestError(
             "invalid_prompt", f"An image must be a path or a URL, got {type(source).__name__}. Give one."
         )
     try:
-        with Image.open(io.BytesIO(_read_bytes(str(source)))) as image:
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                # A small file may be a picture that fills the memory.
-                raise ValueError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}")
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise _unreadable(source, "it is not an image of a known kind") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise _unreadable(source, reason) from None
+        content = _read_bytes(str(source))
+    except (OSError, ValueError) as exc:
+        raise _unreadable(source, exc) from None
+    if len(content) > MAX_IMAGE_BYTES:
+        raise _unreadable(source, f"it has more than {MAX_IMAGE_BYTES // 2**20} MiB")
+    return content
 
 
 def _read_bytes(source: str) -> bytes:
+    """Return the content of a file, or its beginning where it is too large."""
     # A path of Windows looks like a URL with a scheme of one letter.
     scheme = urlsplit(source).scheme.lower()
     if scheme in ("http", "https"):
@@ -170,9 +172,8 @@ def _read_bytes(source: str) -> bytes:
     path = Path(url2pathname(urlsplit(source).path)) if scheme == "file" else Path(source).expanduser()
     if len(scheme) > 1 and scheme != "file":
         raise ValueError(f"the scheme {scheme!r} is not one of file, data, http and https")
-    if path.is_file() and path.stat().st_size > MAX_IMAGE_BYTES:
-        raise ValueError(f"it has more than {MAX_IMAGE_BYTES // 2**20} MiB")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(MAX_IMAGE_BYTES + 1)
 
 
 def _decode(source: str) -> bytes:
@@ -188,36 +189,33 @@ def _decode(source: str) -> bytes:
 def _download(source: str) -> bytes:
     import httpx
 
-    parts: list[bytes] = []
+    content = bytearray()
     end = time.monotonic() + TIMEOUT_SECONDS
     try:
         with httpx.stream("GET", source, timeout=TIMEOUT_SECONDS, follow_redirects=True) as response:
             if response.status_code != httpx.codes.OK:
                 raise ValueError(f"the server answers {response.status_code}")
             for part in response.iter_bytes():
-                parts.append(part)
-                if sum(map(len, parts)) > MAX_IMAGE_BYTES:
-                    raise ValueError(f"it has more than {MAX_IMAGE_BYTES // 2**20} MiB")
+                content += part
+                if len(content) > MAX_IMAGE_BYTES:
+                    break
                 if time.monotonic() > end:
                     raise ValueError(f"it takes more than {TIMEOUT_SECONDS:g} s")
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ValueError(f"it cannot be fetched: {type(exc).__name__}: {exc}") from None
-    return b"".join(parts)
+    return bytes(content)
 
 
-def _unreadable(source: Any, reason: str) -> RequestError:
+def _unreadable(source: Any, reason: Exception | str) -> RequestError:
+    reason = getattr(reason, "strerror", None) or reason
     # The query of a URL may hold a signature, and a data URL is long.
-    shown = str(source).partition("?")[0] if str(source).lower().startswith("http") else str(source)
+    shown = str(source).partition("?")[0] if _is_remote(source) else str(source)
     shown = shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + "..."
     return RequestError("invalid_prompt", f"The image {shown!r} cannot be read: {reason}. Correct its path or address.")
 
 
-def _has_remote_images(request: Request) -> bool:
-    try:
-        sources: list[Any] = read_conversation(request)[1]
-    except Exception:  # the reader gives it to the request
-        return False
-    return any(str(source)[:8].lower().startswith(("http://", "https://")) for source in sources)
+def _is_remote(source: Any) -> bool:
+    return str(source)[:8].lower().startswith(("http://", "https://"))
 
 
 def read_conversation(request: Request) -> tuple[list[dict[str, Any]], list[str]]:

@@ -25,7 +25,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate, ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplateError, read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
 from prefect_huggingface.tasks.engines.inputs import (
@@ -51,7 +51,7 @@ from prefect_huggingface.tasks.engines.openvino_runtime import (
 from prefect_huggingface.tasks.engines.openvino_scheduler import ScheduledRequest, Scheduler, choose_sizes
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.worker import EngineWorker
-from prefect_huggingface.tasks.records import ErrorCode, Request
+from prefect_huggingface.tasks.records import ErrorCode
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 from prefect_huggingface.tasks.storage.files import link_file
 
@@ -107,7 +107,8 @@ class OpenVINOTextEngine(EngineWorker):
             genai: Tokenizer of OpenVINO GenAI.
             rust: Tokenizer of a `tokenizer.json`, which is faster, or None where the folder has none.
         """
-        inputs = cls.inputs_class.of_folder(path, model.chat_template, model.options)
+        inputs = cls.inputs_class.of_folder(path, model.chat_template)
+        inputs.defaults = model.options
         settings = read_json(path / "config.json")
         # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
         length = longrope_border(settings) or context_length_of(settings)
@@ -197,7 +198,7 @@ class OpenVINOTextEngine(EngineWorker):
             self._options,
             seed=sequence.seed,
             new_tokens=sequence.tokens_left,
-            least_tokens=max(state.options.min_new_tokens - sequence.generated_tokens, 0),
+            least_tokens=sequence.least_tokens_left,
             response_format=sequence.response_format,
         )
         if state.multimodal is not None:
@@ -364,21 +365,18 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
             text = text.replace(tag, "", 1)
         return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
 
-    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
-        """Put messages and tools into the template, with tags in the places of the images."""
-        tagged = _tagged(messages)
-        try:
-            text = template.render(tagged, request.tools, **more)
-            complete = all(part["text"] in text for message in tagged for part in message["content"])
-        except ChatTemplateError:
-            complete = False
-        if not complete:
-            # Some templates want parts, and some want plain text.
-            joined = [
-                {**message, "content": "".join(part["text"] for part in message["content"])} for message in tagged
-            ]
-            text = template.render(joined, request.tools, **more)
-        return text
+    def place_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages with a tag as text for each image."""
+        tagged, count = [], 0
+        for message in messages:
+            parts = []
+            for part in message["content"]:
+                is_image = part["type"] == "image"
+                # OpenVINO GenAI writes the line end after an image itself, for the models that want one.
+                parts.append({"type": "text", "text": f"<ov_genai_image_{count}>"} if is_image else part)
+                count += is_image
+            tagged.append({**message, "content": parts})
+        return tagged
 
 
 class OpenVINOVisionEngine(OpenVINOTextEngine):
@@ -405,20 +403,6 @@ class OpenVINOVisionEngine(OpenVINOTextEngine):
     def _remove_view(self) -> None:
         if self._view is not None:
             shutil.rmtree(self._view, ignore_errors=True)
-
-
-def _tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with a tag as text for each image."""
-    tagged, count = [], 0
-    for message in messages:
-        parts = []
-        for part in message["content"]:
-            is_image = part["type"] == "image"
-            # OpenVINO GenAI writes the line end after an image itself, for the models that want one.
-            parts.append({"type": "text", "text": f"<ov_genai_image_{count}>"} if is_image else part)
-            count += is_image
-        tagged.append({**message, "content": parts})
-    return tagged
 
 
 def link_preprocessor(path: Path) -> Path | None:

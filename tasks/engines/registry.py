@@ -58,8 +58,8 @@ ENGINE_CLASSES = {
     ("openvino", "image-text-to-text"): "openvino_engine:OpenVINOVisionEngine",
     ("torch", "text-generation"): "torch_engine:TorchTextEngine",
     ("torch", "image-text-to-text"): "torch_engine:TorchVisionEngine",
-    **{("openvino", task): "torch_seq2seq:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
-    **{("torch", task): "torch_seq2seq:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
+    **{("openvino", task): "torch_engine:OpenVINOSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
+    **{("torch", task): "torch_engine:TorchSeq2SeqEngine" for task in _SEQ2SEQ_TASKS},
     **{
         (backend, task): "embedding_engine:EmbeddingEngine"
         for backend in ("openvino", "torch")

@@ -26,6 +26,7 @@ from prefect_huggingface.tasks.engines.base import OnText, RequestError
 from prefect_huggingface.tasks.engines.detokenizer import REPLACEMENT, StopStrings, Tokenizer, split_text
 from prefect_huggingface.tasks.engines.reasoning import ReasoningFormat, ReasoningSplitter
 from prefect_huggingface.tasks.engines.structured import WhiteSpaceGuard, validate_output
+from prefect_huggingface.tasks.engines.tool_calls import TOOL_MARKS
 from prefect_huggingface.tasks.records import Completion, ErrorCode, FinishReason, Request
 
 logger = get_logger(__name__)
@@ -85,7 +86,6 @@ class RequestState:
         end_ids: Collection[int] = (),
         echo: str = "",
         reasoning: ReasoningFormat | None = None,
-        visible_marks: Iterable[str] = (),
     ) -> None:
         """Make the sequences of a request that is understood.
 
@@ -96,8 +96,6 @@ class RequestState:
             end_ids: Tokens that end a sequence.
             echo: Text to put before every answer.
             reasoning: How the model marks its reasoning, None where it shows none.
-            visible_marks: Texts beside those of the reasoning that decoding keeps even where they are, or consist of,
-                special tokens.
         """
         self.options, self.prompt_ids, self.tokenizer = options, list(prompt_ids), tokenizer
         self.prompt_tokens = len(self.prompt_ids)
@@ -107,8 +105,8 @@ class RequestState:
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
         if options.deadline_seconds is not None:
             self._deadline = self.submitted_at + options.deadline_seconds
-        marks = (*visible_marks, *(reasoning.visible_marks if reasoning is not None else ()))
-        # Special tokens have no text of their own.
+        # Special tokens have no text of their own; those that are, or make up, one of these marks are kept.
+        marks = [*(TOOL_MARKS if self.request.tools else ()), *(reasoning.visible_marks if reasoning else ())]
         parts = {part for mark in marks for part in (mark, *re.findall(r"<[^<>]+>|\[[^\[\]]+\]", mark))}
         ids = {part: tokenizer.special_id(part) for part in parts} if tokenizer is not None else {}
         self.tags = {token: part for part, token in ids.items() if token is not None}
@@ -320,6 +318,11 @@ class Sequence:
         return [*self.state.prompt_ids, *self.tokens]
 
     @property
+    def length(self) -> int:
+        """Number of the tokens to go on from."""
+        return len(self.state.prompt_ids) + len(self.tokens)
+
+    @property
     def generated_tokens(self) -> int:
         """Number of tokens that the model generated."""
         return len(self.tokens) - self._inserted
@@ -336,6 +339,11 @@ class Sequence:
     def tokens_left(self) -> int:
         """Greatest number of tokens that are still to come."""
         return self.state.options.max_new_tokens - self.generated_tokens
+
+    @property
+    def least_tokens_left(self) -> int:
+        """Number of tokens that are still to come before an end token may."""
+        return max(self.state.options.min_new_tokens - self.generated_tokens, 0)
 
     @property
     def response_format(self) -> ResponseFormat | None:
@@ -433,11 +441,9 @@ class Sequence:
         """Take in a piece of text, and return whether there is something of the answer in it."""
         self._raw.append(text)
         reasoning, answer = self._splitter.feed(text) if self._splitter is not None else ("", text)
-        if self.phase == "reasoning" and self.state.options.response_format is not None:
-            # The answer begins again in its own phase, where it keeps to its form.
-            self._add(reasoning, "")
-            return bool(answer.strip())
-        self._add(reasoning, answer)
+        # An answer with a form begins again in its own phase, where it keeps to it.
+        begins_again = self.phase == "reasoning" and self.state.options.response_format is not None
+        self._add(reasoning, "" if begins_again else answer)
         return bool(answer.strip())
 
     def _add(self, reasoning: str, answer: str) -> None:

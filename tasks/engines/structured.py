@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.blocks import ResponseFormat
@@ -194,7 +194,6 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_ids = end_ids
-        self._prepared: Any = None
 
     def compile(self, response_format: ResponseFormat) -> Grammar:
         """Return the grammar for one answer.
@@ -202,15 +201,15 @@ class GrammarCompiler:
         Raises:
             RequestError: If the form cannot be made a grammar, or what is needed for it is not installed.
         """
-        if importlib.util.find_spec("llguidance") is None:
+        try:
+            from llguidance import LLMatcher
+        except ImportError as exc:
             raise RequestError(
                 "invalid_option",
                 "`response_format` needs llguidance on the torch backend, which is not installed. "
                 'Install it with pip install "prefect-huggingface[structured]".',
-            )
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._prepare(), _grammar_text(response_format))
+            ) from exc
+        matcher = LLMatcher(self._prepared, _grammar_text(response_format))
         if matcher.is_error():
             raise RequestError(
                 "invalid_option",
@@ -218,30 +217,25 @@ class GrammarCompiler:
             )
         return Grammar(matcher, self._end_ids)
 
-    def _prepare(self) -> Any:
-        """Return the tokenizer of llguidance; it takes about a second for a large vocabulary."""
-        if self._prepared is None:
-            from llguidance.hf import from_tokenizer
+    @cached_property
+    def _prepared(self) -> Any:
+        """The tokenizer of llguidance; it takes about a second for a large vocabulary."""
+        from llguidance.hf import from_tokenizer
 
-            try:
-                self._prepared = from_tokenizer(
-                    self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._end_ids) or None
-                )
-            except ValueError as exc:
-                raise RequestError(
-                    "invalid_option", f"`response_format` does not work with the tokenizer of this model: {exc}."
-                ) from exc
-        return self._prepared
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._end_ids) or None)
+        except ValueError as exc:
+            raise RequestError(
+                "invalid_option", f"`response_format` does not work with the tokenizer of this model: {exc}."
+            ) from exc
 
 
 def _grammar_text(response_format: ResponseFormat) -> str:
     from llguidance import LLMatcher
 
     if response_format.json_schema is not None:
-        text: str = LLMatcher.grammar_from_json_schema(json.dumps(response_format.json_schema), overrides=JSON_SETTINGS)
-    elif response_format.regex is not None:
-        text = LLMatcher.grammar_from_regex(response_format.regex)
-    else:
-        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in response_format.choices or ())
-        text = LLMatcher.grammar_from_lark(f"start: {choices}")
-    return text
+        return str(LLMatcher.grammar_from_json_schema(json.dumps(response_format.json_schema), overrides=JSON_SETTINGS))
+    if response_format.regex is not None:
+        return str(LLMatcher.grammar_from_regex(response_format.regex))
+    choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in response_format.choices or ())
+    return str(LLMatcher.grammar_from_lark(f"start: {choices}"))

@@ -13,9 +13,9 @@ import secrets
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
-from prefect_huggingface.tasks.engines.detokenizer import partial_length
 from prefect_huggingface.tasks.errors import SettingsError
 
 Tool = Mapping[str, Any]
@@ -37,10 +37,28 @@ SEPARATORS, FENCE = (";", ","), "```"
 NAME_KEYS = ("name", "tool_name", "function")
 ARGUMENT_KEYS = ("arguments", "parameters", "args")
 KEYS = (*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_id")
-FIRST_KEY = re.compile(r'[\[{\s]*(?:"(?P<key>\w*)(?P<end>"?)\s*(?P<colon>:)?)?')
 CUT_CALL = re.compile(r'[\[{\s]*"(?:name|tool_name)"\s*:\s*"([^"]*)"')
 NAME = r"[A-Za-z_][\w.\-]*"
 RECIPIENT = " to=functions."  # Harmony has it in the channel, or in the header before it
+# A call without a mark: JSON with a key of a call, or Python.
+BARE = rf'[\[{{\s]*"(?:{"|".join(KEYS)})"\s*:|\[\s*(?P<name>{NAME})\('
+BRACKET = r"\s*(?=[\[{])"
+FUNCTION = rf"<function=({NAME})>(.*?)(?:</function>|</tool_call>)"
+GLM = rf"({NAME})\s*((?:<arg_key>.*?</arg_key>\s*<arg_value>.*?</arg_value>\s*)*)</tool_call>"
+# Marks that stand before another one.
+FOLLOWED = {
+    "<｜tool▁calls▁begin｜>": r"\s*(?=<｜tool▁call▁begin｜>)",
+    "<|tool_calls_section_begin|>": r"\s*(?=<\|tool_call_begin\|>)",
+    "<|start|>assistant": r"\s*(?=<\|channel\|>commentary|to=functions\.)",
+}
+# The name of a tool, and what is between it and its arguments as JSON.
+MISTRAL = rf"({NAME})(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{{)"
+DEEPSEEK = rf"(?:function<｜tool▁sep｜>)?({NAME})(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?\s*)?(?=\{{)"
+NAMED = {
+    "<|tool_call_begin|>": rf"(?:functions\.)?({NAME})(?::\d+)?\s*<\|tool_call_argument_begin\|>",
+    "<|channel|>commentary": rf" to=functions\.({NAME})[^{{]*<\|message\|>",
+    RECIPIENT: rf"({NAME})\s*<\|[^{{]*?<\|message\|>",
+}
 REFERENCE = re.compile(r"#/(?:\$defs|definitions)/(.+)")
 DEFINITIONS = ("$defs", "definitions")
 ALPHABET = string.ascii_letters + string.digits
@@ -122,6 +140,8 @@ class ToolCallParser:
         self._gap = ""
         self._has_text = self._has_calls = False
         self._readers: dict[str, Callable[[int], _Found]] = {
+            **{mark: partial(self._read_followed, pattern) for mark, pattern in FOLLOWED.items()},
+            **{mark: partial(self._read_named, pattern) for mark, pattern in NAMED.items()},
             "<tool_call>": self._read_tagged,
             "<function=": lambda place: self._read_function(place - len("<function=")),
             "<|tool_call|>": self._read_marked,
@@ -129,18 +149,14 @@ class ToolCallParser:
             "<|START_ACTION|>": self._read_marked,
             "<|tool_call_start|>": self._read_pythonic,
             "[TOOL_CALLS]": self._read_mistral,
-            "<｜tool▁calls▁begin｜>": lambda place: self._expect(place, "<｜tool▁call▁begin｜>"),
             "<｜tool▁call▁begin｜>": self._read_deepseek,
-            "<|tool_calls_section_begin|>": lambda place: self._expect(place, "<|tool_call_begin|>"),
-            "<|tool_call_begin|>": self._read_kimi,
-            "<|start|>assistant": lambda place: self._expect(place, "<|channel|>commentary", RECIPIENT),
-            "<|channel|>commentary": self._read_harmony,
-            RECIPIENT: self._read_harmony_header,
             "Action:": self._read_action,
             "```": self._read_fence,
         }
         marks = "|".join(re.escape(mark) for mark in sorted(self._readers, key=len, reverse=True))
-        self._opener = re.compile(rf"(?P<mark>{marks})|(?P<bare>^[ \t]*[\[{{])", re.MULTILINE)
+        # By whether the buffer begins a line.
+        begins = (r"(?<=\n)", r"(?m:^)")
+        self._openers = [_compiled(rf"(?P<mark>{marks})|{begin}[ \t]*[\[{{]") for begin in begins]
 
     def feed(self, text: str) -> list[Item]:
         """Return the pieces of text and the calls that are certain after another piece of the answer."""
@@ -164,15 +180,12 @@ class ToolCallParser:
             yield from [text] if text else []
             return
         self._holds = False
-        begin = rejected = 0
+        begin = 0
         while self._closers is None or self._skip_closers():
-            found = self._opener.search(self._buffer, begin)
-            if found is None:
-                yield from self._pass(len(self._buffer) - self._begun_mark(rejected))
+            found = self._openers[self._line_begins].search(self._buffer, begin, partial=not self._final)
+            if found is None or found.partial:
+                yield from self._pass(len(self._buffer) if found is None else found.start())
                 return
-            if found["bare"] and not self._stands_at_line(found.start()):
-                begin = found.end()
-                continue
             try:
                 read = self._readers[found["mark"]](found.end()) if found["mark"] else self._read_bare(found.end() - 1)
             except _Wait:
@@ -181,11 +194,9 @@ class ToolCallParser:
                 return
             except _NoCall:
                 begin = found.end()
-                # Another mark begins behind this one; a bracket that opens no JSON may open a mark.
-                rejected = begin if found["mark"] else rejected
                 continue
             yield from self._pass(found.start())
-            self._buffer, begin, rejected = self._buffer[read.end - found.start() :], 0, 0
+            self._buffer, begin = self._buffer[read.end - found.start() :], 0
             if read.items:
                 self._closers, self._has_calls = list(read.closers), True
                 yield from read.items
@@ -219,52 +230,30 @@ class ToolCallParser:
         self._buffer, self._closers, self._line_begins = rest, None, True
         return True
 
-    def _stands_at_line(self, place: int) -> bool:
-        return place > 0 or self._line_begins
-
-    def _begun_mark(self, begin: int) -> int:
-        """Return the length of the end of the buffer, from a place on, that may become a mark."""
-        if self._final:
-            return 0
-        # A recipient stands at the beginning. Later on, each " to" would wait for what follows.
-        marks = [mark for mark in self._readers if mark != RECIPIENT or not self._has_text]
-        if size := partial_length(self._buffer[begin:], marks):
-            return size
-        blank = re.search(r"(?:^|\n)[ \t]+$", self._buffer)
-        return len(blank[0].lstrip("\n")) if blank and self._stands_at_line(blank.start()) else 0
-
-    def _wait(self) -> Exception:
-        return _NoCall() if self._final else _Wait()
-
-    def _expect(self, place: int, *marks: str) -> _Found:
-        """Read a mark that stands before another one."""
-        rest, wanted = self._buffer[place:].lstrip(), tuple(mark.lstrip() for mark in marks)
-        if rest.startswith(wanted):
-            return _Found(place)
-        raise self._wait() if any(mark.startswith(rest) for mark in wanted) else _NoCall()
-
-    def _match(self, pattern: str, place: int, partial: str) -> re.Match[str]:
+    def _match(self, pattern: str, place: int) -> re.Match[str]:
         """Match a pattern at a place.
 
         Raises:
-            _Wait: If the rest of the text matches `partial`, so that it may still come.
-            _NoCall: If it cannot.
+            _Wait: If the text ends before it is decided.
+            _NoCall: If it does not match.
         """
-        found = re.compile(pattern, re.DOTALL).match(self._buffer, place)
-        if found is not None:
-            return found
-        begun = re.compile(partial, re.DOTALL).fullmatch(self._buffer, place)
-        raise self._wait() if begun is not None else _NoCall()
+        found = _compiled(pattern).match(self._buffer, place, partial=not self._final)
+        if found is None:
+            raise _NoCall
+        if found.partial:
+            raise _Wait
+        match: re.Match[str] = found
+        return match
 
     def _read_value(self, place: int) -> tuple[int, Any]:
         """Return the end and the value of the JSON at a place, an `InvalidCall` in place of a value that is broken."""
         place = self._skip_blank(place)
         if self._buffer[place] not in "[{":
-            raise _NoCall()
+            raise _NoCall
         end = _end_of_brackets(self._buffer, place)
         if end is None:
             if not self._final:
-                raise _Wait()
+                raise _Wait
             tags = [at for tag in TAGS if (at := self._buffer.find(tag, place)) >= 0]
             end = min(tags, default=len(self._buffer))
             return end, InvalidCall(self._buffer[place:end], "The call is cut off.")
@@ -274,11 +263,7 @@ class ToolCallParser:
             return end, InvalidCall(self._buffer[place:end], f"The call is not valid JSON: {exc}.")
 
     def _skip_blank(self, place: int) -> int:
-        while place < len(self._buffer) and self._buffer[place].isspace():
-            place += 1
-        if place == len(self._buffer):
-            raise self._wait()
-        return place
+        return self._match(r"\s*(?=\S)", place).end()
 
     def _read_marked(self, place: int) -> _Found:
         """Read JSON after a mark that says that it is a call."""
@@ -294,99 +279,63 @@ class ToolCallParser:
         values = value if isinstance(value, list) else [value]
         calls = [call for one in values if isinstance(call := self._as_call(one), ToolCall)]
         if not calls or len(calls) < len(values) or any(call.name not in self._schemas for call in calls):
-            raise _NoCall()
+            raise _NoCall
         return _Found(end, calls)
 
     def _read_bare(self, place: int) -> _Found:
-        rest = self._buffer[place:]
-        first = FIRST_KEY.match(rest)
-        key = first["key"] if first else None
-        if first and first["colon"] and key in KEYS:
+        name = self._match(BARE, place)["name"]
+        if name is None:
             return self._read_json(place)._replace(closers=(*TAGS, *SEPARATORS))
-        if first and first.end() == len(rest) and (not first["end"] or key in KEYS):
-            if any(known.startswith(key or "") for known in KEYS):
-                raise self._wait()
-        if rest.startswith("["):
-            name = self._match(rf"\[\s*({NAME})\(", place, rf"\[\s*(?:{NAME})?")[1]
-            if name in self._schemas:
-                return self._read_pythonic(place)
-        raise _NoCall()
+        if name not in self._schemas:
+            raise _NoCall
+        return self._read_pythonic(place)
 
     def _read_fence(self, place: int) -> _Found:
-        begin = self._match(r"[a-z_]*\s*(?=[\[{])", place, r"[a-z_]*\s*").end()
-        return self._read_bare(begin)._replace(closers=(FENCE,))
+        return self._read_bare(self._match(rf"[a-z_]*{BRACKET}", place).end())._replace(closers=(FENCE,))
 
     def _read_action(self, place: int) -> _Found:
-        begin = self._match(r"\s*```[a-z]*\s*(?=[\[{])", place, r"\s*`{0,3}[a-z]*\s*").end()
-        return self._read_json(begin)._replace(closers=(FENCE,))
+        return self._read_json(self._match(rf"\s*```[a-z]*{BRACKET}", place).end())._replace(closers=(FENCE,))
 
     def _read_tagged(self, place: int) -> _Found:
         place = self._skip_blank(place)
         if self._buffer[place] in "[{":
             return self._read_marked(place)
-        begun = self._buffer[place : place + len("<function=")]
-        if begun == "<function=":
-            return self._read_function(place)
-        if "<function=".startswith(begun):
-            raise self._wait()
-        return self._read_glm(place)
+        return self._read_function(place) if self._buffer[place] == "<" else self._read_glm(place)
 
     def _read_function(self, place: int) -> _Found:
-        found = self._match(
-            rf"<function=({NAME})>(.*?)(?:</function>|</tool_call>)", place, rf"<function(?:=(?:{NAME}(?:>.*)?)?)?"
-        )
+        found = self._match(FUNCTION, place)
         pairs = re.findall(r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>", found[2], re.DOTALL)
         return _Found(found.end(), [self._typed(found[1], pairs)])
 
     def _read_glm(self, place: int) -> _Found:
-        found = self._match(
-            rf"({NAME})\s*((?:<arg_key>.*?</arg_key>\s*<arg_value>.*?</arg_value>\s*)*)</tool_call>",
-            place,
-            rf"{NAME}\s*(?:<.*)?",
-        )
+        found = self._match(GLM, place)
         pairs = re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", found[2], re.DOTALL)
         return _Found(found.end(), [self._typed(found[1], [(key.strip(), value) for key, value in pairs])])
 
     def _read_mistral(self, place: int) -> _Found:
         place = self._skip_blank(place)
-        if self._buffer[place] in "[{":
-            return self._read_marked(place)
-        named = self._match(
-            rf"({NAME})(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{{)", place, rf"{NAME}(?:\[[\w\]\[]*)?\s*"
-        )
-        return self._named(named[1], named.end())
+        return self._read_marked(place) if self._buffer[place] in "[{" else self._read_named(MISTRAL, place)
 
     def _read_deepseek(self, place: int) -> _Found:
-        named = self._match(
-            rf"(?:function<｜tool▁sep｜>)?({NAME})(?:<｜tool▁sep｜>)?\s*(?:```(?:json)?\s*)?(?=\{{)", place, r"[^{]*"
-        )
-        return self._named(named[1], named.end())._replace(closers=(FENCE, *TAGS))
+        return self._read_named(DEEPSEEK, place)._replace(closers=(FENCE, *TAGS))
 
-    def _read_kimi(self, place: int) -> _Found:
-        named = self._match(rf"(?:functions\.)?({NAME})(?::\d+)?\s*<\|tool_call_argument_begin\|>", place, r"[^{]*")
-        return self._named(named[1], named.end())
+    def _read_followed(self, pattern: str, place: int) -> _Found:
+        self._match(pattern, place)
+        return _Found(place)
 
-    def _read_harmony(self, place: int) -> _Found:
-        named = self._match(rf" to=functions\.({NAME})[^{{]*<\|message\|>", place, r"(?: (?:t(?:o(?:=[^{]*)?)?)?)?")
-        return self._named(named[1], named.end())
-
-    def _read_harmony_header(self, place: int) -> _Found:
-        named = self._match(rf"({NAME})\s*<\|[^{{]*?<\|message\|>", place, rf"(?:{NAME}\s*(?:<[^{{]*)?)?")
-        return self._named(named[1], named.end())
-
-    def _named(self, name: str, place: int) -> _Found:
-        end, arguments = self._read_value(place)
-        if isinstance(arguments, InvalidCall):
-            return _Found(end, [arguments])
-        return _Found(end, [self._as_call({"name": name, "arguments": arguments})])
+    def _read_named(self, pattern: str, place: int) -> _Found:
+        named = self._match(pattern, place)
+        end, arguments = self._read_value(named.end())
+        call = arguments if isinstance(arguments, InvalidCall) else {"name": named[1], "arguments": arguments}
+        return _Found(end, [self._as_call(call)])
 
     def _read_pythonic(self, place: int) -> _Found:
         place = self._skip_blank(place)
         if self._buffer[place] != "[":
-            raise _NoCall()
+            raise _NoCall
         end = _end_of_brackets(self._buffer, place, quotes="\"'")
         if end is None:
-            raise self._wait()
+            raise _NoCall if self._final else _Wait
         text = self._buffer[place:end]
         try:
             tree = ast.parse(text, mode="eval").body
@@ -424,6 +373,13 @@ class ToolCallParser:
         """Return a call whose arguments are texts, with the types that the tool wants."""
         properties = self._schemas.get(name, {}).get("properties") or {}
         return ToolCall(name, {key: _typed_value(text, properties.get(key)) for key, text in pairs})
+
+
+@cache
+def _compiled(pattern: str) -> Any:
+    import regex  # tells where the end of a text is the beginning of a match
+
+    return regex.compile(pattern, regex.DOTALL)
 
 
 def _typed_value(text: str, schema: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,13 +142,9 @@ class DenseBatch:
         from transformers import DynamicCache
 
         shared = [index for index, new in enumerate(sequences) if not index or not _shares(sequences[index - 1], new)]
-        rows = [sequences[index].context_ids for index in shared]
         cache = DynamicCache()
         cache.layer_class_to_replicate = _growing_layer()
-        mask = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + [1] * len(row) for row in rows])
-        # The attention never sees what rows are filled up with.
-        ids = torch.tensor([[0] * (mask.shape[1] - len(row)) + row for row in rows])
-        scores = self._forward(ids, mask, cache)
+        scores = self._forward(*_padded([sequences[index].context_ids for index in shared]), cache)
         if len(shared) < len(sequences):
             starts = set(shared)
             repeats = torch.tensor([index in starts for index in range(len(sequences))]).cumsum(0) - 1
@@ -166,7 +162,7 @@ class DenseBatch:
         """
         import torch
 
-        lengths = torch.tensor([len(sequence.state.prompt_ids) + len(sequence.tokens) for sequence in self.sequences])
+        lengths = torch.tensor([sequence.length for sequence in self.sequences])
         mask = (torch.arange(self.columns + 1)[None] > self.columns - lengths[:, None]).long()
         ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.sequences])
         return self._forward(ids, mask, self._cache)
@@ -183,7 +179,7 @@ class DenseBatch:
             self._cache = None
             return
         # The newest token of each sequence is not in the cache yet.
-        longest = max(len(sequence.state.prompt_ids) + len(sequence.tokens) for sequence in self.sequences) - 1
+        longest = max(sequence.length for sequence in self.sequences) - 1
         index = torch.tensor(keep)
         for layer in self._cache.layers:
             for name in ("keys", "values"):
@@ -360,17 +356,19 @@ class _Interrupt:
 
 def padded_inputs(rows: Items[Items[int]], model: Any, *, left: bool) -> dict[str, Any]:
     """Return token ids and attention mask, [rows, longest], filled up on the left or on the right."""
-    import torch
-
-    longest, pad = max(map(len, rows)), model.generation_config.pad_token_id
-    ids = torch.full((len(rows), longest), pad)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(0, len(row))
-        ids[index, place] = torch.tensor(row)
-        mask[index, place] = 1
-    device = input_device(model)
+    device, pad = input_device(model), model.generation_config.pad_token_id
+    ids, mask = _padded(rows, pad, "left" if left else "right")
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _padded(rows: Items[Items[int]], pad: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask, which hides what the rows are filled up with."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    fill = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = fill([torch.tensor(row) for row in rows], padding_value=pad)
+    return ids, fill([torch.ones(len(row), dtype=torch.long) for row in rows])
 
 
 def score_continuations(
@@ -438,32 +436,23 @@ class EngineSizes:
         """Allow fewer sequences at once, after so many were too many."""
         self.sequences = max(1, min(self.sequences, failed_with) // 2)
 
-    def room(self, running: Items[Sequence], waiting: Iterable[Sequence]) -> int:
+    def room(self, running: Items[Sequence], waiting: Collection[Sequence]) -> int:
         """Return how many of the first waiting sequences may join now, at least one where none runs."""
-        count = longest = used = 0
+        longest = used = 0
         columns = max(map(_final_columns, running), default=0)
-        for sequence in waiting:
-            length = len(sequence.context_ids)
-            longest, used = max(longest, length), used + length
+        for count, sequence in enumerate(waiting):
+            longest, used = max(longest, sequence.length), used + sequence.length
             columns = max(columns, _final_columns(sequence))
-            rows = len(running) + count + 1
-            is_first = rows == 1
-            fits = (
-                rows <= self.sequences
-                and rows * columns * self.bytes_per_token <= self.cache_bytes
-                and (
-                    not count
-                    or ((count + 1) * longest <= self.step_tokens and used >= LEAST_FILL * (count + 1) * longest)
-                )
-            )
-            if not (fits or is_first):
-                break
-            count += 1
-        return count
+            rows, computed = len(running) + count + 1, (count + 1) * longest
+            fits_step = count == 0 or (computed <= self.step_tokens and LEAST_FILL * computed <= used)
+            fits_batch = rows <= self.sequences and rows * columns * self.bytes_per_token <= self.cache_bytes
+            if rows > 1 and not (fits_step and fits_batch):
+                return count
+        return len(waiting)
 
 
 def _final_columns(sequence: Sequence) -> int:
-    return len(sequence.context_ids) + sequence.tokens_left
+    return sequence.length + sequence.tokens_left
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,7 +1,8 @@
 """Text generation with models of Transformers, from text and from images, on the CPU or on GPUs.
 
 Requests join a running batch as soon as there is room and leave it when they end: a long answer holds up nobody.
-Models whose state is more than keys and values run in whole batches, and beam search runs request by request.
+Models whose state is more than keys and values, and encoder-decoder models (also those of Optimum on OpenVINO), run in
+whole batches, and beam search runs request by request.
 
 In float32 a greedy answer does not depend on the requests beside it, but for scores that are equal up to rounding
 (about 1e-6 of their size). In bfloat16 and float16 such near ties are common; `EngineOptions(max_num_seqs=1)` runs
@@ -14,15 +15,16 @@ and on an H200 in bfloat16 0.48. It has no options, grammars, beams or seeds of 
 
 from __future__ import annotations
 
+import re
 from collections import deque
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
 from prefect.logging import get_logger
 
-from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplate
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
@@ -56,6 +58,7 @@ from prefect_huggingface.tasks.records import Request
 
 logger = get_logger(__name__)
 
+LANGUAGE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 OUT_OF_MEMORY = (
     "The memory of the device ran out. Shorten the prompt, lower `max_new_tokens`, or set "
     "`EngineOptions(max_num_seqs=...)` to fewer requests at once."
@@ -82,7 +85,7 @@ class TorchEngine(EngineWorker):
             ModelSourceError: If the folder holds no weights that may be loaded.
             EngineError: If the settings do not fit this machine or this model.
         """
-        inputs = self.inputs_class.of_folder(path, model.chat_template, model.options)
+        inputs = self.inputs_class.of_folder(path, model.chat_template)
         loaded = self._load(path, model)
         self._start(loaded, load_tokenizer(path, model, self.processor_class), inputs, model)
 
@@ -124,8 +127,7 @@ class TorchEngine(EngineWorker):
         """Take a request out of the queues."""
         if state in self._searches:
             self._searches.remove(state)
-        if any(sequence.state is state for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if sequence.state is not state)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.state is not state)
 
     def reset(self) -> None:
         """Drop all that waits."""
@@ -151,18 +153,14 @@ class TorchEngine(EngineWorker):
             state.end_ids,
             seed=sequence.seed,
             grammar=None if form is None else self._compiler.compile(form),
-            least_tokens=max(state.options.min_new_tokens - sequence.generated_tokens, 0),
+            least_tokens=sequence.least_tokens_left,
         )
         if state.needs_choice_scores and sequence.phase == "answer":
             self._score_choices(sequence)
         self._waiting.append(sequence)
 
     def _score_choices(self, sequence: Sequence) -> None:
-        """Score the choices of a request where its answer begins.
-
-        Raises:
-            RequestError: If the engine cannot.
-        """
+        """Score the choices of a request where its answer begins, or refuse it (`RequestError`)."""
         raise RequestError(
             "invalid_option",
             f"`choice_probabilities` works with models that go on from a text, got {sequence.state.choices!r:.100}. "
@@ -309,26 +307,18 @@ class TorchTextEngine(TorchEngine):
         self._resubmit(list(gone.values()))
 
     def _next_group(self) -> list[Sequence]:
-        first = self._waiting[0]
-        group = [one for one in self._waiting if one is first or self._goes_with(first, one)]
+        side = self._side_of(self._waiting[0])
+        group = [one for one in self._waiting if self._side_of(one) == side]
         group = group[: self._sizes.room([], group)]
         self._at_once = len(group)
         self._waiting = deque(one for one in self._waiting if one not in group)
         return group
 
-    def _goes_with(self, first: Sequence, other: Sequence) -> bool:
-        """Return whether two sequences stay on the same side of the border of a longrope model."""
-        if self._border is None:
-            return True
-        sides = {self._side_of(first), self._side_of(other)}
-        return len(sides) == 1 and "across" not in sides
-
-    def _side_of(self, sequence: Sequence) -> str:
-        assert self._border is not None
-        begin = len(sequence.context_ids)
-        if begin > self._border:
+    def _side_of(self, sequence: Sequence) -> Any:
+        """Return on which side of the border of a longrope model a sequence stays; one that crosses it is alone."""
+        if self._border is None or sequence.length > self._border:
             return "above"
-        return "below" if begin + sequence.tokens_left <= self._border else "across"
+        return "below" if sequence.length + sequence.tokens_left <= self._border else sequence
 
     def _make_room(self) -> None:
         """Go on with fewer sequences at once after the memory ran out; the others go on from where they are later."""
@@ -356,10 +346,6 @@ class TorchVisionInputs(MultimodalInputProcessor):
 
     processor: Any
     place: tuple[Any, Any]
-
-    def render(self, template: ChatTemplate, messages: list[dict[str, Any]], request: Request, **more: Any) -> str:
-        """Put messages and tools into the template, with parts for the images."""
-        return template.render(messages, request.tools, **more)
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         images = state.multimodal.images
@@ -410,6 +396,97 @@ class TorchVisionEngine(TorchEngine):
         return inputs
 
 
+class Seq2SeqInputs(InputProcessor):
+    """Prompts of an encoder, with the words and the language tokens that a model wants. The context is theirs alone.
+
+    Tokenizers such as those of NLLB, M2M100 and mBART mark languages with tokens. That of the prompt's language stands
+    at its beginning or its end, that of the answer's is its first token.
+    """
+
+    is_continued = False
+
+    def learn(self, tokenizer: Any, prefix: str) -> None:
+        """Take the languages of a tokenizer of Transformers, and the words that stand before a prompt."""
+        self._prefix = prefix
+        self._languages, self._vocabulary = language_ids(tokenizer), len(tokenizer)
+        self._language_tokens = frozenset(self._languages.values())
+
+    def _resolve(self, request: Request) -> GenerationOptions:
+        options = super()._resolve(request)
+        for name in ("src_lang", "tgt_lang"):
+            self._check(name, getattr(options, name))
+        if (options.forced_bos_token_id or 0) >= self._vocabulary:
+            raise RequestError(
+                "invalid_option",
+                f"`forced_bos_token_id` must be a token of the model, below {self._vocabulary}, got "
+                f"{options.forced_bos_token_id}. Correct it.",
+            )
+        if options.tgt_lang is None:
+            return options
+        first = self._languages[options.tgt_lang]
+        if options.forced_bos_token_id not in (None, first):
+            raise RequestError(
+                "invalid_option",
+                f"`tgt_lang` {options.tgt_lang!r} means the first token {first}, and `forced_bos_token_id` is "
+                f"{options.forced_bos_token_id}. Leave one of them out.",
+            )
+        return options.model_copy(update={"forced_bos_token_id": first})
+
+    def _write(self, state: RequestState) -> Prompt:
+        prompt = super()._write(state)
+        if prompt.text.startswith(self._prefix):
+            return prompt
+        first, *rest = prompt.segments
+        return Prompt((self._prefix + first, *rest), prompt.add_special_tokens)
+
+    def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
+        ids, language = super()._tokenize(state, prompt), state.options.src_lang
+        if language is None:
+            return ids
+        token = self._languages[language]
+        for place in (0, -1):
+            if ids and ids[place] in self._language_tokens:
+                return [token, *ids[1:]] if place == 0 else [*ids[:-1], token]
+        return [token, *ids]
+
+    def _reasoning_of(self, state: RequestState, prompt: Prompt) -> None:
+        return None
+
+    def _check(self, name: str, code: str | None) -> None:
+        if code is None or code in self._languages:
+            return
+        if not self._languages:
+            text = f"The tokenizer of this model has no languages, got `{name}` {code!r}. Leave it out."
+            raise RequestError("invalid_option", text)
+        near = get_close_matches(code, self._languages, n=3, cutoff=0.3) or sorted(self._languages)[:3]
+        raise RequestError(
+            "invalid_option",
+            f"`{name}` must be one of the {len(self._languages)} languages of the tokenizer, got {code!r}. "
+            f"Use {', '.join(map(repr, near))} for instance.",
+        )
+
+
+class TorchSeq2SeqEngine(TorchEngine):
+    """Encoder-decoder model of Transformers in one thread."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    inputs_class = Seq2SeqInputs
+
+    def _start(self, loaded: Any, tokenizer: Any, inputs: InputProcessor, model: LocalModel) -> None:
+        assert isinstance(inputs, Seq2SeqInputs)
+        inputs.learn(tokenizer, task_prefix(loaded.config, model.task))
+        super()._start(loaded, tokenizer, inputs, model)
+
+
+class OpenVINOSeq2SeqEngine(TorchSeq2SeqEngine):
+    """Encoder-decoder model of Optimum on OpenVINO."""
+
+    def _load(self, path: Path, model: LocalModel) -> Any:
+        from prefect_huggingface.tasks.engines.openvino_runtime import load_optimum_model
+
+        return load_optimum_model(path, model, "OVModelForSeq2SeqLM")
+
+
 def engine_of_pipeline(pipeline: Any) -> TorchEngine:
     """Return an engine that runs the model of a pipeline object, with its tokenizer and on its device.
 
@@ -436,7 +513,26 @@ def engine_of_pipeline(pipeline: Any) -> TorchEngine:
     if pipeline.task == "image-text-to-text" and processor is not None:
         return TorchVisionEngine.of_loaded(loaded, processor, model)
     if loaded.config.is_encoder_decoder:
-        from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine
-
         return TorchSeq2SeqEngine.of_loaded(loaded, tokenizer, model)
     return TorchTextEngine.of_loaded(loaded, tokenizer, model)
+
+
+def language_ids(tokenizer: Any) -> dict[str, int]:
+    """Return the token of each language by its code; nothing where the tokenizer has no languages."""
+    named = getattr(tokenizer, "lang_code_to_token", None)  # M2M100: 'de' is the token '__de__'
+    codes = dict(named) if named else {text: text for text in tokenizer.get_added_vocab() if LANGUAGE.fullmatch(text)}
+    return {code: tokenizer.convert_tokens_to_ids(token) for code, token in codes.items()}
+
+
+def task_prefix(config: Any, task: str) -> str:
+    """Return the words that a model such as T5 wants before the prompt of a task, empty where it says nothing.
+
+    A model that was trained for several translations has no prefix for "translation" alone: the prompt must say which.
+    """
+    settings = getattr(config, "task_specific_params", None) or {}
+    found = [
+        str(values.get("prefix") or "")
+        for name, values in settings.items()
+        if isinstance(values, dict) and (name == task or (task == "translation" and name.startswith("translation_")))
+    ]
+    return found[0] if len(found) == 1 else ""

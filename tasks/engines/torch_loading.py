@@ -13,10 +13,9 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
 from prefect_huggingface.tasks.storage.exports.child import find_conflict
+from prefect_huggingface.tasks.storage.folders import is_pickled_weight, is_safe_weight, list_files
 
 logger = get_logger(__name__)
-
-PICKLE_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
@@ -90,9 +89,10 @@ def check_weights(path: Path, *, allow_pickle: bool) -> None:
     """
     if not path.is_dir():
         raise ModelSourceError(f"The model folder {str(path)!r} does not exist. Correct the path.")
-    if any(path.glob("*.safetensors")):
+    names = list_files(path)
+    if any(map(is_safe_weight, names)):
         return
-    pickles = sorted(file.name for pattern in PICKLE_PATTERNS for file in path.glob(pattern))
+    pickles = list(filter(is_pickled_weight, names))
     if pickles and not allow_pickle:
         raise ModelSourceError(
             f"{str(path)!r} holds weights in pickle format only ({pickles[0]!r}), which can run any code. "
@@ -216,17 +216,18 @@ def _source(model: LocalModel) -> dict[str, Any]:
 
 def _require(package: str, setting: str, way_out: str) -> None:
     if importlib.util.find_spec(package) is None:
-        text = (
+        raise EngineError(
             f"{setting} needs {package}, which is not installed. Install it with pip install {package}, or {way_out}."
         )
-        raise EngineError(text)
 
 
 def _placement(model: LocalModel) -> dict[str, Any]:
-    if model.device_map is None:
-        return {"device": resolve_device(model.device)}
-    _require("accelerate", f"`device_map` ({model.device_map!r})", "use `device`")
-    return {"device_map": model.device_map}
+    if model.device_map is not None:
+        _require("accelerate", f"`device_map` ({model.device_map!r})", "use `device`")
+        return {"device_map": model.device_map}
+    device = resolve_device(model.device)
+    # Quantized weights are placed while they are loaded and cannot be moved afterwards.
+    return {"device": device} if model.load_in is None else {"device_map": {"": device}}
 
 
 def _quantization(model: LocalModel) -> dict[str, Any]:
@@ -236,11 +237,7 @@ def _quantization(model: LocalModel) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     bits = BitsAndBytesConfig(load_in_4bit=model.load_in == "4bit", load_in_8bit=model.load_in == "8bit")
-    # Quantized weights are placed while they are loaded and cannot be moved afterwards.
-    placement = (
-        {} if model.device_map is not None else {"device_map": {"": resolve_device(model.device)}, "device": None}
-    )
-    return {"quantization_config": bits, **placement}
+    return {"quantization_config": bits}
 
 
 def _data_type(model: LocalModel, config: Any, arguments: dict[str, Any]) -> Any:

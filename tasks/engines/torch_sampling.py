@@ -65,7 +65,17 @@ class Sampler:
         temperature = 1.0 if options.temperature is None else options.temperature
         self.distribution = (temperature, options.top_k, options.top_p, options.min_p)
         self.random = random.Random(seed)
-        self.adjustments = self._needed_adjustments()
+        self.adjustments: list[Adjustment] = []
+        if options.repetition_penalty != 1.0:
+            self.adjustments.append(self._penalise_repetition)
+        if options.presence_penalty or options.frequency_penalty:
+            self.adjustments.append(self._penalise_presence)
+        if options.no_repeat_ngram_size:
+            self.adjustments.append(self._forbid_repeated_ngrams)
+        if grammar is not None:
+            self.adjustments.append(grammar.mask)
+        if least_tokens:
+            self.adjustments.append(self._forbid_an_early_end)
         for end in range(1, len(self._tokens) + 1):
             self._remember_ngram(end)
 
@@ -87,21 +97,6 @@ class Sampler:
             self._counts[token] += 1
         if self._grammar is not None:
             self._grammar.accept(token)
-
-    def _needed_adjustments(self) -> list[Adjustment]:
-        options = self._options
-        needed: list[tuple[bool, Adjustment]] = [
-            (options.repetition_penalty != 1.0, self._penalise_repetition),
-            (options.presence_penalty != 0.0 or options.frequency_penalty != 0.0, self._penalise_presence),
-            (options.no_repeat_ngram_size > 0, self._forbid_repeated_ngrams),
-            (self._grammar is not None, self._mask_by_grammar),
-            (self._least_tokens > 0, self._forbid_an_early_end),
-        ]
-        return [adjustment for is_needed, adjustment in needed if is_needed]
-
-    def _mask_by_grammar(self, scores: Tensor) -> Tensor:
-        assert self._grammar is not None
-        return self._grammar.mask(scores)
 
     def _penalise_repetition(self, scores: Tensor) -> Tensor:
         import torch

@@ -164,7 +164,6 @@ def test_a_folder_gives_what_transformers_renders(name: str, form: str, tmp_path
     family = FAMILIES[name]
     tokenizer = make_family_tokenizer(tmp_path, family, jinja_files=form == "jinja")
     template = ChatTemplate.of_folder(tmp_path)
-    assert template is not None
     assert read_templates(tmp_path) == template_of(name).sources
     assert set(family.special) <= template.special_texts
     assert set(family.added) <= template.added_texts - template.special_texts

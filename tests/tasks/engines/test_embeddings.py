@@ -281,6 +281,26 @@ def test_matryoshka_dimensions_are_read_from_the_repository(tiny_models: Any, tm
     assert vectors(torch_model(folder)).shape == (len(TEXTS), 24)
 
 
+def test_options_that_are_left_empty_are_those_of_the_repository(tiny_models: Any) -> None:
+    model = torch_model(tiny_models("xlm-roberta"))  # "cls", and prompts
+    empty = EmbeddingOptions(pooling=None, normalize=None, dimensions=None, document_prompt=None)
+
+    assert np.array_equal(vectors(model, embedding=empty), vectors(model))
+
+
+def test_scores_of_an_activation_that_is_not_known_have_the_one_that_is_given(tiny_models: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_models("bert-reranker"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Softplus"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(EngineError, match="Set `activation`"):
+        load_engine(torch_model(folder))
+    plain = EmbeddingOptions(activation="none")
+    expected = scores(torch_model(tiny_models("bert-reranker"), embedding=plain))
+    assert np.array_equal(scores(torch_model(folder, embedding=plain)), expected)
+
+
 def test_a_dense_layer_after_the_pooling_is_applied(tiny_models: Any, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

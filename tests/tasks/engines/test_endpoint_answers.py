@@ -81,6 +81,25 @@ def test_calls_of_tools_come_together_from_the_pieces_of_a_stream():
     assert [(call.name, call.arguments) for call in calls] == [("get_weather", {"city": "Paris"})]
 
 
+def test_the_servers_count_of_tokens_counts_where_it_comes_with_a_piece_of_text():
+    usage = [{"prompt_tokens": 3, "completion_tokens": count} for count in (2, 4)]
+    events = [{**delta(content="one "), "usage": usage[0]}, {**delta("stop", content="two"), "usage": usage[1]}]
+    found = read(events, on_text=[].append)
+    assert (found.text, found.prompt_tokens, found.generated_tokens) == ("one two", 3, 4)
+
+
+def test_images_are_sent_however_they_are_named(tmp_path, monkeypatch):
+    (tmp_path / "one.png").write_bytes(b"image")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [str(tmp_path / "one.png"), (tmp_path / "one.png").as_uri(), "~/one.png", "https://example.org/one.png"]
+    with ScriptedServer(PLAIN) as server:
+        assert ask(server, Request("Hello", images=names)).error is None
+        [*images, text] = server.bodies[0]["messages"][0]["content"]
+    sent = "data:image/png;base64,aW1hZ2U="
+    assert [image["image_url"]["url"] for image in images] == [sent, sent, sent, names[3]]
+    assert text == {"type": "text", "text": "Hello"}
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 5])
 def test_the_pieces_of_a_stream_do_not_change_where_it_is_cut(cut):
     text = "one two STOP three"

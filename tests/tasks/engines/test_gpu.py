@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
-from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine
+from prefect_huggingface.tasks.engines.torch_engine import TorchSeq2SeqEngine, TorchTextEngine
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from support.export_models import make_model

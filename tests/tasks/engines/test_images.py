@@ -161,6 +161,24 @@ def test_an_unreadable_image_is_that_requests_error(engine, pictures, image_serv
     assert good.result(60).text == ask(engine, images=pictures[:1]).text
 
 
+def test_an_image_is_upright_as_its_file_says(tmp_path, pictures):
+    from PIL import Image
+    from transformers.image_utils import load_image
+
+    turned = Image.Exif()
+    turned[0x0112] = 6  # by a quarter, as cameras that are held upright write it
+    Image.open(pictures[0]).save(tmp_path / "turned.png", exif=turned)
+    read, expected = multimodal.read_image(tmp_path / "turned.png"), load_image(str(tmp_path / "turned.png"))
+    assert (read.size, read.tobytes()) == (expected.size, expected.tobytes())
+    assert read.size == Image.open(pictures[0]).size[::-1]
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no file without an end here")
+def test_a_file_without_an_end_is_refused():
+    with pytest.raises(RequestError, match="it has more than 64 MiB"):
+        multimodal.read_image("/dev/zero")
+
+
 def test_the_signature_of_an_address_is_not_shown(engine, image_server):
     completion = ask(engine, images=[f"{image_server}/missing.png?signature=secret"])
     assert "missing.png" in completion.error
@@ -289,7 +307,35 @@ def test_a_templated_prompt_without_a_place_for_its_image_fails_alone(engine, pi
 
 def test_a_tool_beside_an_image_is_not_lost_in_silence(engine, pictures):
     tool = {"type": "function", "function": {"name": "count_birds", "parameters": {"type": "object"}}}
-    request = Request("How many?", images=[str(pictures[0])], tools=[tool], chat_template="always")
+    options = GenerationOptions(max_new_tokens=1, echo=True)
+    request = Request("How many?", images=[str(pictures[0])], tools=[tool], chat_template="always", options=options)
     completion = engine.submit(request).result(60)
+    assert completion.error is None
+    assert '{"name": "count_birds"' in completion.text
+
+
+def test_a_system_message_beside_an_image_is_merged_where_the_template_has_no_such_role(engine, pictures):
+    template = engine.inputs.template.sources["default"]
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + template
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    messages = [{"role": "system", "content": "Be short."}, user]
+    for source in (template, strict):
+        options = GenerationOptions(max_new_tokens=1, echo=True)
+        request = Request(messages=messages, images=[str(pictures[0])], template=source, options=options)
+        completion = engine.submit(request).result(60)
+        assert completion.error is None
+        begin = "<|system|>Be short.<|end|><|user|>" if source == template else "<|user|>Be short."
+        assert completion.text.startswith(begin)
+        assert "What is this?" in completion.text
+
+
+def test_the_prompt_of_a_conversation_without_an_image_can_be_written_alone(engine):
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
+    prompt = engine.inputs.write(Request(messages=messages))
+    assert prompt.text == "<|system|>Be short.<|end|><|user|>Hello<|end|><|assistant|>"
+
+
+def test_a_variable_that_the_template_does_not_have_is_refused_beside_an_image_too(engine, pictures):
+    completion = ask(engine, images=pictures[:1], template_options={"enable_thinking": False})
     assert completion.error_code == "invalid_prompt"
-    assert "count_birds" in completion.error
+    assert "'enable_thinking'" in completion.error

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
-from prefect_huggingface.tasks.engines.torch_seq2seq import TorchSeq2SeqEngine, language_ids
+from prefect_huggingface.tasks.engines.torch_engine import TorchSeq2SeqEngine, TorchTextEngine, language_ids
 from prefect_huggingface.tasks.records import Request
 from support.export_models import ENCODER_DECODER
 from support.tiny_models import save_with_spread_weights

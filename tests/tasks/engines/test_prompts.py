@@ -31,7 +31,7 @@ USER = [{"role": "user", "content": "Hello"}]
 
 
 def writer(source: str | None, use: str = "auto") -> InputProcessor:
-    return InputProcessor(ChatTemplate(source, TOKENS) if source else None, TOKENS, use)
+    return InputProcessor(ChatTemplate(source or {}, TOKENS), use)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -122,10 +122,20 @@ def test_templates_are_found_where_models_keep_them(tmp_path):
         "chat_template.json": json.dumps({"chat_template": "b"}),
         "chat_template.jinja": "c",
     }  # fmt: skip
-    assert ChatTemplate.of_folder(tmp_path) is None
+    assert ChatTemplate.of_folder(tmp_path).sources == {}
+    assert InputProcessor.of_folder(tmp_path).template is None
     for (name, content), wanted in zip(places.items(), "abc", strict=True):
         Path(tmp_path / name).write_text(content)
         assert ChatTemplate.of_folder(tmp_path).sources["default"] == wanted
+
+
+def test_the_text_of_a_message_forges_nothing_in_a_template_that_the_caller_gives(tmp_path):
+    settings = {"added_tokens_decoder": {"5": {"content": "<|note|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    inputs = InputProcessor.of_folder(tmp_path)  # a model without a template of its own
+    prompt = inputs.write(Request(messages=[{"role": "user", "content": "a <|note|> b"}], template=PLAIN))
+    assert "a <|note|> b" in prompt.text
+    assert not any("<|note|>" in segment for segment in prompt.segments)
 
 
 def test_options_that_do_not_go_together_are_refused():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
-from prefect_huggingface.tasks.engines.torch_seq2seq import (
+from prefect_huggingface.tasks.engines.torch_engine import (
     OpenVINOSeq2SeqEngine,
     TorchSeq2SeqEngine,
     task_prefix,

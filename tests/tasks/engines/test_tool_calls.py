@@ -167,6 +167,15 @@ def test_pieces_give_what_the_whole_gives(data: st.DataObject) -> None:
     assert [item for item in items if isinstance(item, InvalidCall)] == whole.invalid
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_behind_a_text_are_found_letter_by_letter(name: str) -> None:
+    text = f"Let me look.\n{FORMATS[name]}"
+    parser = ToolCallParser(TOOLS)
+    items = [*(item for letter in text for item in parser.feed(letter)), *parser.finish()]
+    assert "".join(item for item in items if isinstance(item, str)) == "Let me look."
+    assert calls_of(items) == [PARIS, NOW]
+
+
 @pytest.mark.parametrize(
     "pieces",
     [
