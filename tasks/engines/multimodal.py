@@ -94,9 +94,12 @@ class MultimodalInputProcessor(InputProcessor):
     def _read(self, state: RequestState, sources: list[str], hand_over: Callable[[RequestState], None]) -> None:
         try:
             if not self._closed and state.abort_reason is None:
-                state.multimodal.images = [read_image(source) for source in sources]
+                state.multimodal.images = [read_image(source, state.seconds_left) for source in sources]
         except Exception as exc:
-            state.fail_with(exc, "The request failed", "Check its images.")
+            if state.abort_reason is not None:
+                state.end(state.abort_reason)
+            else:
+                state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
 
     def place_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -118,18 +121,19 @@ class MultimodalInputProcessor(InputProcessor):
         return None
 
 
-def read_image(source: Any) -> Any:
+def read_image(source: Any, seconds: float = TIMEOUT_SECONDS) -> Any:
     """Return an image in RGB, upright as its file says.
 
     Args:
         source: Path, or URL with the scheme file, data, http or https.
+        seconds: How long a server may take, at most `TIMEOUT_SECONDS`.
 
     Raises:
         RequestError: If there is no image that can be read. The error shows the source.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    content = image_bytes(source)
+    content = image_bytes(source, seconds)
     try:
         with Image.open(io.BytesIO(content)) as image:
             if (pixels := image.width * image.height) > MAX_PIXELS:
@@ -142,7 +146,7 @@ def read_image(source: Any) -> Any:
         raise _unreadable(source, exc) from None
 
 
-def image_bytes(source: Any) -> bytes:
+def image_bytes(source: Any, seconds: float = TIMEOUT_SECONDS) -> bytes:
     """Return the content of an image file, from the sources that `read_image` takes.
 
     Raises:
@@ -153,7 +157,7 @@ def image_bytes(source: Any) -> bytes:
             "invalid_prompt", f"An image must be a path or a URL, got {type(source).__name__}. Give one."
         )
     try:
-        content = _read_bytes(str(source))
+        content = _read_bytes(str(source), seconds)
     except (OSError, ValueError) as exc:
         raise _unreadable(source, exc) from None
     if len(content) > MAX_IMAGE_BYTES:
@@ -161,12 +165,12 @@ def image_bytes(source: Any) -> bytes:
     return content
 
 
-def _read_bytes(source: str) -> bytes:
+def _read_bytes(source: str, seconds: float) -> bytes:
     """Return the content of a file, or its beginning where it is too large."""
     # A path of Windows looks like a URL with a scheme of one letter.
     scheme = urlsplit(source).scheme.lower()
     if scheme in ("http", "https"):
-        return _download(source)
+        return _download(source, max(min(seconds, TIMEOUT_SECONDS), 0.001))
     if scheme == "data":
         return _decode(source)
     path = Path(url2pathname(urlsplit(source).path)) if scheme == "file" else Path(source).expanduser()
@@ -186,13 +190,13 @@ def _decode(source: str) -> bytes:
         raise ValueError(f"its base64 is broken: {exc}") from None
 
 
-def _download(source: str) -> bytes:
+def _download(source: str, seconds: float) -> bytes:
     import httpx
 
     content = bytearray()
-    end = time.monotonic() + TIMEOUT_SECONDS
+    end = time.monotonic() + seconds
     try:
-        with httpx.stream("GET", source, timeout=TIMEOUT_SECONDS, follow_redirects=True) as response:
+        with httpx.stream("GET", source, timeout=seconds, follow_redirects=True) as response:
             if response.status_code != httpx.codes.OK:
                 raise ValueError(f"the server answers {response.status_code}")
             for part in response.iter_bytes():
@@ -200,7 +204,7 @@ def _download(source: str) -> bytes:
                 if len(content) > MAX_IMAGE_BYTES:
                     break
                 if time.monotonic() > end:
-                    raise ValueError(f"it takes more than {TIMEOUT_SECONDS:g} s")
+                    raise ValueError(f"it takes more than {seconds:g} s")
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ValueError(f"it cannot be fetched: {type(exc).__name__}: {exc}") from None
     return bytes(content)

@@ -77,6 +77,11 @@ class RequestState:
         self.vector: Any = None
         self._ended: FinishReason | None = None
         self._deadline = float("inf")
+        self._set_deadline(request.options)
+
+    def _set_deadline(self, options: GenerationOptions | None) -> None:
+        if options is not None and options.deadline_seconds is not None:
+            self._deadline = self.submitted_at + options.deadline_seconds
 
     def begin(
         self,
@@ -103,8 +108,7 @@ class RequestState:
         self.needs_choice_scores = bool(self.choices)
         # A request that is started again must draw the same tokens, so that every request has a seed.
         self.seed = secrets.randbelow(SEED_LIMIT) if options.seed is None else options.seed
-        if options.deadline_seconds is not None:
-            self._deadline = self.submitted_at + options.deadline_seconds
+        self._set_deadline(options)
         # Special tokens have no text of their own; those that are, or make up, one of these marks are kept.
         marks = [*(TOOL_MARKS if self.request.tools else ()), *(reasoning.visible_marks if reasoning else ())]
         parts = {part for mark in marks for part in (mark, *re.findall(r"<[^<>]+>|\[[^\[\]]+\]", mark))}
@@ -115,11 +119,16 @@ class RequestState:
             sequence.begin()
 
     @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline, infinite where there is none."""
+        return self._deadline - time.perf_counter()
+
+    @property
     def abort_reason(self) -> FinishReason | None:
         """Why the request must end now, however far it is, or None."""
         if self.future.cancelled():
             return "cancelled"
-        return "deadline" if time.perf_counter() > self._deadline else None
+        return "deadline" if self.seconds_left < 0 else None
 
     @property
     def is_done(self) -> bool:

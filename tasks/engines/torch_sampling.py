@@ -189,6 +189,8 @@ def _draw(
     """Draw one token per row, with one random number in [0, 1) per row."""
     import torch
 
+    # Apple's GPUs have no numbers in double precision.
+    scores = scores.cpu() if scores.device.type == "mps" else scores
     # Without the greatest score taken off, a small temperature overflows.
     scaled = (scores - scores.amax(-1, keepdim=True)).double() / temperature
     token_ids = None

@@ -219,6 +219,20 @@ def test_a_slow_server_does_not_hold_up_the_others(folder, pictures):
     assert waiting.result(60).error is not None
 
 
+def test_a_deadline_holds_also_while_an_image_is_fetched(folder):
+    import socket
+
+    from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
+
+    engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
+    with socket.create_server(("127.0.0.1", 0)) as silent, engine:
+        slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
+        late = GenerationOptions(deadline_seconds=0.5)
+        completion = engine.submit(Request("What is this?", images=[slow] * 3, options=late)).result(20)
+    assert (completion.finish_reason, completion.error) == ("deadline", None)
+    assert completion.seconds < 15
+
+
 def test_conversations_of_a_model_with_images_are_asked(folder, pictures):
     model = settings(folder, backend="torch")
     picture = {"type": "image", "path": str(pictures[0])}
