@@ -53,19 +53,22 @@ test-all: $(READY)
 
 # Half an hour on two cores. QUICK=1 tries the engines on a small model. tests/benchmarks/README.md has more.
 BENCHMARKS := build/benchmarks
-PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp
+PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp \
+	"langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
 
 benchmark: SHELL := /bin/bash
+benchmark: export PYTHONUNBUFFERED := 1
 benchmark: $(READY)
 	@mkdir -p $(BENCHMARKS)
 	@$(if $(QUICK),,$(SMOLLM2_THERE) || $(SMOLLM2))
+	@$(RUN) -c "import matplotlib" 2>/dev/null || $(RUN) -m pip install --quiet --constraint constraints.txt matplotlib || true
 	@set -o pipefail; { set -e; \
 	$(RUN) tests/benchmarks/benchmark_engines.py $(if $(QUICK),--quick --repeats 2,--real --formats int8 --repeats 2 \
 		--workloads alone mixed --engines $(PEERS)); \
 	$(if $(QUICK),exit,:); \
 	$(RUN) tests/benchmarks/benchmark_profile.py --real; \
 	$(RUN) tests/benchmarks/benchmark_start.py --repeats 3; \
-	$(RUN) tests/benchmarks/benchmark_growth.py --real --of concurrency processes; \
+	$(RUN) tests/benchmarks/benchmark_growth.py --real; \
 	$(RUN) tests/benchmarks/benchmark_batches.py scale; \
 	} | tee $(BENCHMARKS)/report.txt
 

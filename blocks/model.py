@@ -42,11 +42,17 @@ class EngineOptions(BaseModel):
         default=None, ge=1, title="Batched tokens", description="Number of tokens that one step of the model handles."
     )
     cache_size_gb: float | None = Field(
-        default=None, gt=0, title="KV cache (GB)", description="Room for the KV cache in units of 2^30 bytes."
-    )
+        default=None, gt=0, title="KV cache (GB)",
+        description="Room for the KV cache in units of 2^30 bytes, of all processes together.",
+    )  # fmt: skip
     enable_prefix_caching: bool = Field(
         default=True, title="Prefix caching", description="Compute a beginning that several prompts share once."
     )
+    instances: int | None = Field(
+        default=None, ge=1, title="Processes",
+        description="Number of processes that share the cores and the requests, each with the model in its memory: one "
+        "for each NUMA node of a large machine. For text generation with OpenVINO on a CPU.",
+    )  # fmt: skip
     draft_model: str | None = Field(
         default=None,
         title="Draft model",
@@ -306,6 +312,18 @@ class LocalModel(ConfigurationBlock):
     def _only_for_openvino(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if value and info.data.get("backend") == "torch":
             raise ValueError(f"`ov_config` is for the OpenVINO backend, got {value!r}. Leave it empty.")
+        return value
+
+    @field_validator("engine")
+    @classmethod
+    def _instances_fit(cls, value: EngineOptions, info: ValidationInfo) -> EngineOptions:
+        given = {name: info.data.get(name) for name in ("backend", "task")}
+        fits = given["backend"] == "openvino" and given["task"] in ("text-generation", "image-text-to-text")
+        if (value.instances or 1) > 1 and not fits:
+            raise ValueError(
+                f"`instances` must be 1 with backend {given['backend']!r} and task {given['task']!r}, "
+                f"got {value.instances}. Only text generation with OpenVINO runs in several processes."
+            )
         return value
 
     @field_validator("model_kwargs")

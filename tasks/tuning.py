@@ -8,7 +8,6 @@ agree with those in full precision.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -21,6 +20,10 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
+from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.cores import allowed_cores
+from prefect_huggingface.tasks.engines.engine_group import EngineGroup
+from prefect_huggingface.tasks.engines.memory import available_bytes
 from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     EXACT_PROPERTIES,
@@ -28,7 +31,7 @@ from prefect_huggingface.tasks.engines.openvino_runtime import (
     with_settings,
     write_settings,
 )
-from prefect_huggingface.tasks.engines.registry import model_folder
+from prefect_huggingface.tasks.engines.registry import model_folder, weight_bytes
 from prefect_huggingface.tasks.errors import PlanError
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.run_logs import run_log
@@ -38,6 +41,7 @@ GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("DYNAMIC_QUANTIZATION_GROUP_SIZE", (64, 128, 0)),
     ("max_num_batched_tokens", (256, 1024)),
     ("max_num_seqs", (32, 128)),
+    ("instances", (2, 4, 8)),
     ("prompt_lookup_tokens", (3, 6)),
     ("KV_CACHE_PRECISION", ("bf16", "u4")),
     ("INFERENCE_PRECISION_HINT", ("bf16", "f16")),
@@ -58,6 +62,8 @@ FEW_ROWS = 8
 NEW_TOKENS = 32
 REPEATS = 3
 CLEAR_GAIN = 1.03
+# Each further process has the model in its memory.
+GAIN_OF_INSTANCES = 1.06
 # Answers may agree this much less with those in full precision than the defaults do, and what chance explains.
 TOLERANCE = 0.02
 COMPARED_ROWS = 32
@@ -130,8 +136,8 @@ def find_settings(model: LocalModel, prompts: Sequence[str] | None = None, *, co
         search.begin()
         can_guess = bool(prompts) and model.engine.draft_model is None and model.options.num_beams == 1
         for name, values in GRID:
-            taken = name in model.ov_config or getattr(model.engine, name, None) is not None
-            if not taken and (can_guess or name != "prompt_lookup_tokens"):
+            given = name in model.engine.model_fields_set and getattr(model.engine, name) is not None
+            if not (given or name in model.ov_config) and (can_guess or name != "prompt_lookup_tokens"):
                 search.try_values(name, values)
         return search.finish()
 
@@ -151,7 +157,7 @@ class _Search:
         self._settings: dict[str, Any] = {}
         self._trials: list[TuningTrial] = []
         self._speed_up = 1.0
-        self._engines: list[OpenVINOTextEngine] = []
+        self._engines: list[Engine] = []
 
     def begin(self) -> None:
         """Take the exact answers, and the engine with its default settings as the best one so far."""
@@ -164,7 +170,7 @@ class _Search:
     def try_values(self, name: str, values: Sequence[Any]) -> None:
         """Try values of a setting and keep the best of them."""
         for value in values:
-            if name == "INFERENCE_NUM_THREADS" and value > (os.cpu_count() or 1):
+            if not self._is_possible(name, value):
                 continue
             started = time.perf_counter()
             trial = self._try(name, value)
@@ -175,6 +181,12 @@ class _Search:
                 "" if trial.agreement is None else f", agreement {trial.agreement:.2f}",
                 ", kept" if trial.kept else "", time.perf_counter() - started,
             )  # fmt: skip
+
+    def _is_possible(self, name: str, value: Any) -> bool:
+        """Tell whether this machine has the cores, and the memory for two engines beside each other."""
+        if name == "instances" and 2 * value * weight_bytes(self._folder) > available_bytes():
+            return False
+        return name not in ("instances", "INFERENCE_NUM_THREADS") or value <= len(allowed_cores())
 
     def close(self) -> None:
         """Close all engines, also after an interruption."""
@@ -194,8 +206,10 @@ class _Search:
         publish_table("engine-tuning", trials, f"Settings of {self._model.model_id} on this machine")
         return Tuning(dict(self._settings), self._speed_up, tuple(self._trials), str(path))
 
-    def _load(self, settings: Mapping[str, Any]) -> OpenVINOTextEngine:
-        self._engines.append(OpenVINOTextEngine(self._folder, with_settings(self._model, settings)))
+    def _load(self, settings: Mapping[str, Any]) -> Engine:
+        model = with_settings(self._model, settings)
+        engine = EngineGroup if (model.engine.instances or 1) > 1 else OpenVINOTextEngine
+        self._engines.append(engine(self._folder, model))
         return self._engines[-1]
 
     def _try(self, name: str, value: Any) -> TuningTrial:
@@ -206,7 +220,8 @@ class _Search:
             # Not every device and version knows every value.
             return TuningTrial(name, value, 0.0, None, kept=False, problem=str(exc))
         speed_up = self._race(engine)
-        agreements = _agreements(_answer(engine, self._compared), self._wanted) if speed_up >= CLEAR_GAIN else None
+        is_faster = speed_up >= (GAIN_OF_INSTANCES if name == "instances" else CLEAR_GAIN)
+        agreements = _agreements(_answer(engine, self._compared), self._wanted) if is_faster else None
         kept = agreements is not None and not _is_worse(agreements, self._defaults)
         if kept:
             self._best.close()
@@ -215,7 +230,7 @@ class _Search:
             engine.close()
         return TuningTrial(name, value, speed_up, None if agreements is None else fmean(agreements), kept=kept)
 
-    def _race(self, engine: OpenVINOTextEngine) -> float:
+    def _race(self, engine: Engine) -> float:
         """Return how many times as fast as the best one an engine is. One that is clearly slower gets one turn only."""
         seconds: dict[int, list[float]] = {0: [], 1: []}
         _answer(engine, self._prompts)  # what is made at the first answers
@@ -227,7 +242,7 @@ class _Search:
                 break
         return median(seconds[0]) / median(seconds[1])
 
-    def _time(self, engine: OpenVINOTextEngine) -> float:
+    def _time(self, engine: Engine) -> float:
         """Return the seconds for all prompts, `concurrency` of them at a time."""
         options = GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
         requests = [
@@ -240,7 +255,7 @@ class _Search:
         return time.perf_counter() - started
 
 
-def _answer(engine: OpenVINOTextEngine, prompts: Sequence[str]) -> list[str]:
+def _answer(engine: Engine, prompts: Sequence[str]) -> list[str]:
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     futures = [engine.submit(Request(prompt, options=options)) for prompt in prompts]
     return [future.result().text for future in futures]

@@ -105,6 +105,11 @@ class Engine(ABC):
         """Share of the KV cache that is in use, 0 to 1; 0 where the engine does not tell."""
         return 0.0
 
+    @property
+    def outside_bytes(self) -> int:
+        """Resident memory of further processes that belong to the engine."""
+        return 0
+
     def generate(self, requests: Iterable[Request], in_flight: int | None = None) -> Generator[Completion, None, None]:
         """Yield the completions of many requests as they finish. Closing the iterator cancels those under way.
 

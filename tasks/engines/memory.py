@@ -4,52 +4,64 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Of a container: its limit, what it uses, and of that what it holds of files and can let go of.
-CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)  # fmt: skip
+# Where Linux limits the memory of groups of processes, containers and services for instance, and says who is in which.
+CGROUP_ROOT, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Limit and use of a group in the second version, whose controllers stand together, and in the first.
+CGROUP_FILES = ("memory.max", "memory.current")
+OLD_CGROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 CACHE_NAMES = ("inactive_file", "active_file")
 
 
 def available_bytes(swap: bool = False) -> int:
-    """Return the memory that is free for this process, on disk too (`swap`), within the limit of its container."""
+    """Return the memory that is free for this process, on disk too (`swap`), within the limits of its groups."""
     import psutil
 
     available = int(psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0))
-    for limit_file, used_file, stat_file in CGROUP_FILES:
-        with suppress(OSError, ValueError):
-            limit, used = int(Path(limit_file).read_text()), int(Path(used_file).read_text())
-            available = min(available, max(limit - used + _cached_bytes(Path(stat_file)), 0))
+    for limit, used, folder in _memory_groups():
+        available = min(available, max(limit - used + _cached_bytes(folder / "memory.stat"), 0))
     return available
 
 
+def total_bytes() -> int:
+    """Return the memory of the machine, or the least limit of the groups of this process where that is lower."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _, _ in _memory_groups())])
+
+
+def _memory_groups() -> Iterator[tuple[int, int, Path]]:
+    """Yield limit, use and folder of each group with a limit that this process is in; a group is in those above it."""
+    try:
+        lines = CGROUPS_OF_PROCESS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, names = (CGROUP_ROOT / "memory", OLD_CGROUP_FILES) if controllers else (CGROUP_ROOT, CGROUP_FILES)
+        folder = top / path.lstrip("/")
+        # Within a container, the path may be that of the machine outside; its own group is the top one there.
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError):  # no limit is "max", or is not there
+                limit, used = (int((group / name).read_text()) for name in names)
+                yield limit, used, group
+            if group == top:
+                break
+
+
 def _cached_bytes(stat: Path) -> int:
-    """Return how much of the memory that a container uses is cache of files."""
+    """Return how much of the memory that a group uses is cache of files, which it can let go of."""
     with suppress(OSError, ValueError):
         found = dict(line.split() for line in stat.read_text().splitlines())
         # The first version counts what is in groups below with a prefix.
         return sum(int(found.get(f"total_{name}", found.get(name, 0))) for name in CACHE_NAMES)
     return 0
-
-
-def total_bytes() -> int:
-    """Return the memory of the machine, or the limit of the container where that is lower."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    for limit_file, *_ in CGROUP_FILES:
-        with suppress(OSError, ValueError):
-            total = min(total, int(Path(limit_file).read_text()))
-    return total
 
 
 def resident_bytes() -> int:

@@ -76,7 +76,6 @@ class OpenVINOTextEngine(EngineWorker):
         Raises:
             EngineError: If OpenVINO cannot load the model with these settings.
         """
-        inputs = self.inputs_class.of_folder(path, model.chat_template, model.options)
         device, properties = choose_device(model), compile_properties(model)
         adapters = get_adapters(model)
         check_fit(adapters, path)
@@ -88,13 +87,9 @@ class OpenVINOTextEngine(EngineWorker):
             self._load_pipeline = partial(GenaiPipeline, path, device, properties, self.sizes, adapters=adapters)
             self._pipeline = self._load_pipeline(model.engine)
         self._scorer: GenaiPipeline | None = None
-        tokenizer: Tokenizer = rust.result() or GenaiTokenizer(self._pipeline.tokenizer)
-        ends = read_end_tokens(path, int(self._pipeline.tokenizer.get_eos_token_id()))
-        settings = read_json(path / "config.json")
-        # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
-        inputs.bind(tokenizer, ends, longrope_border(settings) or context_length_of(settings))
+        inputs = self.read_inputs(path, model, self._pipeline.tokenizer, rust.result())
         # GenAI 2026.4 takes tokens without a score for places in memory.
-        self._vocabulary = vocabulary_of(settings) or NO_TOKEN
+        self._vocabulary = vocabulary_of(read_json(path / "config.json")) or NO_TOKEN
         inputs.check = lambda options: check_options(options, model.engine, self._vocabulary)
         self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         self._scheduled: dict[RequestState, ScheduledRequest] = {}
@@ -102,10 +97,27 @@ class OpenVINOTextEngine(EngineWorker):
         self.in_flight = self.sizes.sequences + max(self.sizes.sequences // 2, 8)
         super().__init__(inputs)
 
+    @classmethod
+    def read_inputs(cls, path: Path, model: LocalModel, genai: Any, rust: Tokenizer | None) -> InputProcessor:
+        """Return what makes the prompts of a model folder.
+
+        Args:
+            path: Folder of the OpenVINO model.
+            model: Model with its template and options.
+            genai: Tokenizer of OpenVINO GenAI.
+            rust: Tokenizer of a `tokenizer.json`, which is faster, or None where the folder has none.
+        """
+        inputs = cls.inputs_class.of_folder(path, model.chat_template, model.options)
+        settings = read_json(path / "config.json")
+        # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
+        length = longrope_border(settings) or context_length_of(settings)
+        inputs.bind(rust or GenaiTokenizer(genai), read_end_tokens(path, int(genai.get_eos_token_id())), length)
+        return inputs
+
     @property
     def cache_usage(self) -> float:
         """Share of the KV cache that the last step used, 0 to 1."""
-        return self._pipeline.cache_usage
+        return 0.0 if self._closed else self._pipeline.cache_usage
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of the queue."""
@@ -126,7 +138,11 @@ class OpenVINOTextEngine(EngineWorker):
         self._scorer = None
 
     def release(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, and before of what runs in it: OpenVINO GenAI complains about what is left."""
+        for request in self._scheduled.values():
+            request.cancel()
+        for pipeline in filter(None, (self._pipeline, self._scorer)):
+            pipeline.drain()
         del self._pipeline, self._scorer, self._load_pipeline
 
     def leftovers(self) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ResponseFormat
 from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.chat_templates import read_json
+from prefect_huggingface.tasks.engines.cores import allowed_cores
 from prefect_huggingface.tasks.engines.inputs import refuse_options
 from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
@@ -45,7 +47,7 @@ NO_TOKEN = 2**31 - 1
 CLEARING_STEPS = 4
 # Settings that `tune_engine` finds for one model on one machine.
 TUNINGS_FOLDER = "tunings"
-ENGINE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens", "prompt_lookup_tokens")
+ENGINE_SETTINGS = ("max_num_seqs", "max_num_batched_tokens", "prompt_lookup_tokens", "instances")
 
 
 def compile_properties(model: LocalModel) -> dict[str, Any]:
@@ -295,15 +297,19 @@ class GenaiPipeline:
         """Do one step of the model for everything that was added."""
         self._pipeline.step()
 
+    def drain(self) -> bool:
+        """Have the pipeline let go of all requests, whose handles must be cancelled, and tell whether it did."""
+        for _ in range(CLEARING_STEPS):
+            with suppress(RuntimeError):
+                if not self.has_work:
+                    return True
+                self._pipeline.step()
+        return False
+
     def clear(self) -> None:
         """Make the pipeline usable again after a failed step. All handles must be cancelled before."""
-        for _ in range(CLEARING_STEPS):
-            try:
-                if not self.has_work:
-                    return
-                self._pipeline.step()
-            except RuntimeError:
-                continue
+        if self.drain():
+            return
         logger.warning("The pipeline of %s cannot be cleared; loading the model again.", self._folder)
         del self._pipeline
         self._pipeline = self._load()
@@ -400,11 +406,13 @@ def with_settings(model: LocalModel, settings: Mapping[str, Any]) -> LocalModel:
     """Return a model with settings put under what its user gives.
 
     Where the user asks for full precision, only the sizes are taken over. Guessing from the prompt is left out where it
-    would rule out what the user wants: beams, or a draft.
+    would rule out what the user wants: beams, or a draft; and several processes where this one may use fewer cores.
     """
     sizes = {name: settings[name] for name in ENGINE_SETTINGS if name in settings}
     if model.engine.draft_model is not None or model.options.num_beams > 1:
         sizes.pop("prompt_lookup_tokens", None)
+    if sizes.get("instances", 1) > len(allowed_cores()):
+        del sizes["instances"]
     properties = {name: value for name, value in settings.items() if name not in ENGINE_SETTINGS}
     if wants_full_precision(model.ov_config):
         properties = {}

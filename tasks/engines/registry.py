@@ -67,6 +67,7 @@ ENGINE_CLASSES = {
     },
 }
 ENDPOINT_CLASS = "endpoint_engine:EndpointEngine"
+GROUP_CLASS = "engine_group:EngineGroup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class RegistryEntry:
         self.requests = 0
         before = resident_bytes()
         self.engine = load()
-        self._memory_bytes = max(resident_bytes() - before, 0)
+        self._memory_bytes = max(resident_bytes() - before, 0) + self.engine.outside_bytes
         self._loaded_at = self._used_at = time.time()
 
     @property
@@ -374,10 +375,10 @@ def _drop(registry: _Registry, key: EngineKey, engine: EngineWorker) -> None:
 
 
 def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
-    _make_room(weight_bytes(folder), key)
     cls = engine_class(key)
     # The engine has no defaults of its own: callers with different options share it.
     plain = cls.tuned(model, folder).model_copy(update={"options": GenerationOptions()})
+    _make_room(weight_bytes(folder) * (plain.engine.instances or 1), key)
 
     def load() -> Engine:
         try:
@@ -406,7 +407,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
     Raises:
         EngineError: If a model does not fit beside the engines that are in use.
     """
-    while resident_bytes() + needed > _budget():
+    while _used_bytes() + needed > _budget():
         with _registry.lock:
             idle = next((entry for entry in list(_registry.entries.values()) if not entry.in_use), None)
             if idle is None:
@@ -420,7 +421,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
     if key is None or not in_use:
         logger.warning(
             "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
-            (resident_bytes() + needed) / GIB, _budget() / GIB,
+            (_used_bytes() + needed) / GIB, _budget() / GIB,
         )  # fmt: skip
         return
     raise EngineError(
@@ -428,6 +429,10 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
         f"budget of {_budget() / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
         f"raise {BUDGET_VARIABLE}."
     )
+
+
+def _used_bytes() -> int:
+    return resident_bytes() + sum(entry.engine.outside_bytes for entry in list(_registry.entries.values()))
 
 
 def _close(entries: list[RegistryEntry]) -> int:
@@ -497,6 +502,8 @@ def key_of(model: LocalModel, folder: Path) -> EngineKey:
         )
     key = EngineKey(name, str(folder), "")
     tuned = engine_class(key).tuned(model, folder)
+    if (tuned.engine.instances or 1) > 1:
+        key = replace(key, engine=GROUP_CLASS)
     adapters = [(one.scale, str(one.path), _file_states(one.files)) for one in get_adapters(model)]
     return replace(key, settings=json.dumps([_settings_of(tuned, LOADING_FIELDS), _weight_states(folder), adapters]))
 

@@ -207,13 +207,16 @@ class RequestState:
         for sequence in self.sequences:
             sequence.begin()
 
-    def complete(self) -> None:
-        """Set the result of the future, unless the caller cancelled it. It always gets one."""
+    def complete(self, completion: Completion | None = None) -> None:
+        """Set the result of the future, unless the caller cancelled it. It always gets one.
+
+        Args:
+            completion: What another process has made of the request; None to make it here.
+        """
         if self.future.cancelled():
             return
-        completion = None
         try:
-            completion = self._completed() if self.error is None else None
+            completion = completion or (self._completed() if self.error is None else None)
         except Exception as exc:
             self.fail_with(exc, "The completion cannot be made", "Change its options.")
         try:

@@ -19,13 +19,13 @@ Run = Callable[[Job], int]
 STATIC_BATCH = 8
 
 
-def ours(folder: str, *, tuned: bool = True, **properties: Any) -> Run:
+def ours(folder: str, *, tuned: bool = True, instances: int | None = None, **properties: Any) -> Run:
     """Return this library's engine, with or without the settings that were found for this machine."""
     from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
     from prefect_huggingface.tasks.engines.registry import load_engine
     from prefect_huggingface.tasks.records import Request
 
-    options = EngineOptions(tuned=tuned)
+    options = EngineOptions(tuned=tuned, instances=instances)
     engine = load_engine(LocalModel(model_id=folder, chat_template="never", engine=options, ov_config=properties))
 
     def request(prompt: str, tokens: int) -> Request:
@@ -156,6 +156,28 @@ def transformers_pipeline(folder: str) -> Run:
     return run
 
 
+def transformers_continuous(folder: str) -> Run:
+    """Return the continuous batching of Transformers, on torch."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def run(job: Job) -> int:
+        # One length for all: it has no options of single requests.
+        settings = GenerationConfig(
+            max_new_tokens=max(job["new_tokens"]), do_sample=False, eos_token_id=-1, pad_token_id=2
+        )
+        ids = [tokenizer(prompt)["input_ids"] for prompt in job["prompts"]]
+        results = model.generate_batch(ids, generation_config=settings, progress_bar=False)
+        for result in results.values():
+            tokenizer.decode(result.generated_tokens)
+        return sum(job["new_tokens"])
+
+    return run
+
+
 def in_one_list(run: Run) -> Run:
     """Return an engine that gets the rows of many threads as one list."""
     return lambda job: run({**job, "threads": 0})
@@ -164,6 +186,7 @@ def in_one_list(run: Run) -> Run:
 CONTENDERS: dict[str, Callable[..., Run]] = {
     "ours": lambda folder, **properties: ours(folder, tuned=False, **properties),
     "ours, tuned": ours,
+    "ours, a process per core": lambda folder: ours(folder, tuned=False, instances=os.cpu_count() or 1),
     "ours, one list": lambda folder: in_one_list(ours(folder, tuned=False)),
     "continuous batching, tuned by hand": lambda folder: continuous_batching(
         folder, max_num_batched_tokens=512, max_num_seqs=64, enable_prefix_caching=True
@@ -174,6 +197,7 @@ CONTENDERS: dict[str, Callable[..., Run]] = {
     "langchain-huggingface, openvino": lambda folder: langchain_huggingface(folder, "openvino"),
     "langchain-huggingface, torch": lambda folder: langchain_huggingface(folder, "pt"),
     "transformers pipeline": transformers_pipeline,
+    "transformers generate_batch": transformers_continuous,
     "llama.cpp": llama_cpp,
 }
 

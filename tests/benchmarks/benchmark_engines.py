@@ -24,15 +24,24 @@ from statistics import median
 from typing import Any
 
 from benchmark_contenders import CONTENDERS
-from benchmark_models import SHAPES, find_real_weights, make_checkpoint, make_eight_bits, make_exports
+from benchmark_models import (
+    SHAPES,
+    find_real_weights,
+    make_checkpoint,
+    make_eight_bits,
+    make_exports,
+    make_real_checkpoint,
+)
 from benchmark_workloads import Workload, make_workloads
 from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
+from report import show, store
 
 PEERS = {"langchain_huggingface": "langchain-huggingface==1.2.3", "xllamacpp": "xllamacpp==2026.10.11549"}
-ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline")
+ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline", "transformers generate_batch")
 # These take minutes for a whole workload, so that they get a part of its rows.
-SLOW_ROWS = 8
-OURS = ("ours", "ours, tuned")
+SLOW = (*ON_TORCH, "langchain-huggingface, openvino")
+SLOW_ROWS = 4
+OURS = ("ours", "ours, tuned", "ours, a process per core")
 CONTINUOUS = (*OURS, "continuous batching, tuned by hand", "continuous batching, defaults")
 LISTS = tuple(name for name in CONTENDERS if name != "ours, one list")
 # Which engines do which workload: those that it tells apart.
@@ -47,12 +56,15 @@ HERE = Path(__file__).parent
 
 
 Figures = dict[str, dict[str, list[tuple[float, float]]]]
+Peaks = dict[str, float]
 
 
 class Worker:
-    """One engine in a process of its own, with properties of OpenVINO for this library's."""
+    """One engine in a process of its own, bound to some cores where they are given, with properties of OpenVINO."""
 
-    def __init__(self, name: str, folder: Path, peers: Path = HERE, **properties: Any) -> None:
+    def __init__(
+        self, name: str, folder: Path, peers: Path = HERE, cores: set[int] | None = None, **properties: Any
+    ) -> None:
         command = [sys.executable, str(HERE / "benchmark_contenders.py"), name, str(folder), json.dumps(properties)]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(peers),
@@ -62,6 +74,8 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=environment,
         )  # fmt: skip
+        if cores is not None:
+            os.sched_setaffinity(self._process.pid, cores)
         self._read()
 
     def run(self, workload: Workload) -> tuple[float, float]:
@@ -138,36 +152,37 @@ def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], re
         workers = [Worker(name, folders[name], peers) for name in names]
         for repeat in range(repeats + 1):
             for worker in workers:
-                rows = workload.sample(SLOW_ROWS) if worker.name in ON_TORCH else workload
+                rows = workload.sample(SLOW_ROWS) if worker.name in SLOW else workload
                 rates = worker.run(rows.fresh(repeat))
                 if repeat:
                     figures[workload.name].setdefault(worker.name, []).append(rates)
+        peaks = {worker.name: worker.peak_mib() for worker in workers}
         for worker in workers:
             worker.close()
-        print_table(workload, figures[workload.name], limits)
+        print_table(workload, figures[workload.name], limits, peaks)
     return figures
 
 
-def print_table(workload: Workload, figures: dict[str, list[tuple[float, float]]], limits: Limits) -> None:
+def print_table(
+    workload: Workload, figures: dict[str, list[tuple[float, float]]], limits: Limits, peaks: Peaks
+) -> None:
     """Print the medians of one workload, how many times slower than this library each engine is, and shares of limits.
+
+    The memory is the greatest resident memory of the process, in MiB.
 
     The limit of one stream is the read bandwidth over the bytes of the weights, that of a batch the rate of products
     for its new tokens and those of its prompts, in the fastest precision of this machine. What is read of keys and
     values, and the products of attention, are left out, so that the shares are a little too small.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=workload.name)
-    for heading in ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit"):
-        table.add_column(heading)
+    headings = ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit", "MiB")
+    rows = []
     own, own_core = medians(figures["ours"])
     for name, rates in figures.items():
         (clock, core), by_clock = medians(rates), [rate for rate, _ in rates]
         cells = (clock, min(by_clock), max(by_clock), own / clock, core, own_core / core)
         shown = [f"{cell:.2f}x" if place in (3, 5) else f"{cell:.1f}" for place, cell in enumerate(cells)]
-        table.add_row(name, *shown, f"{limits.share(workload, clock):.2f}")
-    Console(width=120).print(table)
+        rows.append([name, *shown, f"{limits.share(workload, clock):.2f}", f"{peaks[name]:.0f}"])
+    show(workload.name, headings, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +213,8 @@ def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
     return median(rate for rate, _ in rates), median(rate for _, rate in rates)
 
 
-def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> Path:
-    """Write the raw figures with the machine and the versions, and a plot where matplotlib is there."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> None:
+    """Write the raw figures with the machine and the versions."""
     packages = ("openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
     facts = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -209,31 +223,12 @@ def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: 
         "repeats": repeats,
         "tokens_per_second_and_core_second": figures,
     }
-    path = folder / "figures.json"
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    try:
-        import matplotlib
-    except ImportError:
-        print("There is no plot, matplotlib is missing. Install it with pip install matplotlib.")
-        return path
-    matplotlib.use("Agg")
-    plot(figures, folder / "figures.svg")
-    return path
-
-
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """Draw the medians as bars, one panel per workload and weight format."""
-    from matplotlib import pyplot
-
-    panels = [(f"{form}, {name}", rates) for form, by_name in figures.items() for name, rates in by_name.items()]
-    drawing, axes = pyplot.subplots(len(panels), 1, figsize=(8, 1 + 2 * len(panels)), squeeze=False)
-    for axis, (title, rates) in zip(axes[:, 0], panels, strict=True):
-        axis.barh(list(rates), [medians(values)[0] for values in rates.values()])
-        axis.set_title(title)
-        axis.set_xlabel("tokens per second")
-        axis.invert_yaxis()
-    drawing.tight_layout()
-    drawing.savefig(path)
+    panels = {
+        f"{form}, {name}": {engine: medians(values)[0] for engine, values in rates.items()}
+        for form, by_name in figures.items()
+        for name, rates in by_name.items()
+    }
+    store(folder / "figures.json", facts, panels, "tokens per second")
 
 
 def prepare(
@@ -249,11 +244,13 @@ def prepare(
     """
     checkpoint = find_real_weights() if shape is None else make_checkpoint(work / "checkpoint", shape=SHAPES[shape])
     exports = make_exports(checkpoint, work / "store", formats)
-    left_out = ON_TORCH if shape is None else ("llama.cpp",)
+    on_torch = make_real_checkpoint(work) if shape is None and set(names) & set(ON_TORCH) else checkpoint
     folders: dict[str, dict[str, Path]] = {}
     for weight_format, export in exports.items():
-        places = {name: checkpoint if name in ON_TORCH else export for name in names if name not in left_out}
-        if "llama.cpp" in places:
+        places = {name: on_torch if name in ON_TORCH else export for name in names}
+        if shape is not None:
+            places.pop("llama.cpp", None)
+        elif "llama.cpp" in places:
             eight = weight_format == "int8"
             places["llama.cpp"] = make_eight_bits(checkpoint, work / "Q8_0.gguf") if eight else checkpoint
         folders[weight_format] = places
@@ -270,6 +267,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"], help="weight formats")
     parser.add_argument("--engines", nargs="+", default=list(CONTENDERS), help="which engines")
     parser.add_argument("--workloads", nargs="+", default=None, help="which workloads")
+    parser.add_argument("--rows", type=int, help="how many rows of a workload, for large models")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     arguments = parser.parse_args()
     shape = None if arguments.real else "quick" if arguments.quick else arguments.shape
@@ -283,6 +281,8 @@ def main() -> None:
     exports, folders = prepare(work, shape, arguments.formats, names)
     workloads = make_workloads(next(iter(exports.values())) / "tokenizer.json", quick=arguments.quick)
     workloads = [one for one in workloads if arguments.workloads is None or one.name in arguments.workloads]
+    if arguments.rows is not None:
+        workloads = [workload.sample(arguments.rows) for workload in workloads]
     machine = measure_machine()
     print(f"The machine: {json.dumps(asdict(machine))}")
     figures = {}
@@ -292,7 +292,7 @@ def main() -> None:
             tune(export)
         limits = Limits(machine, *weight_facts(export))
         figures[weight_format] = measure(folders[weight_format], peers, workloads, arguments.repeats, limits)
-    print(write_figures(work, figures, arguments.repeats, machine))
+    write_figures(work, figures, arguments.repeats, machine)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ the memory beside the time:
 
 - `concurrency`: 1 to 256 requests at once, 32 new tokens each.
 - `prompts`: one prompt of 10 to 8,000 tokens, one new token.
-- `processes`: 1 to 4 processes with an engine each, 16 requests at once; with all cores for each, and with the cores
-  divided among them.
+- `processes`: 1 to 4 processes with an engine each, 16 requests at once for each; with all cores for each, with a part
+  of them for each, and as one engine with so many `instances`.
 
 Rows of a batch, 1,000 to 1,000,000, are the `scale` of `benchmark_batches.py`. Every size has a process of its own.
 """
@@ -26,7 +26,8 @@ from typing import Any
 from benchmark_engines import Worker
 from benchmark_models import make_int8
 from benchmark_workloads import Workload
-from machine import measure_machine
+from machine import Machine, measure_machine, share_of_products, weight_facts
+from report import show, store
 
 CONCURRENCY = (1, 4, 16, 64, 256)
 PROMPT_TOKENS = (10, 100, 1000, 4000, 8000)
@@ -34,7 +35,7 @@ PROCESSES = (1, 2, 4)
 NEW_TOKENS = 32
 PROMPT = 30  # tokens of a prompt, where their number is not what grows
 ROWS_OF_A_PROCESS = 16
-REPEATS = 3
+REPEATS = 2
 
 
 def workload_of(folder: Path, rows: int, new_tokens: int, prompt_tokens: int, repeat: int) -> Workload:
@@ -62,22 +63,35 @@ def measure(folder: Path, sizes: list[tuple[int, int, int]]) -> list[tuple[float
     return found
 
 
-def measure_processes(folder: Path, processes: int, threads: int | None) -> tuple[float, float]:
-    """Return the tokens per second of several processes together, and their memory in MiB."""
-    properties = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    engines = [Worker("ours", folder, **properties) for _ in range(processes)]
-    rates = []
-    for repeat in range(REPEATS + 1):
-        work = workload_of(folder, ROWS_OF_A_PROCESS, NEW_TOKENS, PROMPT, repeat)
-        for engine in engines:
-            engine.begin(work)
-        slowest = max(engine.finish()["seconds"] for engine in engines)
-        if repeat:
-            rates.append(processes * work.tokens / slowest)
+def measure_processes(folder: Path, parts: list[set[int]]) -> tuple[float, float]:
+    """Return the tokens per second of several processes together, each bound to some cores, and their memory in MiB."""
+    engines = [Worker("ours", folder, cores=cores) for cores in parts]
+    rates = measure_rates(engines, folder, ROWS_OF_A_PROCESS)
     memory = sum(engine.peak_mib() for engine in engines)
     for engine in engines:
         engine.close()
     return max(rates), memory
+
+
+def measure_instances(folder: Path, count: int) -> float:
+    """Return the tokens per second of one engine with several processes."""
+    engine = Worker("ours", folder, instances=count)
+    rates = measure_rates([engine], folder, count * ROWS_OF_A_PROCESS)
+    engine.close()
+    return max(rates)
+
+
+def measure_rates(engines: list[Worker], folder: Path, rows: int) -> list[float]:
+    """Return the tokens per second of engines beside each other, with so many rows each, for each repeat."""
+    rates = []
+    for repeat in range(REPEATS + 1):
+        work = workload_of(folder, rows, NEW_TOKENS, PROMPT, repeat)
+        for engine in engines:
+            engine.begin(work)
+        slowest = max(engine.finish()["seconds"] for engine in engines)
+        if repeat:
+            rates.append(len(engines) * work.tokens / slowest)
+    return rates
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
@@ -88,18 +102,7 @@ def exponent(sizes: list[int], costs: list[float]) -> float:
     return products / sum((x - middle) ** 2 for x in across)
 
 
-def show(title: str, headings: list[str], rows: list[list[str]]) -> None:
-    """Print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*headings, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
-
-
-def grow_concurrency(folder: Path) -> dict[str, Any]:
+def grow_concurrency(folder: Path, _: Machine) -> dict[str, Any]:
     """Measure requests at once."""
     found = measure(folder, [(rows, NEW_TOKENS, PROMPT) for rows in CONCURRENCY])
     slope = exponent(list(CONCURRENCY), [seconds for seconds, _ in found])
@@ -108,33 +111,48 @@ def grow_concurrency(folder: Path) -> dict[str, Any]:
         for count, (seconds, memory) in zip(CONCURRENCY, found, strict=True)
     ]
     show(f"Requests at once: exponent {slope:.2f}", ["requests", "seconds", "tokens/s", "MiB"], rows)
-    return {"sizes": CONCURRENCY, "seconds_and_mib": found, "exponent": slope}
+    bars = {str(count): count * NEW_TOKENS / seconds for count, (seconds, _) in zip(CONCURRENCY, found, strict=True)}
+    return {"sizes": CONCURRENCY, "seconds_and_mib": found, "exponent": slope, "bars": bars}
 
 
-def grow_prompts(folder: Path) -> dict[str, Any]:
-    """Measure prompts of different lengths."""
+def grow_prompts(folder: Path, machine: Machine) -> dict[str, Any]:
+    """Measure prompts of different lengths, and their share of the products that the machine does.
+
+    The products of attention are left out, so that the share of long prompts is too small.
+    """
+    parameters, fastest = weight_facts(folder)[1], max(machine.products, key=machine.products.__getitem__)
     found = measure(folder, [(1, 1, tokens) for tokens in PROMPT_TOKENS])
     slope = exponent(list(PROMPT_TOKENS), [seconds for seconds, _ in found])
     rows = [
-        [f"{tokens:,}", f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{memory:.0f}"]
+        [
+            f"{tokens:,}", f"{seconds:.3f}", f"{tokens / seconds:,.0f}",
+            f"{share_of_products(machine, tokens / seconds, parameters, fastest):.2f}", f"{memory:.0f}",
+        ]
         for tokens, (seconds, memory) in zip(PROMPT_TOKENS, found, strict=True)
-    ]
-    headings = ["tokens of the prompt", "seconds to the first token", "tokens read/s", "MiB"]
+    ]  # fmt: skip
+    headings = ["tokens of the prompt", "seconds to the first token", "tokens read/s", "of the limit", "MiB"]
     show(f"Long prompts: exponent {slope:.2f}", headings, rows)
-    return {"sizes": PROMPT_TOKENS, "seconds_and_mib": found, "exponent": slope}
+    bars = {str(tokens): tokens / seconds for tokens, (seconds, _) in zip(PROMPT_TOKENS, found, strict=True)}
+    return {"sizes": PROMPT_TOKENS, "seconds_and_mib": found, "exponent": slope, "bars": bars}
 
 
-def grow_processes(folder: Path) -> dict[str, Any]:
+def grow_processes(folder: Path, _: Machine) -> dict[str, Any]:
     """Measure processes beside each other, with all cores each and with the cores divided."""
-    cores, rows, figures = os.cpu_count() or 1, [], {}
+    cores, rows, figures, bars = sorted(os.sched_getaffinity(0)), [], {}, {}
     for count in PROCESSES:
-        shared = measure_processes(folder, count, None)
-        divided = measure_processes(folder, count, max(cores // count, 1))
-        figures[str(count)] = {"all_cores_each": shared, "divided": divided}
-        rows.append([str(count), f"{shared[0]:.1f}", f"{divided[0]:.1f}", f"{shared[1]:.0f}", f"{divided[1]:.0f}"])
-    headings = ["processes", "tokens/s, all cores each", "tokens/s, cores divided", "MiB", "MiB, divided"]
+        shared = measure_processes(folder, [set(cores)] * count)
+        # With more processes than cores, some share one.
+        divided = measure_processes(folder, [set(cores[place::count]) or {cores[place % len(cores)]}
+                                             for place in range(count)])  # fmt: skip
+        group = measure_instances(folder, count) if count <= len(cores) else None
+        figures[str(count)] = {"all_cores_each": shared, "divided": divided, "instances": group}
+        bars |= {f"{count}, all cores each": shared[0], f"{count}, cores divided": divided[0]}
+        bars |= {} if group is None else {f"one engine with {count}": group}
+        rates = [f"{rate:.1f}" for rate in (shared[0], divided[0], *([] if group is None else [group]))]
+        rows.append([str(count), *rates, *([""] if group is None else []), f"{shared[1]:.0f}", f"{divided[1]:.0f}"])
+    headings = ["processes", "tokens/s, all cores each", "cores divided", "one engine", "MiB", "MiB, divided"]
     show("Processes on one machine", headings, rows)
-    return figures
+    return {**figures, "bars": bars}
 
 
 GROWTHS = {"concurrency": grow_concurrency, "prompts": grow_prompts, "processes": grow_processes}
@@ -149,13 +167,12 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.output.absolute() / ("real" if arguments.real else "135m-shape")
     folder = make_int8(work, real=arguments.real)
-    figures: dict[str, Any] = {"machine": asdict(measure_machine())}
+    machine = measure_machine()
+    figures: dict[str, Any] = {"machine": asdict(machine)}
     print(f"The machine: {json.dumps(figures['machine'])}")
     for name in arguments.of:
-        figures[name] = GROWTHS[name](folder)
-    path = work / "growth.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(path)
+        figures[name] = GROWTHS[name](folder, machine)
+    store(work / "growth.json", figures, {name: figures[name]["bars"] for name in arguments.of}, "tokens per second")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmark_models import make_int8
+from report import show, store
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
@@ -94,9 +95,6 @@ def compare(engines: dict[str, Engine], work: str, concurrency: int) -> dict[str
 
 def main() -> None:
     """Read the arguments, measure, and print a table for each kind of work."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="prompts at a time")
     parser.add_argument("--draft", type=Path, help="folder of an OpenVINO model with the same tokenizer")
@@ -114,12 +112,16 @@ def main() -> None:
             )
             for name, options in ways.items()
         }
+        figures = {}
         for kind in WORK:
-            table = Table("prompts at a time", *ways, title=f"{kind}: speed over plain (share of the same answers)")
-            for concurrency in arguments.concurrency:
-                found = compare(engines, kind, concurrency)
-                table.add_row(str(concurrency), *(f"{speed:.2f} ({same:.2f})" for speed, same in found.values()))
-            Console(width=110).print(table)
+            found = {concurrency: compare(engines, kind, concurrency) for concurrency in arguments.concurrency}
+            rows = [
+                [str(concurrency), *(f"{speed:.2f} ({same:.2f})" for speed, same in row.values())]
+                for concurrency, row in found.items()
+            ]
+            show(f"{kind}: speed over plain (share of the same answers)", ["prompts at a time", *ways], rows)
+            figures[kind] = found
+        store(arguments.output / "guessing.json", figures)
 
 
 if __name__ == "__main__":

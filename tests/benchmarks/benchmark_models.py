@@ -85,6 +85,15 @@ def find_real_weights() -> Path:
     return Path(found)
 
 
+def make_real_checkpoint(work: Path) -> Path:
+    """Return a checkpoint for Transformers of the real weights, made of the GGUF file where it is missing."""
+    from prefect_huggingface.blocks import LocalModel, ModelStore
+    from prefect_huggingface.tasks.storage.snapshots import get_snapshot
+
+    model = LocalModel(model_id=str(find_real_weights()), backend="torch", store=ModelStore(path=work / "store"))
+    return get_snapshot(model).path
+
+
 def make_eight_bits(source: Path, target: Path) -> Path:
     """Write the weights of a GGUF file again in 8 bits (Q8_0) where that is missing, for llama.cpp."""
     if target.is_file():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_models import make_int8
+from report import show, store
 
 NEW_TOKENS = 64
 
@@ -67,9 +68,6 @@ def watch_engine() -> Stopwatches:
 
 def main() -> None:
     """Read the arguments, measure, and print."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true", help="the weights of SmolLM2-135M-Instruct, else random ones")
     parser.add_argument("--rows", type=int, default=256, help="how many prompts")
@@ -91,11 +89,13 @@ def main() -> None:
     started = time.perf_counter()
     tokens = sum(completion.generated_tokens for completion in engine.generate(requests[8:]))
     seconds = time.perf_counter() - started
-    table = Table("part", "seconds", "share", "µs per token", title=f"{tokens:,} tokens in {seconds:.1f} s")
-    parts = sorted(watches.seconds.items(), key=lambda part: -part[1])
-    for name, took in [*parts, ("rest", seconds - sum(watches.seconds.values()))]:
-        table.add_row(name, f"{took:.3f}", f"{took / seconds:.2%}", f"{took / tokens * 1e6:.1f}")
-    Console(width=100).print(table)
+    parts = dict(sorted(watches.seconds.items(), key=lambda part: -part[1]))
+    parts["rest"] = seconds - sum(parts.values())
+    rows = [
+        [name, f"{took:.3f}", f"{took / seconds:.2%}", f"{took / tokens * 1e6:.1f}"] for name, took in parts.items()
+    ]
+    show(f"{tokens:,} tokens in {seconds:.1f} s", ["part", "seconds", "share", "µs per token"], rows)
+    store(work / "profile.json", {"tokens": tokens, "seconds": parts})
 
 
 if __name__ == "__main__":

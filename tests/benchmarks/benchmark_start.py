@@ -18,6 +18,7 @@ from statistics import median
 
 from benchmark_engines import install_peer
 from benchmark_models import make_int8
+from report import show, store
 
 PROMPT = "The capital of France is"
 BARE = f"""
@@ -77,9 +78,6 @@ def start(name: str, export: Path, peers: Path | None) -> tuple[float, float]:
 
 def main() -> None:
     """Measure in turns, and print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="how often each script is started")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
@@ -93,13 +91,16 @@ def main() -> None:
             seconds = start(name, export, peers)
             if repeat:
                 figures[name].append(seconds)
-    table = Table("script", "seconds to the first token", "lowest", "highest", "processor seconds", "ours takes")
+    shown = []
     own = median(seconds for seconds, _ in figures["ours"])
     for name, rows in figures.items():
         clock, processor = [seconds for seconds, _ in rows], median(seconds for _, seconds in rows)
         cells = (f"{median(clock):.2f}", f"{min(clock):.2f}", f"{max(clock):.2f}", f"{processor:.2f}")
-        table.add_row(name, *cells, f"{own / median(clock):.2f} times its time")
-    Console(width=120).print(table)
+        shown.append([name, *cells, f"{own / median(clock):.2f} times its time"])
+    headings = ["script", "seconds to the first token", "lowest", "highest", "processor seconds", "ours takes"]
+    show("From the start of a process to its first token", headings, shown)
+    bars = {name: median(seconds for seconds, _ in rows) for name, rows in figures.items()}
+    store(arguments.output / "start.json", figures, {"first token": bars}, "seconds")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ class Workload:
     def sample(self, rows: int) -> Workload:
         """Return the same kind of work with fewer rows, for engines that take minutes."""
         step = max(len(self.prompts) // rows, 1)
-        return replace(self, prompts=self.prompts[::step][:rows], new_tokens=self.new_tokens[::step][:rows])
+        prompts = self.prompts[::step][:rows]
+        read_tokens = self.read_tokens * len(prompts) // len(self.prompts)
+        return replace(self, prompts=prompts, new_tokens=self.new_tokens[::step][:rows], read_tokens=read_tokens)
 
     def fresh(self, repeat: int) -> Workload:
         """Return the same work with prompts that no engine has in its cache from the repeats before."""

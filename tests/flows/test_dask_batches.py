@@ -43,16 +43,24 @@ def count_with_canary(canary: str, dask_scheduler: Any = None) -> tuple[int, int
     return len(specs), sum(canary.encode() in spec for spec in specs)
 
 
-def kill_a_worker(journal: Journal, cluster: Any, killed: list[int], seen: list[tuple[int, int]]) -> None:
+def kill_a_worker(journal: Journal, cluster: Any, killed: list[int], seen: list[Any]) -> None:
     """Wait until two shards are under way, look for the token, and kill the process of a worker."""
     deadline = time.monotonic() + 240
     while len({start for start, _ in attempts(journal)}) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     with cluster.get_client() as client:
         seen.append(client.run_on_scheduler(count_with_canary, CANARY))
+        seen.append([settings for found in client.run(settings_of_engines).values() for settings in found])
         pids = client.run(os.getpid)
     killed.append(pids[next(iter(pids))])
     os.kill(killed[0], signal.SIGKILL)
+
+
+def settings_of_engines() -> list[dict[str, Any]]:
+    """Return the properties of the engines of a worker."""
+    from prefect_huggingface.tasks.engines.registry import _registry
+
+    return [json.loads(json.loads(key.settings)[0])["ov_config"] for key in _registry.entries]
 
 
 def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> None:
@@ -86,6 +94,9 @@ def test_a_killed_worker_is_made_up_for(tmp_path: Path, bundled_model: Path) -> 
     assert killed
     assert seen[0][0] > 0
     assert seen[0][1] == 0  # no token is in what was sent
+    # Two workers on one machine have a part of its cores each.
+    assert seen[1]
+    assert {properties["INFERENCE_NUM_THREADS"] for properties in seen[1]} == {max(os.cpu_count() // 2, 1)}
     assert not any(CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert summary.rows == summary.succeeded == ROWS
     assert destination.read_bytes() == whole.read_bytes()

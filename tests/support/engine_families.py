@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
+from prefect_huggingface.blocks import EngineOptions, GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks import load_engine
 from prefect_huggingface.tasks.engines.registry import list_engines
 from prefect_huggingface.tasks.records import Completion, Request
@@ -55,7 +55,7 @@ class Family:
 
     @property
     def is_local(self) -> bool:
-        """Whether the model runs in this process."""
+        """Whether the model runs on this machine."""
         return isinstance(self.model, LocalModel)
 
     @property
@@ -113,13 +113,14 @@ def engine_threads() -> set[threading.Thread]:
 def family_model(name: str, folder: Path, **more: Any) -> LocalModel:
     """Return the settings of a tiny model, in full precision and without a chat template."""
     backend, kind = name.split("-")
-    task = {"text": "text-generation", "seq2seq": "text2text-generation", "images": "image-text-to-text"}[kind]
+    tasks = {"seq2seq": "text2text-generation", "images": "image-text-to-text"}
     if backend == "openvino":
-        more = {"weight_format": "fp32", "ov_config": EXACT, **more}
+        engine = EngineOptions(cache_size_gb=0.5, instances=2) if kind == "group" else EngineOptions()
+        more = {"weight_format": "fp32", "ov_config": EXACT, "engine": engine, **more}
     else:
         more = {"dtype": "float32", **more}
     return LocalModel(
-        model_id=str(folder), backend=backend, task=task, device="cpu",
+        model_id=str(folder), backend=backend, task=tasks.get(kind, "text-generation"), device="cpu",
         chat_template="auto" if kind == "images" else "never",
         options=GenerationOptions(max_new_tokens=16), **more,
     )  # fmt: skip

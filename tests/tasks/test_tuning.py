@@ -10,6 +10,7 @@ import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ModelStore
 from prefect_huggingface.tasks import tuning
+from prefect_huggingface.tasks.engines import openvino_runtime
 from prefect_huggingface.tasks.engines.openvino_runtime import read_settings, tuning_file, with_settings, write_settings
 from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import PlanError
@@ -55,6 +56,23 @@ def test_what_is_no_gain_is_not_kept(model, monkeypatch):
     assert found.trials[0].agreement is None  # nobody needs its answers
     assert found.settings == {}
     assert found.speed_up == 1.0
+
+
+def test_several_processes_are_tried_where_there_are_cores_and_used_where_they_may_be(model, monkeypatch):
+    monkeypatch.setattr(tuning, "GRID", (("instances", (2, 1000)),))
+    monkeypatch.setattr(tuning, "GAIN_OF_INSTANCES", 0.01)
+    monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
+    expected = next(load_engine(model).generate([Request("Hello")])).text
+    unload_engines()
+    found = tuning.find_settings(model)
+    assert [(trial.value, trial.kept) for trial in found.trials] == [(2, True)]
+    engine = load_engine(model)
+    assert len(engine.unshared.process_ids) == 2
+    assert next(engine.generate([Request("Hello")])).text == expected
+    alone = model.model_copy(update={"engine": EngineOptions(instances=1)})
+    assert not hasattr(load_engine(alone).unshared, "process_ids")
+    monkeypatch.setattr(openvino_runtime, "allowed_cores", lambda: [1])
+    assert with_settings(model, found.settings).engine.instances is None
 
 
 def test_guessing_from_the_prompt_is_tried_on_the_work_to_come_and_used(model, monkeypatch):

@@ -50,8 +50,9 @@ def tiny_picture(session_folder: Path) -> Path:
 
 
 FOLDERS = {
-    "openvino-text": "tiny_openvino", "torch-text": "tiny_llama", "openvino-seq2seq": "tiny_t5_openvino",
-    "torch-seq2seq": "tiny_t5", "openvino-images": "tiny_llava_openvino", "torch-images": "tiny_llava",
+    "openvino-text": "tiny_openvino", "openvino-group": "tiny_openvino", "torch-text": "tiny_llama",
+    "openvino-seq2seq": "tiny_t5_openvino", "torch-seq2seq": "tiny_t5",
+    "openvino-images": "tiny_llava_openvino", "torch-images": "tiny_llava",
 }  # fmt: skip
 
 
@@ -86,5 +87,5 @@ def family(request: pytest.FixtureRequest, family_of) -> Family:
 
 @pytest.fixture(params=LOCAL_FAMILY_NAMES)
 def local_family(request: pytest.FixtureRequest, family_of) -> Family:
-    """Every kind of engine whose model runs in this process."""
+    """Every kind of engine whose model runs on this machine."""
     return family_of(request.param)

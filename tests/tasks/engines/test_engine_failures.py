@@ -20,6 +20,7 @@ from prefect_huggingface.tasks import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, ErrorCode
 from support.engine_families import (
+    FAMILY_NAMES,
     PROMPTS,
     Family,
     engine_threads,
@@ -30,6 +31,12 @@ from support.engine_families import (
 from support.library_faults import MODEL_CLASSES, FailingForward, FailingGenai
 
 LONG = {"max_new_tokens": 160, "ignore_eos": True}
+
+
+@pytest.fixture(params=[*FAMILY_NAMES, pytest.param("openvino-group", marks=pytest.mark.slow)])
+def family(request: pytest.FixtureRequest, family_of) -> Family:
+    """Every kind of engine, and several processes as one."""
+    return family_of(request.param)
 
 
 def long_options(family: Family) -> dict:

@@ -162,7 +162,7 @@ ALL = ["openvino-text", "torch-text", "torch-seq2seq"]
 SEEDS = range(1)  # the slow tests have more
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "openvino-group"])
 def test_random_requests_beside_each_other(family_of, name):
     family = family_of(name)
     kinds = kinds_of(family)
@@ -175,7 +175,9 @@ def test_random_requests_beside_each_other(family_of, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*ALL, "openvino-seq2seq", "torch-images", "openvino-images", "endpoint"])
+@pytest.mark.parametrize(
+    "name", [*ALL, "openvino-group", "openvino-seq2seq", "torch-images", "openvino-images", "endpoint"]
+)
 def test_many_random_requests_beside_each_other(family_of, name):
     family = family_of(name)
     kinds = kinds_of(family)
@@ -225,7 +227,7 @@ def test_random_requests_while_loads_fail(family_of, monkeypatch):
         assert family.text(PROMPTS[0], max_new_tokens=10) == expected[PROMPTS[0], "greedy"].text
 
 
-@pytest.mark.parametrize("name", [*ALL, "endpoint"])
+@pytest.mark.parametrize("name", [*ALL, "openvino-group", "endpoint"])
 def test_random_requests_while_engines_are_closed(family_of, name):
     family = family_of(name)
     kinds = ["greedy", "short", "echo"] if name == "endpoint" else ["greedy", "short", "echo", "sampled", "several"]

@@ -174,14 +174,39 @@ def test_the_work_for_one_waiting_request_does_not_grow_with_the_running_ones():
     assert looks_for(1024) == looks_for(1)
 
 
-@pytest.mark.parametrize("prefix", ["", "total_"])
-def test_files_that_a_container_has_read_are_no_used_memory(tmp_path, monkeypatch, folder, prefix):
-    limit, used, stat = (tmp_path / name for name in ("limit", "used", "stat"))
-    limit.write_text(f"{8 * GIB}\n")
-    used.write_text(f"{8 * GIB}\n")
+def make_group(folder: Path, names: Sequence[str], limit: int | str, used: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    return folder / "memory.stat"
+
+
+@pytest.mark.parametrize(
+    ("line", "top", "names", "prefix"),
+    [
+        ("0::/a/b", "", memory.CGROUP_FILES, ""),
+        ("9:cpu,cpuacct:/\n4:memory:/a/b\n0::/", "memory", memory.OLD_CGROUP_FILES, "total_"),
+    ],
+    ids=["second version", "first version"],
+)
+def test_the_least_limit_of_all_groups_holds_and_files_that_they_read_are_free(
+    tmp_path, monkeypatch, folder, line, top, names, prefix
+):
+    (tmp_path / "cgroup").write_text(line + "\n")
+    monkeypatch.setattr(memory, "CGROUPS_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path)
+    machine = total_bytes()
+    top = tmp_path / top
+    # A container sees its own group as the top one, and the path of the machine outside.
+    stat = make_group(top, names, 8 * GIB, 8 * GIB)
     stat.write_text(f"anon 5\n{prefix}inactive_file {GIB}\n{prefix}active_file {GIB // 2}\n")
-    monkeypatch.setattr(memory, "CGROUP_FILES", ((str(limit), str(used), str(stat)),))
     assert available_bytes() == 3 * GIB // 2
-    stat.unlink()
+    # A service of the system has a group below, and the limit may stand at either.
+    make_group(top / "a" / "b", names, 2 * GIB, GIB)
+    make_group(top / "a", names, "max", GIB)
+    assert available_bytes() == GIB
+    assert total_bytes() == 2 * GIB
+    make_group(top / "a", names, GIB, GIB)
     assert available_bytes() == 0
+    assert total_bytes() == GIB < machine
     assert choose_sizes(folder, EngineOptions(), "u8").cache_bytes >= GIB // 4
