@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import queue
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
 from prefect.context import FlowRunContext
-from prefect.futures import PrefectFuture
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.flows.forms import form_flow, titled
-from prefect_huggingface.tasks.artifacts import ProgressReport, publish_markdown
+from prefect_huggingface.tasks.artifacts import publish_markdown
 from prefect_huggingface.tasks.batches import (
-    ENGINE_TAG,
     BatchPlan,
     hub_of,
     lent_models,
@@ -27,7 +22,7 @@ from prefect_huggingface.tasks.batches import (
     plan_batch,
     publish_batch,
     resolve_models,
-    run_shard,
+    run_shards,
 )
 from prefect_huggingface.tasks.batching.dates import fill_dates, find_start, warn_of_unfinished
 from prefect_huggingface.tasks.batching.job import BatchOptions, InputType, Model, add_models, list_models, pin_model
@@ -35,33 +30,21 @@ from prefect_huggingface.tasks.batching.output import (
     Publication,
     check_free,
     describe_batch,
-    find_finished,
     find_published,
     place_beside,
     publish_artifacts,
 )
-from prefect_huggingface.tasks.batching.run import (
-    BatchMonitor,
-    BatchRun,
-    CancelWatch,
-    Progress,
-    check_failures,
-    find_commits,
-    open_run,
-)
-from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
+from prefect_huggingface.tasks.batching.run import BatchMonitor, CancelWatch, check_failures, find_commits, open_run
+from prefect_huggingface.tasks.errors import BatchCancelledError
 from prefect_huggingface.tasks.estimation import estimate_plan
 from prefect_huggingface.tasks.parent_processes import end_with_parent
-from prefect_huggingface.tasks.progress import ProgressBar, describe, print_summary
+from prefect_huggingface.tasks.progress import print_summary
 from prefect_huggingface.tasks.records import BatchSummary
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, hold_journal
 from prefect_huggingface.tasks.storage.places import Place
-from prefect_huggingface.tasks.waiting import WaitNotice
 
-# A shard that has not begun by then waits for something.
-START_SECONDS = 5.0
 # Threads share one engine, so that more of them would not make it faster.
 _runner: Any = ThreadPoolTaskRunner(max_workers=4)
 
@@ -134,13 +117,6 @@ def batch_embedding(
         options: `context_overflow` says what happens to texts that are too long.
         rows: Compute the first rows only, into a file of their own beside the output.
         more: Everything that is rarely changed. In Python, its fields may also be given by their own names.
-
-    Returns:
-        Counts, and where the output is.
-
-    Raises:
-        BatchError: If the batch cannot start or go on.
-        TableError: If the input cannot be read or the output cannot be written.
     """
     return _put_through(
         model, source, destination, more, prompt=text, options=options, rows=rows, input_type=input_type
@@ -172,13 +148,6 @@ def batch_rerank(
         options: `context_overflow` says what happens to pairs that are too long.
         rows: Score the first rows only, into a file of their own beside the output.
         more: Everything that is rarely changed. In Python, its fields may also be given by their own names.
-
-    Returns:
-        Counts, and where the output is.
-
-    Raises:
-        BatchError: If the batch cannot start or go on.
-        TableError: If the input cannot be read or the output cannot be written.
     """
     return _put_through(model, source, destination, more, prompt=query, options=options, rows=rows, pair=text)
 
@@ -195,22 +164,22 @@ def _put_through(model: Model, source: str, destination: str, more: BatchOptions
         check_free(destination, replaceable=bool(journal.list_published()))
         plan = plan_batch(model, source, destination, more=more, **asked)
         with hold_journal(journal, more.if_running) as owner:
-            summary = _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
-    if isinstance(summary, BatchSummary) and more.show_progress:  # and was not cancelled
-        print_summary(summary)
-    return summary
+            return _answer(plan, list_models(model, more.steps or ()), destination, owner, more)
 
 
 def _answer(
     plan: BatchPlan, models: Sequence[Model], destination: str, owner: JournalOwner, more: BatchOptions
 ) -> BatchSummary:
     """Resolve the models and run the batch, unless the same call has published its output before."""
-    summary = find_finished(owner.journal, plan.job, plan.output) if plan.chosen is None else None
-    if summary is not None and not (more.retry_failed and summary.failed):
+    published = find_published(owner.journal, Place.of(destination))
+    is_finished = plan.chosen is None and published.get("call") == plan.job.call_key(plan.output)
+    if is_finished and not (more.retry_failed and published["summary"]["failed"]):
+        summary = BatchSummary(**published["summary"])
         run_log().info("The batch is finished already: its output is %s.", summary.destination)
         publish_markdown("batch-summary", describe_batch(summary, None, (), owner.journal), "Summary of the batch")
     else:
-        replaceable = _check_places(plan, owner.journal, destination, more)
+        replaceable = more.retry_failed and bool(published) and owner.journal.read_job() is not None
+        _check_places(plan, owner.journal, destination, replaceable)
         resolved = resolve_models(models, find_commits(owner.journal, plan.job))
         plan = replace(plan, job=add_models(plan.job, models, resolved))
         pinned = [pin_model(each, found.commits) for each, found in zip(models, resolved, strict=True)]
@@ -221,22 +190,18 @@ def _answer(
     is_kept = more.keep_journal == "always" or (more.keep_journal == "failed" and summary.failed > 0)
     if plan.chosen is None and not is_kept:
         owner.clear()
+    if more.show_progress:
+        print_summary(summary)
     return summary
 
 
-def _check_places(plan: BatchPlan, journal: Journal, destination: str, more: BatchOptions) -> bool:
-    """Check that all files of the output can be written, and return whether an output that is there is replaced.
-
-    Raises:
-        BatchError: If there is something else than the output of this very batch.
-    """
-    began, place = journal.read_job() is not None, Place.of(destination)
-    replaceable = more.retry_failed and began and bool(find_published(journal, place))
-    check_free(place.url, replaceable)
+def _check_places(plan: BatchPlan, journal: Journal, destination: str, replaceable: bool) -> None:
+    """Check that there is nothing where the files of the output go, but what this very batch replaces."""
+    check_free(destination, replaceable)
     if plan.job.table.format == "openai" and plan.chosen is None:
         # With a journal, they are from an attempt of this job that ended between the two files.
-        check_free(place_beside(place.url, "errors"), replaceable or began)
-    return replaceable
+        began = journal.read_job() is not None
+        check_free(place_beside(Place.of(destination).url, "errors"), replaceable or began)
 
 
 def _run(
@@ -252,9 +217,7 @@ def _run(
     with lent_models(models) as lent, CancelWatch() as watch:
         if more.estimate and run.shards:
             _estimate(plan, models, more, watch)
-        seconds = _run_shards(lent, run, monitor, watch, more)
-    progress = replace(monitor.measure(), seconds=seconds)
-    check_failures(progress, more.max_failures, more.min_valid)
+        progress = run_shards(lent, run, monitor, watch, more)
     publication: Publication = publish_batch(plan, owner, replaceable, progress, list_upstream(plan, models))
     publish_artifacts(publication, monitor.samples, owner.journal)
     return publication
@@ -269,59 +232,3 @@ def _estimate(plan: BatchPlan, models: Sequence[Model], more: BatchOptions, watc
         )
         return
     estimate_plan(plan.job, models, more, should_stop=watch.is_cancelled)
-
-
-def _run_shards(models: Any, run: BatchRun, monitor: BatchMonitor, watch: CancelWatch, more: BatchOptions) -> float:
-    """Hand the shards to the workers, watch them, and return the time from the first request to the last answer.
-
-    Whatever happens, they end and commit what is finished.
-    """
-    journal, report = run.owner.journal, ProgressReport("batch-progress", f"{run.rows:,} rows")
-    what = f"No shard has begun: waiting for a free worker, or for the concurrency limit on the tag {ENGINE_TAG!r}"
-    waits: WaitNotice | None = WaitNotice(run_log(), what, START_SECONDS)
-    finished: queue.SimpleQueue[PrefectFuture[Any]] = queue.SimpleQueue()
-    futures = [run_shard.submit(models, journal, shard) for shard in run.shards]
-    for future in futures:
-        future.add_done_callback(finished.put)
-    begins: list[float] = []
-    ends: list[float] = []
-    is_complete = True
-    with ProgressBar("rows", run.rows, more.show_progress) as bar:
-
-        def tell(final: bool = False) -> Progress:
-            progress = monitor.measure()
-            bar.update(progress)
-            report.update(progress.share, describe(progress), final=final)
-            return progress
-
-        try:
-            while len(ends) < len(futures):
-                try:
-                    result = finished.get(timeout=journal.poll_seconds).result()
-                    ends.append(time.monotonic())  # the clocks of other machines may differ
-                    begins.append(ends[-1] - result.seconds)
-                    is_complete = is_complete and result.complete
-                except queue.Empty:
-                    waits = waits if waits and _is_waiting(futures[0], waits) else None
-                watch.check()
-                check_failures(tell(), more.max_failures, more.min_valid)
-        except BaseException as exc:
-            run.owner.request_stop(type(exc).__name__)
-            for future in futures:  # they commit what is finished
-                future.wait()
-            raise
-        finally:
-            tell(final=True)
-    if not is_complete:
-        raise BatchError(f"The batch was stopped, or taken over by another run. {journal.place.url!r} keeps its rows.")
-    return max(ends, default=0.0) - min(begins, default=0.0)
-
-
-def _is_waiting(first: PrefectFuture[Any], notice: WaitNotice) -> bool:
-    """Return whether the first shard has not begun, and say so in the log."""
-    with suppress(Exception):  # a server that is busy answers the next time
-        state = first.state  # each look at it is a request to the server
-        if not state.is_pending() and not state.is_scheduled():
-            return False
-        notice.tell()
-    return True

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.flows.forms import form_flow, titled
-from prefect_huggingface.tasks.chains import ChainStep, check_chain, run_chain
+from prefect_huggingface.tasks.batching.requests import ChainStep
+from prefect_huggingface.tasks.chains import run_chain
 from prefect_huggingface.tasks.parent_processes import end_with_parent
 
 
@@ -35,7 +36,5 @@ def prompt_chain(
         ChainError: If the chain cannot be filled in, a step fails, or an output is not of its form.
     """
     end_with_parent()
-    steps = [step if isinstance(step, ChainStep) else ChainStep.model_validate(step) for step in steps]
-    check_chain(steps, inputs or {})
     outputs: dict[str, Any] = run_chain(model, steps, inputs or {}, options)
     return outputs

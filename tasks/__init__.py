@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefect_huggingface.tasks.batches import plan_batch, publish_batch, resolve_models, run_shard
     from prefect_huggingface.tasks.batching.job import BatchOptions
-    from prefect_huggingface.tasks.chains import ChainStep
+    from prefect_huggingface.tasks.batching.requests import ChainStep
     from prefect_huggingface.tasks.downloads import download_model, plan_download
     from prefect_huggingface.tasks.embedding import Embeddings, TextScore, embed_texts, rerank_texts
     from prefect_huggingface.tasks.endpoints import (
@@ -69,7 +69,7 @@ __all__ = [
 _HOMES = {
     "batches": ("plan_batch", "publish_batch", "resolve_models", "run_shard"),
     "batching.job": ("BatchOptions",),
-    "chains": ("ChainStep",),
+    "batching.requests": ("ChainStep",),
     "downloads": ("download_model", "plan_download"),
     "embedding": ("Embeddings", "TextScore", "embed_texts", "rerank_texts"),
     "endpoints": ("get_endpoint", "pause_endpoint", "resume_endpoint", "scale_endpoint_to_zero", "wait_for_endpoint"),

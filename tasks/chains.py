@@ -10,11 +10,11 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
-from prefect_huggingface.tasks.batching.requests import ChainRows, ChainStep, check_chain, parse_output
+from prefect_huggingface.tasks.batching.job import list_models, number_models
+from prefect_huggingface.tasks.batching.requests import ChainRows, ChainStep, check_chain
+from prefect_huggingface.tasks.batching.shard import UNFINISHED, answer_row
 from prefect_huggingface.tasks.errors import ChainError
 from prefect_huggingface.tasks.run_logs import library_logs
-
-__all__ = ["ChainStep", "answer_chain", "check_chain", "run_chain"]
 
 
 def answer_chain(
@@ -28,21 +28,18 @@ def answer_chain(
     Raises:
         ChainError: If the chain cannot be filled in, a step fails, or an output is not of its form.
     """
-    from prefect_huggingface.tasks.batching.job import list_models, number_models
-    from prefect_huggingface.tasks.batching.shard import UNFINISHED, answer_row
     from prefect_huggingface.tasks.engines.registry import load_engine
 
     check_chain(steps, inputs)
     chain = ChainRows(steps, options, engines=number_models(steps))
+    values = dict(inputs)
     with library_logs():
-        results = answer_row([load_engine(each) for each in list_models(model, steps)], chain, inputs)
-    outputs: dict[str, Any] = {}
-    rows = []
+        results = answer_row([load_engine(each) for each in list_models(model, steps)], chain, values)
+    rows, names = [], [step.name for step in steps]
     for number, (step, result) in enumerate(zip(steps, results, strict=False)):
-        prompt = None if result.status == "missing_value" else chain(0, {**inputs, **outputs}, number).prompt
+        known = {name: value for name, value in values.items() if name not in names[number:]}
+        prompt = None if result.status == "missing_value" else chain(0, known, number).prompt
         rows.append({"step": step.name, "prompt": prompt, "output": result.completion, "error": result.error})
-        if result.error is None and result.status not in UNFINISHED:
-            outputs[step.name] = parse_output(step, result.completion or "")
     publish_table("prompt-chain", rows, "Prompts and outputs of the chain, in order.")
     last = results[-1]
     if last.error is not None:
@@ -50,7 +47,7 @@ def answer_chain(
     if last.status in UNFINISHED:
         why = "its prompt is too long. Shorten it" if last.status == "skipped" else "its deadline passed. Raise it"
         raise ChainError(f"Step {steps[last.step].name!r} was not answered: {why}.", error_code=last.status)
-    return outputs
+    return {name: values[name] for name in names}
 
 
 run_chain = task(name="run-chain", cache_policy=NO_CACHE, persist_result=False)(answer_chain)

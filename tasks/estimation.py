@@ -180,14 +180,11 @@ class _Meter:
 
 def _draw_rows(job: BatchJob, number: int) -> Iterator[FeedChunk]:
     """Yield rows that are drawn at random, in random order: they would come by length else, or by topic."""
-    drawn = frozenset(random.Random(0).sample(range(job.table.rows), number))
-    rows: list[tuple[dict[str, Any], str | None]] = []
-    for chunk in read_chunks(job.table):
-        picked = [place for place in range(len(chunk)) if chunk.first + place in drawn]
-        rows += [(chunk.rows[place], chunk.problems.get(place)) for place in picked]
+    drawn = tuple(sorted(random.Random(0).sample(range(job.table.rows), number)))
+    rows = [(chunk.rows[0], chunk.problems.get(0)) for chunk in read_chunks(job.table, drawn)]
     random.Random(1).shuffle(rows)
     problems = {place: problem for place, (_, problem) in enumerate(rows) if problem}
-    yield Chunk(0, len(rows), lambda: [row for row, _ in rows], problems=problems), set(), []
+    yield Chunk(0, len(rows), lambda: [row for row, _ in rows], problems=problems), []
 
 
 def _extrapolate(job: BatchJob, meter: _Meter, memory_bytes: int) -> BatchEstimate:

@@ -6,7 +6,6 @@ that every process of the job then uses.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
+from prefect_huggingface.blocks.options import ResponseFormat
+from prefect_huggingface.tasks.artifacts import shorten
 from prefect_huggingface.tasks.batching.requests import (
     OPENAI_COLUMNS,
     ChainRows,
@@ -29,6 +30,7 @@ from prefect_huggingface.tasks.batching.requests import (
     check_chain,
 )
 from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.storage.files import hash_json
 from prefect_huggingface.tasks.storage.journals.ownership import IfRunning
 from prefect_huggingface.tasks.storage.tables.inputs import (
     SourceOptions,
@@ -123,9 +125,6 @@ class Output:
         columns: Columns of the input to keep, or None for all.
         prefix: Put before the names of the columns that are added.
         timings: Whether the column `seconds` is filled. Times differ from run to run.
-        fields: Names of the values of structured answers, with their JSON types.
-        steps: Names of the steps of a chain, whose outputs take the place of the completion.
-        kind: Whether vectors or scores take the place of the completion.
     """
 
     destination: str
@@ -133,26 +132,6 @@ class Output:
     columns: tuple[str, ...] | None = None
     prefix: str = ""
     timings: bool = False
-    fields: Mapping[str, str] = field(default_factory=dict)
-    steps: tuple[str, ...] = ()
-    kind: OutputKind = "text"
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """Columns that every output has, without the prefix."""
-        if self.kind != "text":
-            return ("embedding" if self.kind == "vectors" else "score", *ROW_COLUMNS)
-        return (*(self.steps or OUTPUT_COLUMNS[:1]), *OUTPUT_COLUMNS[1:])
-
-    @property
-    def field_columns(self) -> list[tuple[str, str]]:
-        """Columns for the values of structured answers, without the prefix, with the names of the values."""
-        return [(f"parsed_{name}" if name in self.own else name, name) for name in self.fields]
-
-    @property
-    def added(self) -> tuple[str, ...]:
-        """Names of the columns that are added."""
-        return tuple(self.prefix + name for name in (*self.own, *(column for column, _ in self.field_columns)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +175,31 @@ class BatchJob:
         return "scores" if self.pair is not None else "text" if self.input_type is None else "vectors"
 
     @property
+    def step_names(self) -> tuple[str, ...]:
+        """Names of the steps of a chain, whose outputs take the place of the completion."""
+        return tuple(step["name"] for step in self.steps)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every output has, without its prefix."""
+        if self.kind != "text":
+            return ("embedding" if self.kind == "vectors" else "score", *ROW_COLUMNS)
+        return (*(self.step_names or OUTPUT_COLUMNS[:1]), *OUTPUT_COLUMNS[1:])
+
+    @property
+    def field_columns(self) -> list[tuple[str, str, str]]:
+        """Columns for the values of structured answers, each with the name of the value and its JSON type."""
+        fields = {} if self.steps or self.kind != "text" else get_fields(self.defaults.response_format)
+        return [(f"parsed_{name}" if name in self.columns else name, name, kind) for name, kind in fields.items()]
+
+    def added_columns(self, prefix: str) -> tuple[str, ...]:
+        """Return the names of the columns that are added."""
+        return tuple(prefix + name for name in (*self.columns, *(column for column, _, _ in self.field_columns)))
+
+    @property
     def key(self) -> str:
         """Hash of the fingerprint."""
-        return _hash(self.fingerprint())
+        return hash_json(self.fingerprint())
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same for a journal to be continued. Where the files lie does not matter."""
@@ -210,7 +211,7 @@ class BatchJob:
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
         asked = {**replace(self, models=(), versions={}).fingerprint(), "model": self.asked}
-        return _hash({**asked, "output": asdict(output)})
+        return hash_json({**asked, "output": asdict(output)})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -222,30 +223,44 @@ class BatchJob:
         return TypeAdapter(cls).validate_python(record)
 
     @property
-    def line_defaults(self) -> GenerationOptions:
-        """Options of the model and of the batch, which hold for what a line of the OpenAI format leaves out."""
+    def defaults(self) -> GenerationOptions:
+        """Options of the model and of the batch, which hold for what a row leaves out."""
         own = self.asked[0].get("options", {}) if self.asked else {}
         return GenerationOptions(**own).merged(GenerationOptions(**self.options))
+
+    @property
+    def chain(self) -> list[ChainStep]:
+        """Steps of a chain, without their models."""
+        plain = ({name: value for name, value in step.items() if name != "engine"} for step in self.steps)
+        return list(map(ChainStep.model_validate, plain))
 
     def make_requests(self) -> RequestMaker:
         """Return what makes the requests of the rows."""
         options = GenerationOptions(**self.options)
         if self.steps:
-            plain = [{name: value for name, value in step.items() if name != "engine"} for step in self.steps]
             engines = [step["engine"] for step in self.steps]
-            return ChainRows(list(map(ChainStep.model_validate, plain)), options, self.system, self.greedy, engines)
+            return ChainRows(self.chain, options, self.system, self.greedy, engines)
         is_greedy = all(self.greedy)
         if self.table.format == "openai":
             task = self.asked[0].get("task") if self.asked else None
-            return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task, self.line_defaults)
+            return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task, self.defaults)
         return PromptRows(
             self.prompt, self.system, self.messages_column, self.option_columns, options, is_greedy, self.input_type,
             self.pair,
         )  # fmt: skip
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+def get_fields(form: ResponseFormat | None) -> dict[str, str]:
+    """Return the properties of the JSON schema of a form, if it is one, with their types."""
+    properties = ((form and form.json_schema) or {}).get("properties")
+    return {name: _json_type(kind) for name, kind in properties.items()} if isinstance(properties, dict) else {}
+
+
+def _json_type(schema: Any) -> str:
+    """Return the type that a property has when it is not null, "string" where it may have several."""
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
+    return names[0] if len(names) == 1 else "string"
 
 
 def check_same_job(job: BatchJob, record: Mapping[str, Any], journal: str) -> None:
@@ -275,12 +290,8 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], within: str
         if isinstance(there, dict) and isinstance(now, dict) and not within:
             yield from _differences(there, now, f"{name}, ")
         else:
-            yield f"{within}{name}: {_short(there)} there, {_short(now)} now"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+            old, new = (shorten(json.dumps(value, ensure_ascii=False)) for value in (there, now))
+            yield f"{within}{name}: {old} there, {new} now"
 
 
 def _check_vectors(prompt: str | None, system: str | None, input_type: InputType | None, pair: str | None) -> None:
@@ -404,7 +415,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     if isinstance(model, InferenceEndpoint):
         asked = model.model_dump(mode="json", include=set(ENDPOINT_FIELDS), exclude_defaults=True)
         # Whatever a server takes may stand in them, also what does not belong into a file.
-        asked["extra parameters"] = _hash(json.loads(json.dumps(model.extra_parameters, default=str)))
+        asked["extra parameters"] = hash_json(model.extra_parameters)
     else:
         asked = model.model_dump(mode="json", include={*SOURCE_FIELDS, *DECISIVE_FIELDS})
         asked["model_kwargs"] = json.loads(json.dumps(model.model_kwargs, default=str))

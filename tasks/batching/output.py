@@ -16,28 +16,33 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
 from prefect_huggingface.tasks.artifacts import escape_markdown, markdown_table, publish_markdown, publish_table
-from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, BatchOptions, Model, Output
-from prefect_huggingface.tasks.batching.requests import NO_VECTORS, ChainRows, ChainStep, parse_output, read_line
+from prefect_huggingface.tasks.batching.job import OUTPUT_COLUMNS, BatchJob, BatchOptions, Output
+from prefect_huggingface.tasks.batching.requests import ChainStep, parse_output, read_line
 from prefect_huggingface.tasks.batching.run import STATUSES, Progress
-from prefect_huggingface.tasks.batching.shard import Rows
 from prefect_huggingface.tasks.errors import BatchError, ChainError
-from prefect_huggingface.tasks.openai_protocol import error_body, error_status
+from prefect_huggingface.tasks.openai_protocol import BodyError, check_all
 from prefect_huggingface.tasks.progress import summary_lines
 from prefect_huggingface.tasks.records import BatchSummary, Completion
 from prefect_huggingface.tasks.storage.files import hash_file
 from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
 from prefect_huggingface.tasks.storage.places import Place, is_pattern
-from prefect_huggingface.tasks.storage.tables.inputs import Chunk, check_unchanged, get_format, get_schema, read_chunks
+from prefect_huggingface.tasks.storage.tables.inputs import (
+    Chunk,
+    Rows,
+    check_unchanged,
+    get_format,
+    get_schema,
+    read_chunks,
+)
 from prefect_huggingface.tasks.storage.tables.writers import check_types, open_writer, to_json
-from prefect_huggingface.tasks.vector_protocol import EMBEDDINGS_URL
 
 VECTOR_FORMATS = ("parquet", "arrow", "jsonl")
 BUCKET_PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "r2", "oss")
@@ -118,9 +123,7 @@ def check_apart(source: str, destination: Place) -> None:
         )
 
 
-def choose_columns(
-    job: BatchJob, output: Output, more: BatchOptions | None = None, model: Model | None = None
-) -> Output:
+def choose_columns(job: BatchJob, output: Output, more: BatchOptions | None = None) -> Output:
     """Return the output with its columns: those of the input that are kept, and those that are added.
 
     The options of the batch, and those of the model, may ask for structured answers.
@@ -129,46 +132,51 @@ def choose_columns(
         BatchError: If a column is not there, or would be there twice, or if the format cannot hold the output.
     """
     more = more or BatchOptions()
-    columns = more.columns
-    table = job.table
-    if table.format == "openai" and output.format != "jsonl":
-        raise BatchError(
-            f"The answers to requests in the OpenAI format are JSON lines, got `destination` {output.destination!r}. "
-            "Give it the ending .jsonl."
-        )
+    columns, table = more.columns, job.table
+    if table.format == "openai":
+        _check_lines(output, more)
+        return replace(output, timings=more.timings)
     missing = [name for name in columns or () if name not in table.columns]
     if missing:
         raise BatchError(f"`columns` names {missing!r}, but the input has {list(table.columns)!r}. Correct them.")
     if columns and len(set(columns)) < len(columns):
         repeated = sorted({name for name in columns if list(columns).count(name) > 1})
         raise BatchError(f"`columns` names {', '.join(map(repr, repeated))} twice. Name each column once.")
-    steps = tuple(step["name"] for step in job.steps)
     if job.kind == "vectors" and output.format not in VECTOR_FORMATS:
         raise BatchError(
             f"`destination` must be a table that holds vectors, got {output.destination!r}. End it with .parquet."
         )
-    asked = [model.options.model_dump(mode="json") if model else None, job.options]
-    fields = {} if steps or job.kind != "text" else get_fields(asked)
-    kept_columns = None if columns is None else tuple(columns)
-    chosen = Output(
-        output.destination, output.format, kept_columns, more.output_prefix, more.timings, fields, steps, job.kind
-    )
-    kept = table.columns if columns is None else columns
-    _check_added(kept, chosen)
-    if output.format in ("parquet", "arrow") and table.format != "openai":
+    kept = table.columns if columns is None else tuple(columns)
+    _check_added(kept, job, more.output_prefix)
+    if output.format in ("parquet", "arrow"):
         schema = get_schema(table)
         if unfit := check_types([schema.field(name) for name in kept], output.format):
             raise BatchError(
                 f"The columns {unfit!r} have types that {output.format} cannot hold. Leave them out with `columns`, or "
                 "write JSONL."
             )
-    return chosen
+    chosen = None if columns is None else kept
+    return replace(output, columns=chosen, prefix=more.output_prefix, timings=more.timings)
 
 
-def _check_added(kept: Sequence[str], output: Output) -> None:
+def _check_lines(output: Output, more: BatchOptions) -> None:
+    """Check what is asked of answers to requests in the OpenAI format, which have a form of their own."""
+    if output.format != "jsonl":
+        raise BatchError(
+            f"The answers to requests in the OpenAI format are JSON lines, got `destination` {output.destination!r}. "
+            "Give it the ending .jsonl."
+        )
+    if more.columns is not None or more.output_prefix:
+        raise BatchError(
+            f"`columns` ({more.columns!r}) and `output_prefix` ({more.output_prefix!r}) do not go with requests in the "
+            "OpenAI format. Leave them out."
+        )
+
+
+def _check_added(kept: Sequence[str], job: BatchJob, prefix: str) -> None:
     """Check that no column would be there twice."""
-    added = output.added
-    twice = sorted(set(kept) & set(added) | {name for name in output.steps if name in OUTPUT_COLUMNS[1:]})
+    added = job.added_columns(prefix)
+    twice = sorted(set(kept) & set(added) | {name for name in job.step_names if name in OUTPUT_COLUMNS[1:]})
     if twice:
         raise BatchError(
             f"The input has columns {twice!r} that the output adds. Set `output_prefix`, 'new_' for instance, "
@@ -189,12 +197,6 @@ def check_free(destination: str, replaceable: bool = False) -> None:
             f"`destination` {destination!r} exists already, and nothing is overwritten. "
             f"Choose another name, or move it away (and its journal, {Journal.beside(destination).place.url!r})."
         )
-
-
-def find_finished(journal: Journal, job: BatchJob, output: Output) -> BatchSummary | None:
-    """Return the summary of a call that has published its output already, also if it was killed right after."""
-    record = find_published(journal, Place.of(output.destination))
-    return BatchSummary(**record["summary"]) if record.get("call") == job.call_key(output) else None
 
 
 def find_published(journal: Journal, place: Place) -> dict[str, Any]:
@@ -220,10 +222,8 @@ class Publication:
         generated_tokens: Number of tokens in all answers.
         shared: Number of rows that took the answer of another row.
         lengths: Number of rows by the number of their tokens, see `LENGTH_BOUNDS`.
-        errors_destination: Where the failed requests are, in the OpenAI batch format.
     """
 
-    rows: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     failed: int = 0
     generated_tokens: int = 0
@@ -231,14 +231,12 @@ class Publication:
     lengths: Counter[int] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
-    errors_destination: str | None = None
     summary: BatchSummary = BatchSummary(0, 0, 0, "")
 
-    def count(self, chunk: Chunk, answers: Any, output: Output | None = None) -> None:
+    def count(self, chunk: Chunk, answers: Any, job: BatchJob) -> None:
         """Count the answers of a chunk, and keep its first rows as samples."""
         import pyarrow.compute as pc
 
-        self.rows += answers.num_rows
         for item in pc.value_counts(answers["status"]).to_pylist():
             self.statuses[item["values"]] += item["counts"]
         self.failed += answers.num_rows - answers["error"].null_count
@@ -247,26 +245,28 @@ class Publication:
         for item in pc.value_counts(answers["generated_tokens"]).to_pylist():
             self.lengths[max(bound for bound in LENGTH_BOUNDS if bound <= item["values"])] += item["counts"]
         if len(self.samples) < SAMPLE_ROWS:
-            self.samples += _samples(chunk, answers.slice(0, SAMPLE_ROWS - len(self.samples)), output)
+            self.samples += _samples(chunk, answers.slice(0, SAMPLE_ROWS - len(self.samples)), job)
         if len(self.failures) < SAMPLE_ROWS and answers["error"].null_count < answers.num_rows:
             failed = answers.filter(pc.is_valid(answers["error"])).slice(0, SAMPLE_ROWS - len(self.failures))
-            self.failures += _samples(chunk, failed, output)
+            self.failures += _samples(chunk, failed, job)
 
-    def summarize(self, destination: str, progress: Progress) -> BatchSummary:
-        """Return the summary of the batch."""
-        return BatchSummary(
-            self.rows, self.rows - self.failed, self.failed, destination, progress.tokens, progress.seconds,
-            dict(sorted(self.statuses.items())), progress.resumed, self.shared, self.errors_destination,
+    def summarize(self, destination: str, errors_destination: str | None, progress: Progress) -> None:
+        """Make the summary of the batch."""
+        rows = self.statuses.total()
+        self.summary = BatchSummary(
+            rows, rows - self.failed, self.failed, destination, progress.tokens, progress.seconds,
+            dict(sorted(self.statuses.items())), progress.resumed, self.shared, errors_destination,
         )  # fmt: skip
 
 
-def _samples(chunk: Chunk, answers: Any, output: Output | None) -> list[dict[str, Any]]:
-    kind = output.kind if output else "text"
-    texts = output.steps if output and output.steps else OUTPUT_COLUMNS[:1] if kind == "text" else ()
-    names = ("row", *texts, "status", "generated_tokens" if kind == "text" else "prompt_tokens", "error")
-    shown = answers.select(names)
-    if kind == "scores":
-        shown = shown.append_column("score", _score_column(answers))
+def _samples(chunk: Chunk, answers: Any, job: BatchJob) -> list[dict[str, Any]]:
+    import pyarrow as pa
+
+    is_text = job.kind == "text"
+    texts = job.step_names or (OUTPUT_COLUMNS[:1] if is_text else ())
+    shown = answers.select(("row", *texts, "status", "generated_tokens" if is_text else "prompt_tokens", "error"))
+    if job.kind == "scores":
+        shown = shown.append_column("score", _vector_column(answers, pa.float64()))
     return [{**chunk.rows[answer["row"] - chunk.first], **answer} for answer in shown.to_pylist()]
 
 
@@ -293,23 +293,25 @@ def publish_output(
         TableError: If the input has changed, or the destination was taken meanwhile.
     """
     check_unchanged(job.table)
+    rows = range(job.table.rows) if chosen is None else chosen
     journal, publication, place = owner.journal, Publication(), Place.of(output.destination)
     with ExitStack() as published:
         path = published.enter_context(place.published(replaceable))
         writer: AnswerTableWriter | OpenAIBatchWriter
+        errors_destination = None
         if job.table.format == "openai":
-            publication.errors_destination = place_beside(place.url, "errors")
+            errors_destination = place_beside(place.url, "errors")
             # An earlier attempt may have published the errors and not yet the responses.
-            errors_path = published.enter_context(Place(publication.errors_destination).published(True))
+            errors_path = published.enter_context(Place(errors_destination).published(True))
             created = (journal.read_job() or {}).get("created", 0) if output.timings else 0
             writer = OpenAIBatchWriter(path, errors_path, job, int(created))
         else:
-            writer = AnswerTableWriter(path, job, journal, output)
+            writer = AnswerTableWriter(path, job, journal, output, rows)
         with writer:
-            for chunk, answers in _answered(job, journal, chosen):
-                publication.count(chunk, answers, output)
+            for chunk, answers in _answered(job, journal, rows):
+                publication.count(chunk, answers, job)
                 writer.write(chunk, answers)
-        publication.summary = publication.summarize(output.destination, progress or Progress(0))
+        publication.summarize(output.destination, errors_destination, progress or Progress(0))
         owner.check()
         if chosen is None:
             record = {"sha256": hash_file(path), "size": path.stat().st_size, "summary": asdict(publication.summary)}
@@ -317,25 +319,17 @@ def publish_output(
     return publication
 
 
-def _answered(job: BatchJob, journal: Journal, chosen: Rows | None) -> Iterator[tuple[Chunk, Any]]:
+def _answered(job: BatchJob, journal: Journal, rows: Rows) -> Iterator[tuple[Chunk, Any]]:
     """Yield the rows in parts, each with a table of its answers."""
     sweep = JournalRows(journal, job.key)
-    rows = range(job.table.rows) if chosen is None else chosen
-    for chunk in read_chunks(job.table, rows[0], rows[-1] + 1):
+    for chunk in read_chunks(job.table, rows):
         table = sweep.take(chunk.first, chunk.first + len(chunk))
-        found = _fold(table, job) if job.steps else table.filter(table["is_last"])
-        parts = [(chunk, found)]
-        if not isinstance(rows, range):
-            drawn = [row for row in rows if chunk.first <= row < chunk.first + len(chunk)]
-            places = {row: place for place, row in enumerate(found["row"].to_pylist())}
-            picked = [found.slice(places[row], 1) if row in places else found.slice(0, 0) for row in drawn]
-            parts = list(zip((chunk.part(row, row + 1) for row in drawn), picked, strict=True))
-        for part, answers in parts:
-            if (lacking := len(part) - answers.num_rows) != 0:
-                raise BatchError(
-                    f"The journal {journal.place.url!r} lacks {lacking} rows from row {part.first + 1} on. Start again."
-                )
-            yield part, answers
+        answers = _fold(table, job) if job.steps else table.filter(table["is_last"])
+        if (lacking := len(chunk) - answers.num_rows) != 0:
+            raise BatchError(
+                f"The journal {journal.place.url!r} lacks {lacking} rows from row {chunk.first + 1} on. Start again."
+            )
+        yield chunk, answers
 
 
 def _fold(table: Any, job: BatchJob) -> Any:
@@ -363,50 +357,30 @@ def _details_of(step: str) -> str:
     return f"{step} details"
 
 
-def get_fields(options: Sequence[Mapping[str, Any] | None]) -> dict[str, str]:
-    """Return the properties of the JSON schema that the options ask for, with their types; later options win."""
-    fields: dict[str, str] = {}
-    for each in options:
-        schema = ((each or {}).get("response_format") or {}).get("json_schema") or {}
-        properties = schema.get("properties")
-        if isinstance(properties, dict):
-            fields = {name: _json_type(kind) for name, kind in properties.items()}
-    return fields
-
-
-def _json_type(schema: Any) -> str:
-    """Return the type that a property has when it is not null, "string" where it may have several."""
-    kinds = schema.get("type") if isinstance(schema, dict) else None
-    names = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind not in (None, "null")]
-    return names[0] if len(names) == 1 else "string"
-
-
 class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
     """Writes the rows of the input with what is added: answers, values in them, reasoning, vectors, scores.
 
-    The journal, which has all rows, is looked through for reasoning, or for the first vector.
+    What the journal has of the `rows` is looked through for reasoning, or for the first vector.
     """
 
-    def __init__(self, path: Path, job: BatchJob, journal: Journal, output: Output) -> None:
+    def __init__(self, path: Path, job: BatchJob, journal: Journal, output: Output, rows: Rows) -> None:
         import pyarrow as pa
 
-        self._output, maker = output, job.make_requests()
-        steps = maker.steps if isinstance(maker, ChainRows) else ()
-        self._parsed = {step.name: step for step in steps if step.parser != "text"}
+        self._job, self._output = job, output
+        self._parsed = {step.name: step for step in job.chain if step.parser != "text"}
+        vectors = (_read_details(text)["vector"] for _, text in _details_with("vector", job, journal, rows))
         # Where no row has a vector, their size is 1: arrays of lists of none cannot be made.
-        self._vector_type = pa.list_(pa.float32(), (output.kind == "vectors" and _dimensions_of(job, journal)) or 1)
-        values = {"text": pa.string(), "vectors": self._vector_type, "scores": pa.float64()}
+        size = next((len(read_vector(each)) for each in vectors), 1) if job.kind == "vectors" else 1
+        self._kind = {"text": pa.string(), "vectors": pa.list_(pa.float32(), size), "scores": pa.float64()}[job.kind]
         # Columns for the reasoning of the model, each with the column of the journal's rows that holds it.
-        self._reasoning = _reasoning_columns(job, journal, output) if output.kind == "text" else {}
+        self._reasoning = _reasoning_columns(job, journal, output, rows) if job.kind == "text" else {}
         kinds = {
             "prompt_tokens": pa.int32(), "generated_tokens": pa.int32(), "seconds": pa.float64(),
-            output.own[0]: values[output.kind],
+            job.columns[0]: self._kind,
         }  # fmt: skip
         json_kinds = {"integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
-        self._fields = {
-            column: (name, json_kinds.get(output.fields[name], pa.string())) for column, name in output.field_columns
-        }
-        own = [(name, kinds.get(name, pa.string())) for name in (*output.own, *self._reasoning)]
+        self._fields = {column: (name, json_kinds.get(kind, pa.string())) for column, name, kind in job.field_columns}
+        own = [(name, kinds.get(name, pa.string())) for name in (*job.columns, *self._reasoning)]
         fields = [(column, kind) for column, (_, kind) in self._fields.items()]
         added = pa.schema([(output.prefix + name, kind) for name, kind in (*own, *fields)])
         schema = get_schema(job.table) if output.format != "jsonl" else None
@@ -423,11 +397,9 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
     def _added(self, answers: Any) -> dict[str, Any]:
         import pyarrow as pa
 
-        columns = {name: answers[name].combine_chunks() for name in self._output.own if name in answers.column_names}
-        if self._output.kind != "text":
-            is_vector = self._output.kind == "vectors"
-            values = _vector_column(answers, self._vector_type) if is_vector else _score_column(answers)
-            columns[self._output.own[0]] = values
+        columns = {name: answers[name].combine_chunks() for name in self._job.columns if name in answers.column_names}
+        if self._job.kind != "text":
+            columns[self._job.columns[0]] = _vector_column(answers, self._kind)
         if not self._output.timings:
             columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
         for name, step in self._parsed.items():
@@ -436,10 +408,9 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
                 values = pa.array([None if value is None else to_json(value).decode() for value in values], pa.string())
             columns[name] = values
         for name, source in self._reasoning.items():
-            thoughts = [_read_details(one).get("reasoning") for one in answers[source].to_pylist()]
-            columns[name] = pa.array(thoughts, pa.string())
+            columns[name] = pa.array(_values_of("reasoning", answers[source]), pa.string())
         if self._fields:
-            found = [_read_details(one).get("parsed") for one in answers["details"].to_pylist()]
+            found = _values_of("parsed", answers["details"])
             objects = [value if isinstance(value, dict) else {} for value in found]
             for column, (name, kind) in self._fields.items():
                 columns[column] = pa.array([_typed(value.get(name), kind) for value in objects], kind)
@@ -453,75 +424,57 @@ def _parse(step: ChainStep, text: str | None) -> Any:
     return None
 
 
-def _reasoning_columns(job: BatchJob, journal: Journal, output: Output) -> dict[str, str]:
-    """Return the columns for the reasoning of those steps that have any, looking at one segment at a time."""
+def _details_with(name: str, job: BatchJob, journal: Journal, rows: Rows) -> Iterator[tuple[int, str]]:
+    """Yield the steps of some rows whose details have a value of that name, or a structured answer with such a one."""
     import pyarrow.compute as pc
 
+    for table in JournalRows(journal, job.key).sweep(rows[0], rows[-1] + 1):
+        likely = table.filter(pc.match_substring(table["details"], f'"{name}": '))
+        for step, details in zip(likely["step"], likely["details"], strict=True):
+            yield step.as_py(), details.as_py()
+
+
+def _reasoning_columns(job: BatchJob, journal: Journal, output: Output, rows: Rows) -> dict[str, str]:
+    """Return the columns for the reasoning of those steps that have any."""
     found: set[int] = set()
-    for name in journal.names():
-        table = journal.load(name, job.key)
-        # A structured answer may have a field of that name.
-        likely = table.filter(pc.match_substring(table["details"], '"reasoning": '))
-        found |= {
-            step
-            for step, one in zip(likely["step"].to_pylist(), likely["details"].to_pylist(), strict=True)
-            if step not in found and _read_details(one).get("reasoning")
-        }
+    for step, details in _details_with("reasoning", job, journal, rows):
+        if step not in found and _read_details(details).get("reasoning"):
+            found.add(step)
     kept = job.table.columns if output.columns is None else output.columns
-    taken, columns = {*kept, *output.added}, {}
+    taken, columns = {*kept, *job.added_columns(output.prefix)}, {}
     for step in sorted(found):
-        prefix = f"{output.steps[step]}_" if output.steps else ""
+        prefix = f"{job.step_names[step]}_" if job.steps else ""
         names = (f"{prefix}reasoning", f"{prefix}completion_reasoning")
-        source = _details_of(output.steps[step]) if output.steps else "details"
+        source = _details_of(job.step_names[step]) if job.steps else "details"
         columns[next(name for name in names if output.prefix + name not in taken)] = source
     return columns
-
-
-def _dimensions_of(job: BatchJob, journal: Journal) -> int:
-    """Return the number of dimensions of the first vector, 0 where no row has one."""
-    for name in journal.names():
-        for details in journal.load(name, job.key)["details"].to_pylist():
-            if (vector := read_vector(details)) is not None:
-                return len(vector)
-    return 0
-
-
-def read_vector(details: str | None) -> Any | None:
-    """Return the vector in the details of a row, an array of float32, or None where it has none."""
-    import numpy as np
-
-    encoded = _read_details(details).get("vector")
-    return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
-
-
-def _vectors_of(answers: Any) -> list[Any]:
-    return [read_vector(details) for details in answers["details"].to_pylist()]
-
-
-def _vector_column(answers: Any, kind: Any) -> Any:
-    """Return the vectors as lists of a fixed size; those of rows that failed are null."""
-    import numpy as np
-    import pyarrow as pa
-
-    vectors = _vectors_of(answers)
-    values = np.zeros((len(vectors), kind.list_size), dtype=np.float32)
-    for place, vector in enumerate(vectors):
-        if vector is not None:
-            values[place] = vector
-    missing = pa.array([vector is None for vector in vectors], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), type=kind, mask=missing)
-
-
-def _score_column(answers: Any) -> Any:
-    """Return the scores, each a vector of one; those of rows that failed are null."""
-    import pyarrow as pa
-
-    return pa.array([None if vector is None else float(vector[0]) for vector in _vectors_of(answers)], pa.float64())
 
 
 def _read_details(text: str | None) -> dict[str, Any]:
     details: dict[str, Any] = json.loads(text) if text else {}
     return details
+
+
+def _values_of(name: str, column: Any) -> list[Any]:
+    """Return what the details in a column have under a name."""
+    return [_read_details(text).get(name) for text in column.to_pylist()]
+
+
+def read_vector(encoded: str | None) -> Any:
+    """Return a vector of the details, an array of float32, or None where there is none."""
+    import numpy as np
+
+    return None if encoded is None else np.frombuffer(base64.b64decode(encoded), dtype="<f4")
+
+
+def _vector_column(answers: Any, kind: Any) -> Any:
+    """Return the vectors, or as numbers the scores, each a vector of one; those of rows that failed are null."""
+    import pyarrow as pa
+
+    vectors = list(map(read_vector, _values_of("vector", answers["details"])))
+    if pa.types.is_floating(kind):
+        return pa.array([None if vector is None else float(vector[0]) for vector in vectors], kind)
+    return pa.array(vectors, kind)
 
 
 def _typed(value: Any, kind: Any) -> Any:
@@ -545,7 +498,7 @@ class OpenAIBatchWriter(AbstractContextManager["OpenAIBatchWriter"]):
     """
 
     def __init__(self, responses: Path, errors: Path, job: BatchJob, created: int) -> None:
-        self._job, self._created, self._defaults = job.key, created, job.line_defaults
+        self._job, self._created, self._defaults = job.key, created, job.defaults
         self._responses, self._errors = open(responses, "wb"), open(errors, "wb")
 
     def write(self, chunk: Chunk, answers: Any) -> None:
@@ -564,25 +517,27 @@ class OpenAIBatchWriter(AbstractContextManager["OpenAIBatchWriter"]):
         record: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": line.get("custom_id")}
         if answer["status"] == "malformed":
             return {**record, "response": None, "error": {"code": "malformed", "message": answer["error"]}}
-        if answer["error"] is not None:
-            code, body = error_status(answer["status"]), error_body(answer["status"], answer["error"])
-        elif answer["finish_reason"] == "skipped":
-            text = f"The prompt has {answer['prompt_tokens']} tokens, more than the model takes."
-            code, body = error_status("too_long"), error_body("too_long", text)
-        elif line["url"] == EMBEDDINGS_URL and read_vector(answer["details"]) is None:  # of an endpoint
-            code, body = error_status("bad_answer"), error_body("bad_answer", NO_VECTORS)
-        else:
+        try:
             code, body = 200, self._body(line, answer, name)
+        except BodyError as exc:
+            code, body = exc.status, exc.body
         return {**record, "response": {"status_code": code, "request_id": f"req_{name}", "body": body}, "error": None}
 
     def _body(self, line: Mapping[str, Any], answer: Mapping[str, Any], name: str) -> dict[str, Any]:
-        call = read_line(line["url"], line["body"], self._defaults)
+        """Return the body of an answer.
+
+        Raises:
+            BodyError: If the row has none.
+        """
         details = _read_details(answer["details"])
         kept: dict[str, Any] = {name: details.get(name) for name in ("logprobs", "tokens", "reasoning")}
         completion = Completion(
             answer["completion"], answer["finish_reason"], answer["prompt_tokens"], answer["generated_tokens"],
-            alternatives=tuple(details.get("alternatives", ())), vector=read_vector(answer["details"]), **kept,
+            error=answer["error"], error_code=answer["status"], alternatives=tuple(details.get("alternatives", ())),
+            vector=read_vector(details.get("vector")), **kept,
         )  # fmt: skip
+        check_all([completion])  # a line that failed need not have a body that can be read
+        call = read_line(line["url"], line["body"], self._defaults)
         body: dict[str, Any] = call.writer(name, self._created, call.model).write([completion])
         return body
 

@@ -7,10 +7,9 @@ of a JSON object also under `<step>_<field>`. Nothing is generated before the wh
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import lru_cache, partial
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
+from prefect_huggingface.tasks.artifacts import shorten
 from prefect_huggingface.tasks.errors import BatchError, ChainError
 from prefect_huggingface.tasks.openai_protocol import CHAT_URL, COMPLETIONS_URL, BodyError, OpenAICall, read_call
 from prefect_huggingface.tasks.records import Message, Request
@@ -29,7 +29,6 @@ OPENAI_COLUMNS = ("custom_id", "url", "body")
 OPENAI_FIELDS = ("messages", "tools", "chat_template", "input_type", "embedding", "check_form")
 NO_VECTORS = "The model writes text and makes no vectors. Use a model for embeddings."
 MAX_KNOWN_OPTIONS = 10_000
-SHOWN_CHARACTERS = 200
 
 Parser = Literal["text", "json", "list"]
 
@@ -81,16 +80,15 @@ class Template:
 
     def __init__(self, text: str) -> None:
         try:
-            plain, self._odd = _replace_odd_names(text)
-            names = _names_in(plain)
+            self.columns = _names_in(text)
         except ValueError as exc:
             raise BatchError(f"`prompt` must be a template, got {text!r:.200}: {exc}. Correct it.") from None
-        if "" in names:
+        if "" in self.columns:
             raise BatchError(
                 f"`prompt` must be a template that names the columns, got {text!r:.200}. Write {{column}}."
             )
-        self.columns = tuple(self._odd.get(name, name) for name in names)
-        self._render = plain.format_map
+        is_odd = any(set(name) & set(".[]") or name.isdigit() for name in self.columns)
+        self._render = partial(_render_parts, text) if is_odd else text.format_map
 
     def render(self, row: Mapping[str, Any]) -> str:
         """Return the text for a row.
@@ -103,37 +101,29 @@ class Template:
             if value is None or value != value:  # NaN is not equal to itself
                 what = "null" if value is None and name in row else "not there" if value is None else "NaN"
                 raise RowProblem("missing_value", f"Column {name!r} is {what}. Fill it in, or leave the row out.")
-        values = {**row, **{name: row[column] for name, column in self._odd.items()}} if self._odd else row
         try:
-            return self._render(values)
+            return self._render(row)
         except (ValueError, TypeError) as exc:
             message = f"The prompt cannot be made of the row: {exc}. Correct its value."
             raise RowProblem("missing_value", message) from None
 
 
-def _names_in(text: str) -> list[str]:
+def _render_parts(text: str, row: Mapping[str, Any]) -> str:
+    """Return a text as `format_map` does, but "a.b", "0" and "a[0]" are columns, and not parts of others."""
+    write = Formatter()
+    return "".join(
+        literal + ("" if name is None else write.format_field(write.convert_field(row[name], conversion), form or ""))
+        for literal, name, form, conversion in write.parse(text)
+    )
+
+
+def _names_in(text: str) -> tuple[str, ...]:
     """Return the names in a template. Importing `langchain_core` for this alone would take a second."""
     fields = [(name, form or "") for _, name, form, _ in Formatter().parse(text) if name is not None]
-    for name, form in fields:
-        if set(name) & set(".[]") or name.isdigit():
-            raise ValueError(f"{name!r} cannot be a name")
+    for _, form in fields:
         if set(form) & set("{}"):
             raise ValueError(f"the format {form!r} holds a field")
-    return sorted({name for name, _ in fields})
-
-
-def _replace_odd_names(text: str) -> tuple[str, dict[str, str]]:
-    """Return a template with other names for columns such as "a.b", "0" and "a[0]", and the column of each.
-
-    In an f-string they would ask for an attribute, a place or an item, which `langchain_core` refuses.
-    """
-    fields = list(Formatter().parse(text))
-    odd = list(dict.fromkeys(name for _, name, _, _ in fields if name and (set(name) & set(".[]") or name.isdigit())))
-    taken = {name for _, name, _, _ in fields}
-    new = dict(zip((f"column{number}" for number in count() if f"column{number}" not in taken), odd, strict=False))
-    for alias, column in new.items():
-        text = re.sub(rf"(?<!{{)((?:{{{{)*){{{re.escape(column)}(?=[!:}}])", rf"\g<1>{{{alias}", text)
-    return text, new
+    return tuple(sorted({name for name, _ in fields}))
 
 
 class PromptRows:
@@ -160,7 +150,7 @@ class PromptRows:
         self._messages, self._option_columns, self._greedy = messages_column, option_columns, greedy
         self._options = options or GenerationOptions()
         self._values: dict[str, Any] = {"options": self._options, "input_type": input_type}
-        self._known: dict[str, GenerationOptions] = {}
+        self._row_options = lru_cache(MAX_KNOWN_OPTIONS)(self._read_options)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -181,7 +171,7 @@ class PromptRows:
         if self._option_columns:
             given = {name: row[name] for name in self._option_columns if row.get(name) not in (None, "")}
             suffix = json.dumps(given, sort_keys=True, default=str)
-            options = self._row_options(given, suffix)
+            options = self._row_options(suffix)
         greedy = self._greedy and not options.do_sample
         if self._prompt is not None and self._system is None:
             prompt = self._prompt.render(row)
@@ -207,17 +197,13 @@ class PromptRows:
             )
         return [*system, *given]
 
-    def _row_options(self, given: dict[str, Any], key: str) -> GenerationOptions:
-        if key not in self._known:
-            if len(self._known) > MAX_KNOWN_OPTIONS:
-                self._known.clear()
-            try:
-                self._known[key] = self._options.merged(GenerationOptions(**given))
-            except ValidationError as exc:
-                first = exc.errors(include_url=False)[0]
-                where = ".".join(map(str, first["loc"]))
-                raise RowProblem("invalid_option", f"Option {where!r}: {first['msg']}. Correct the row.") from None
-        return self._known[key]
+    def _read_options(self, given: str) -> GenerationOptions:
+        try:
+            return self._options.merged(GenerationOptions(**json.loads(given)))
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RowProblem("invalid_option", f"Option {where!r}: {first['msg']}. Correct the row.") from None
 
 
 def _read_messages(value: Any) -> list[Message] | None:
@@ -281,9 +267,7 @@ def _template_of(step: ChainStep) -> Template:
     try:
         return Template(step.prompt)
     except BatchError as exc:
-        raise ChainError(
-            f"The prompt of step {step.name!r} is not a prompt template. {_shorten(exc.message)}"
-        ) from None
+        raise ChainError(f"The prompt of step {step.name!r} is not a prompt template. {shorten(exc.message)}") from None
 
 
 def parse_output(step: ChainStep, text: str) -> Any:
@@ -307,13 +291,9 @@ def parse_output(step: ChainStep, text: str) -> Any:
     except (OutputParserException, RecursionError):
         pass
     raise ChainError(
-        f"The output of step {step.name!r} is not {step.parser}: {_shorten(repr(text))}. "
+        f"The output of step {step.name!r} is not {step.parser}: {shorten(repr(text))}. "
         "Ask for the form in the prompt, or give the step a `response_format`."
     )
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 class ChainRows:
@@ -376,7 +356,7 @@ class OpenAIRows:
     """Makes requests of the lines of an OpenAI batch file: chat completions, completions and embeddings.
 
     The lines may call the model by its `served_names`, or any where there are none. `duplicate_rows` have the id of an
-    earlier row, `task` is what the model is for, where that is known, and `defaults` hold for what a line leaves out.
+    earlier row, `task` is what the model is for, None for an endpoint, and `defaults` hold for what a line leaves out.
     """
 
     def __init__(
@@ -390,7 +370,7 @@ class OpenAIRows:
     ) -> None:
         self._options, self._defaults = options or GenerationOptions(), defaults
         self._names, self._greedy, self._duplicates = served_names, greedy, frozenset(duplicate_rows)
-        self._writes_text = task is not None and task not in VECTOR_TASKS
+        self._makes_vectors = task in VECTOR_TASKS
 
     def __call__(self, number: int, row: Mapping[str, Any], step: int = 0) -> RowRequest:
         """Return the request of a line.
@@ -414,7 +394,7 @@ class OpenAIRows:
         if self._names and (model := body.get("model")) not in self._names:
             raise RowProblem("unknown_model", f"The model {model!r} is not here. Use {' or '.join(self._names)}.")
         call = read_line(str(row.get("url")), body, self._defaults)
-        if isinstance(call, VectorCall) and self._writes_text:
+        if isinstance(call, VectorCall) and not self._makes_vectors:
             raise RowProblem("invalid_option", NO_VECTORS)
         if call.stream:
             raise RowProblem("invalid_option", "`stream` is not supported in a batch, got True. Leave it out.")

@@ -7,20 +7,19 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import UUID
 
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Commits, check_same_job
-from prefect_huggingface.tasks.batching.shard import Rows, Shard
+from prefect_huggingface.tasks.batching.shard import Shard
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
-from prefect_huggingface.tasks.storage.journals.journal import INVALID, Journal, JournalCounts, JournalRows
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalCounts, JournalRows
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, is_held
+from prefect_huggingface.tasks.storage.tables.inputs import Rows
 
 LEAST_SHARD_ROWS = 16
-SWEEP_ROWS = 50_000
 LEAST_ROWS_FOR_SHARES = 50
 RATE_SECONDS = 30.0  # span over which the current rate is measured
 MAX_SAMPLES = 120  # points of the throughput over time
@@ -108,7 +107,7 @@ def open_run(
     counts = count_rows(journal, job, parts, retry_before)
     settings = (retry_before, more.max_concurrency, more.deduplicate, more.group_by_prefix)
     left = [part for part, count in zip(parts, counts, strict=True) if count.rows < len(part)]
-    shards = tuple(Shard(part, owner.id, owner.epoch, *settings) for part in left)
+    shards = tuple(Shard(part, owner, *settings) for part in left)
     return BatchRun(owner, JournalCounts.sum(counts), len(rows), shards)
 
 
@@ -124,33 +123,18 @@ def count_rows(journal: Journal, job: BatchJob, parts: Sequence[Rows], retry_bef
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    sweep = JournalRows(journal, job.key, journal.check(job.key))
+    sweep = JournalRows(journal, job.key, repair=True)
     counts = []
     for part in parts:
         found = [JournalCounts()]
-        for rows in _sweep(sweep, part[0], part[-1] + 1):
+        for rows in sweep.sweep(part[0], part[-1] + 1):
             old_failures = pc.and_(pc.is_valid(rows["error"]), pc.less(rows["epoch"], retry_before))
             rows = rows.filter(pc.invert(old_failures))
             if not isinstance(part, range):
                 rows = rows.filter(pc.is_in(rows["row"], pa.array(part, pa.int64())))
-            found.append(_count(rows))
+            found.append(JournalCounts.of(rows))
         counts.append(JournalCounts.sum(found))
     return counts
-
-
-def _sweep(sweep: JournalRows, start: int, stop: int) -> Iterator[Any]:
-    """Yield the last steps of a range of rows, some rows at a time."""
-    for first in range(start, stop, SWEEP_ROWS):
-        rows = sweep.take(first, min(first + SWEEP_ROWS, stop))
-        yield rows.filter(rows["is_last"])
-
-
-def _count(rows: Any) -> JournalCounts:
-    """Count the rows of a table of last steps."""
-    import pyarrow.compute as pc
-
-    invalid = pc.sum(pc.equal(rows["status"], INVALID)).as_py() or 0
-    return JournalCounts(rows.num_rows, rows.num_rows - rows["error"].null_count, invalid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +179,7 @@ class BatchMonitor:
     """
 
     def __init__(self, journal: Journal, rows: int, before: JournalCounts) -> None:
-        self._journal, self._rows, self._before = journal, rows, before
+        self._journal, self._rows, self._before = journal, rows, before._replace(tokens=0)
         # When failed rows are retried, the journal holds what is to be replaced, too.
         self._old = journal.count()
         self._began = time.monotonic()
@@ -334,9 +318,9 @@ def get_status(destination: str) -> BatchStatus:
     sweep = JournalRows(journal, job.key)
     statuses: Counter[str] = Counter()
     counts = [JournalCounts()]
-    for rows in _sweep(sweep, 0, job.table.rows):
-        counts.append(_count(rows))
-        statuses.update(rows["status"].to_pylist())
+    for rows in sweep.sweep(0, job.table.rows):
+        counts.append(JournalCounts.of(rows))
+        statuses.update(rows.filter(rows["is_last"])["status"].to_pylist())
     count = JournalCounts.sum(counts)
     return BatchStatus(
         job.table.source, job.table.rows, count.rows, count.failed, dict(sorted(statuses.items())), is_held(journal)

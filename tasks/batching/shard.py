@@ -12,7 +12,7 @@ import os
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
 from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
-from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows, JournalWriter, ResultRow
-from prefect_huggingface.tasks.storage.tables.inputs import Chunk, read_chunks
+from prefect_huggingface.tasks.storage.journals.journal import JournalRows, JournalWriter, ResultRow
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.tables.inputs import Chunk, Rows, read_chunks
 
 STOP_CHECK_SECONDS = 0.5
 WINDOW_ROWS = 4096
@@ -37,11 +38,8 @@ OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
 UNFINISHED = ("skipped", "deadline")  # statuses of answers that have no error and are not whole
 PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
 
-Rows = range | tuple[int, ...]
-"""Numbers of rows, in ascending order: all of them, the first ones, or some that were drawn."""
-
-FeedChunk = tuple[Chunk, set[int], list[ResultRow]]
-"""Some rows, the numbers of those that are not to be asked, and the finished steps of the others."""
+FeedChunk = tuple[Chunk, list[ResultRow]]
+"""Some rows, and their steps that are finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +47,7 @@ class Shard:
     """Some rows of a batch, at least one. How it goes through them does not change the output.
 
     Attributes:
-        owner: Random name of the run that it belongs to.
-        epoch: Number of that run.
+        owner: Run that it belongs to.
         retry_before: Rows that failed in a run before this one are generated again.
         max_concurrency: Upper limit of requests that are queued or running, or None for the engine's own.
         deduplicate: Whether equal prompts are generated once.
@@ -58,8 +55,7 @@ class Shard:
     """
 
     rows: Rows
-    owner: str
-    epoch: int
+    owner: JournalOwner
     retry_before: int = 0
     max_concurrency: int | None = None
     deduplicate: bool = True
@@ -91,22 +87,22 @@ class ShardResult:
     seconds: float
 
 
-def process_shard(engines: Sequence[Engine], journal: Journal, shard: Shard) -> ShardResult:
+def process_shard(engines: Sequence[Engine], shard: Shard) -> ShardResult:
     """Generate the rows of a shard that are not in the journal yet.
 
     It ends early, with what is finished committed, when the journal asks for it. There is an engine for each model of
     the job.
     """
-    began = time.monotonic()
+    began, journal = time.monotonic(), shard.owner.journal
     job = BatchJob.from_dict(journal.read_job() or {})
     for engine in engines:
         check_template(engine, job)
-    should_stop = _StopCheck(journal, shard)
+    should_stop = _StopCheck(shard.owner)
     limit = shard.max_concurrency or sum(engine.in_flight for engine in engines)
     with ExitStack() as stack:
-        writer = stack.enter_context(JournalWriter(journal, job.key, shard.epoch))
+        writer = stack.enter_context(JournalWriter(journal, job.key, shard.owner.epoch))
         index = stack.enter_context(ResultIndex()) if shard.deduplicate else None
-        chunks = _read_unfinished(job, journal, shard, should_stop)
+        chunks = _read_unfinished(job, shard, should_stop)
         feed = RowFeed(job.make_requests(), chunks, writer.add, index, shard.group_by_prefix)
         for completions in stack.enter_context(closing(run_requests(engines, feed, limit, should_stop))):
             feed.finish(completions)
@@ -195,38 +191,29 @@ def _finished(engines: Sequence[Engine], completions: list[Completion]) -> Itera
 class _StopCheck:
     """Asks the journal now and then."""
 
-    def __init__(self, journal: Journal, shard: Shard) -> None:
-        self._journal, self._shard = journal, shard
-        self._next = 0.0
+    def __init__(self, owner: JournalOwner) -> None:
+        self._owner, self._next = owner, 0.0
 
     def __call__(self) -> bool:
         now = time.monotonic()
         if now < self._next:
             return False
-        self._next = now + self._journal.poll_seconds
-        return self._journal.is_stopped(self._shard.epoch, self._shard.owner)
+        self._next = now + self._owner.journal.poll_seconds
+        return self._owner.is_stopped()
 
 
-def _read_unfinished(
-    job: BatchJob, journal: Journal, shard: Shard, should_stop: Callable[[], bool]
-) -> Iterator[FeedChunk]:
+def _read_unfinished(job: BatchJob, shard: Shard, should_stop: Callable[[], bool]) -> Iterator[FeedChunk]:
     """Yield the chunks of a shard with what earlier runs have finished of them."""
-    names = [name for name in journal.names() if name.last >= shard.start and name.first < shard.stop]
-    sweep = JournalRows(journal, job.key, names)
-    wanted = shard.rows if isinstance(shard.rows, range) else frozenset(shard.rows)
-    for chunk in read_chunks(job.table, shard.start, shard.stop):
+    sweep = JournalRows(shard.owner.journal, job.key)
+    for chunk in read_chunks(job.table, shard.rows):
         if should_stop():
             return
-        numbers = range(chunk.first, chunk.first + len(chunk))
-        left_out = {number for number in numbers if number not in wanted}
-        if len(left_out) == len(chunk):
-            continue
         known = []
-        for row in sweep.take(numbers.start, numbers.stop).to_pylist():
+        for row in sweep.take(chunk.first, chunk.first + len(chunk)).to_pylist():
             epoch = row.pop("epoch")
-            if row["row"] not in left_out and (row["error"] is None or epoch >= shard.retry_before):
+            if row["error"] is None or epoch >= shard.retry_before:
                 known.append(ResultRow(**row))
-        yield chunk, left_out, known
+        yield chunk, known
 
 
 class RowFeed:
@@ -259,10 +246,9 @@ class RowFeed:
         self._ready: deque[RowRequest] = deque()
         self._following: list[RowRequest] = []  # next steps of rows, which go first
         self._values: dict[int, dict[str, Any]] = {}  # columns and outputs of the rows of a chain that have begun
-        self._waiting: dict[int, list[int]] = {}  # requests that wait for the result of their first one
+        self._digests: dict[int, bytes] = {}  # hash of the prompt of each request in flight that others may share
+        self._waiting: dict[bytes, list[int]] = {}  # by that hash, the further requests that wait for its result
         self._waiters = 0
-        self._digests: dict[int, bytes] = {}
-        self._firsts: dict[bytes, int] = {}  # requests in flight by the hash of their prompt
 
     def take(self, count: int) -> list[RowRequest]:
         """Return the next requests; none when there are none before a request in flight is finished."""
@@ -292,17 +278,13 @@ class RowFeed:
         results: list[ResultRow] = []
         learnt: list[ResultRow] = []
         for completion in completions:
-            if completion.finish_reason == "cancelled":  # somebody closed the engine; the next run takes the row
-                continue
             number = int(completion.request_id or 0)
             digest = self._digests.pop(number, None)
             result = _to_result(completion, *divmod(number, self._steps), digest)
-            waiting = self._waiting.pop(number, ())
+            waiting = self._waiting.pop(digest) if digest is not None else []
             self._waiters -= len(waiting)
-            if digest is not None:
-                del self._firsts[digest]
-                if _is_sharable(result):
-                    learnt.append(result)
+            if digest is not None and _is_sharable(result):
+                learnt.append(result)
             self._settle(result, results)
             for other in waiting:
                 self._share(result, other, results)
@@ -347,28 +329,27 @@ class RowFeed:
 
     def _requests(self, chunks: Iterable[FeedChunk]) -> Iterator[RowRequest]:
         """Yield the first request of all rows but those that are done or cannot be asked."""
-        for chunk, left_out, known in chunks:
+        for chunk, known in chunks:
             if self._index is not None:
                 self._index.add(filter(_is_sharable, known))
-            finished = {row.row for row in known if row.is_last}
-            self.finished += len(finished)
-            done = finished | left_out
+            done = {row.row for row in known if row.is_last}
+            self.finished += len(done)
             problems: list[ResultRow] = []
             begun = self._begun(known, done) if self._chain else {}
             for number, row in enumerate(chunk.rows if len(done) < len(chunk) else (), chunk.first):
                 if number in done:
                     continue
                 outputs = begun.get(number, {})
-                values = {**row, **outputs} if self._chain else row
+                row.update(outputs)
                 try:
                     if message := chunk.problems.get(number - chunk.first):
                         raise RowProblem("malformed", message)
-                    made = self._make(number, values, len(outputs))
+                    made = self._make(number, row, len(outputs))
                 except RowProblem as problem:
                     problems.append(_problem(number, problem, len(outputs)))
                     continue
                 if self._chain:
-                    self._values[number] = values
+                    self._values[number] = row
                 yield made
             self._commit(problems)
 
@@ -396,11 +377,11 @@ class RowFeed:
             number = each.number
             if (found := known.get(digest)) is not None:
                 self._share(found, number, results)
-            elif (first := self._firsts.get(digest)) is not None:
-                self._waiting.setdefault(first, []).append(number)
+            elif digest in self._waiting:
+                self._waiting[digest].append(number)
                 self._waiters += 1
             else:
-                self._firsts[digest], self._digests[number] = number, digest
+                self._waiting[digest], self._digests[number] = [], digest
                 new.append(each)
         if results:
             self._commit(results)
@@ -470,14 +451,14 @@ def order_window(window: list[RowRequest]) -> list[RowRequest]:
     return [window[index] for index in sorted(range(len(window)), key=keys.__getitem__)]
 
 
-def answer_row(engines: Sequence[Engine], chain: ChainRows, values: Mapping[str, Any]) -> list[ResultRow]:
+def answer_row(engines: Sequence[Engine], chain: ChainRows, values: dict[str, Any]) -> list[ResultRow]:
     """Put one row of values through a chain and return what became of its steps, in their order.
 
-    It is the same machinery as that of a table.
+    It is the same machinery as that of a table. The outputs of the steps are added to the values.
     """
     results: list[ResultRow] = []
-    chunk = Chunk(0, 1, lambda: [dict(values)])
-    feed = RowFeed(chain, [(chunk, set(), [])], results.extend)
+    chunk = Chunk(0, 1, lambda: [values])
+    feed = RowFeed(chain, [(chunk, [])], results.extend)
     for completions in run_requests(engines, feed, limit=1, should_stop=lambda: False):
         feed.finish(completions)
     return results

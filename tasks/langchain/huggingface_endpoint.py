@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -20,6 +18,7 @@ from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.errors import SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import AsyncRun, EngineLLM, Run, Stop, llm_output
 from prefect_huggingface.tasks.langchain.kwargs import GENERATION_NAMES, Generation, read_generation
+from prefect_huggingface.tasks.storage.files import hash_json
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 512, "temperature": 0.8, "top_p": 0.95}
 # The class has these arguments; they are settings for generating text.
@@ -192,13 +191,9 @@ class HuggingFaceEndpoint(EngineLLM):
             "address": self.endpoint.base_url,
             "name": self.endpoint.model_name,
             # Whatever a server takes may stand in them, also what belongs into no trace.
-            "extra_parameters": _digest(self.endpoint.extra_parameters),
+            "extra_parameters": hash_json(self.endpoint.extra_parameters),
             **self._generation.options.model_dump(mode="json", exclude_unset=True),
         }
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 PLACE_ARGUMENTS = (

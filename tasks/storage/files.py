@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect_huggingface.tasks.errors import ExportError
 from prefect_huggingface.tasks.storage.locks import LEASE, take_alone, take_free
@@ -39,6 +40,11 @@ def hash_file(path: Path) -> str:
     """Return the sha256 of a file as hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Return the first 32 digits of the sha256 of a value as JSON; what JSON does not know counts by its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def new_hash(name: str, size: int) -> _Hash:

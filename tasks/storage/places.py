@@ -131,27 +131,7 @@ class Place:
 
         Locally it is written to a temporary name, made durable and renamed; elsewhere it is put as a single object.
         """
-        if not self.is_local:
-            system, path = _file_system(self.url)
-            system.pipe_file(path, content)
-            return
-        with self._written(content) as temporary:
-            os.replace(temporary, self.url)
-
-    @contextmanager
-    def _written(self, content: bytes) -> Iterator[str]:
-        """Yield a durable local file with the content, to be moved to this place."""
-        os.makedirs(os.path.dirname(self.url), exist_ok=True)
-        temporary = f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            yield temporary
-            sync_path(os.path.dirname(self.url))
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        self._put(content, replace=True)
 
     def create(self, content: bytes) -> bool:
         """Write the whole content unless there is a file already, and return whether it was written.
@@ -160,15 +140,23 @@ class Place:
         writes (S3, GCS, Azure, memory). Elsewhere fsspec looks first and then writes.
         """
         try:
-            if not self.is_local:
-                system, path = _file_system(self.url)
-                system.pipe_file(path, content, mode="create")
-                return True
-            with self._written(content) as temporary:
-                _link_alone(temporary, self.url)
+            self._put(content, replace=False)
         except FileExistsError:
             return False
         return True
+
+    def _put(self, content: bytes, replace: bool) -> None:
+        if not self.is_local:
+            system, path = _file_system(self.url)
+            system.pipe_file(path, content, mode="overwrite" if replace else "create")
+            return
+        temporary = Path(f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            _move(temporary, self.url, replace)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """Return the sorted names in this folder; a folder that does not exist has none."""
@@ -217,28 +205,36 @@ class Place:
                 system, path = _file_system(self.url, is_fresh=True)
                 system.put_file(str(temporary), path, mode="overwrite" if replace else "create")
                 return
-            sync_path(temporary)
-            (os.replace if replace else _link_alone)(str(temporary), self.url)
-            sync_path(os.path.dirname(self.url))
+            _move(temporary, self.url, replace)
         except FileExistsError:
             raise TableError(
                 f"{self.url!r} exists already. Choose another destination, or move the file away."
             ) from None
 
 
-def _link_alone(source: str, target: str) -> None:
-    """Give a file another name that nobody has yet.
+def _move(temporary: Path, target: str, replace: bool) -> None:
+    """Make a local file durable and give it its name, for good.
 
     Raises:
-        FileExistsError: If somebody has it.
+        FileExistsError: If somebody has the name and is not to be replaced.
     """
+    sync_path(temporary)
+    if replace:
+        os.replace(temporary, target)
+    else:
+        _link_alone(temporary, target)
+    sync_path(os.path.dirname(target))
+
+
+def _link_alone(source: Path, target: str) -> None:
+    """Give a file another name that nobody has yet."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
     except OSError:  # a file system without links
         with open(target, "xb") as file:
-            file.write(Path(source).read_bytes())
+            file.write(source.read_bytes())
 
 
 def find_places(source: str) -> list[Place]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from support.journals import committed_rows
 from support.operated_runs import Operator, wait_for_end
 from support.prefect_services import PrefectServices, wait_until
 
@@ -32,15 +33,6 @@ def operator(services: PrefectServices, tmp_path_factory) -> Iterator[Operator]:
 def write_rows(path: Path, rows: int) -> None:
     lines = [{"number": index, "language": "French"} for index in range(rows)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def committed_rows(journal: Journal) -> set[int]:
-    """Rows in whole segments."""
-    rows: set[int] = set()
-    key = (journal.read_job() or {}).get("key", "")
-    for name in journal.names():
-        rows |= set(journal.load(name, key)["row"].to_pylist())
-    return rows
 
 
 def end_somewhere(operator: Operator, way: str, journal: Journal, wait: float, parameters: dict[str, Any]) -> None:

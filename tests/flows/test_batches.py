@@ -19,7 +19,7 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.batches import ENGINE_TAG
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalRows
 from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
@@ -367,7 +367,7 @@ def test_signals_end_the_run_soon_and_lose_nothing_committed(tmp_path: Path, mod
     job = (journal.read_job() or {})["key"]
     assert seconds < 15
     assert not destination.exists()
-    assert sum(name.rows for name in journal.check(job)) == journal.count().rows > 0
+    assert JournalRows(journal, job).take(0, 3000).num_rows == journal.count().rows > 0
 
 
 def test_a_batch_within_another_flow(tmp_path: Path, source: Path, model: LocalModel) -> None:

@@ -15,6 +15,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.flows.batches import batch_inference
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from support.batch_runs import read_answers, start_batch
+from support.journals import committed_rows
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -30,15 +31,6 @@ def write_rows(path: Path, rows: int) -> None:
     languages = ("English", "French", "German", "Spanish", "french", "german")
     lines = [{"number": index // 6, "language": languages[index % 6]} for index in range(rows)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def committed_rows(journal: Journal) -> set[int]:
-    """Rows in whole segments. The journal must not be in use."""
-    rows: set[int] = set()
-    job = (journal.read_job() or {}).get("key", "")
-    for name in journal.names():
-        rows |= set(journal.load(name, job)["row"].to_pylist())
-    return rows
 
 
 def kill_after_publication(folder: Path, life: int, destination: Path, **start: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job
+from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Output, plan_job
 from prefect_huggingface.tasks.batching.output import Publication, choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import open_run
 from prefect_huggingface.tasks.batching.shard import process_shard
@@ -31,10 +31,12 @@ def answer_table(
         columns=columns, output_prefix=prefix,
     )  # fmt: skip
     job = plan_job(str(source), prompt, more=more, **reading)
-    output = choose_columns(job, output, more)
-    journal = Journal.beside(str(destination))
-    with hold_journal(journal) as owner:
-        run = open_run(owner, job)
-        for shard in run.shards:
-            process_shard([InstantEngine(answer)], journal, shard)
+    return answer_job(job, choose_columns(job, output, more), InstantEngine(answer))
+
+
+def answer_job(job: BatchJob, output: Output, engine: InstantEngine) -> Publication:
+    """Put a job through an engine, and publish its output."""
+    with hold_journal(Journal.beside(output.destination)) as owner:
+        for shard in open_run(owner, job).shards:
+            process_shard([engine], shard)
         return publish_output(job, owner, output)

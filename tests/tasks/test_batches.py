@@ -113,6 +113,15 @@ def test_an_output_that_the_pattern_of_the_input_would_find(tmp_path: Path, sour
         check(source, source)
 
 
+@pytest.mark.parametrize("pattern", ["*.errors.jsonl", "out.errors.jsonl"])
+def test_the_errors_of_requests_do_not_become_input(tmp_path: Path, pattern: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "out.errors.jsonl").write_text(json.dumps(request) + "\n")
+    with pytest.raises(BatchError, match=r"out\.errors\.jsonl' is within the input"):
+        check(tmp_path / pattern, tmp_path / "out.jsonl", None)
+
+
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")

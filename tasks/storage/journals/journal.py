@@ -26,13 +26,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import compress
-from operator import not_
 from typing import Any, NamedTuple
 
 from prefect.logging import get_logger
@@ -55,6 +53,7 @@ COMMIT_ROWS = 512  # rows that are worth a segment of their own
 SHORTEST_INTERVAL, SHORTEST_REMOTE_INTERVAL = 0.1, 2.0  # seconds between two segments; remote ones cost requests
 LONGEST_INTERVAL = 4.0
 BUFFER_ROWS = 32_768  # rows that wait for the disk at most
+SWEEP_ROWS = 10_000
 
 
 class SegmentError(Exception):
@@ -135,16 +134,23 @@ def segment_schema() -> Any:
     return pa.schema([(name, kinds.get(name, pa.string())) for name in ResultRow._fields])
 
 
-def encode_segment(job: str, rows: Sequence[tuple[Any, ...]]) -> bytes:
-    """Return the content of a segment with finished steps, at least one, that have the fields of `ResultRow`."""
+def make_batch(rows: Sequence[tuple[Any, ...]]) -> Any:
+    """Return finished steps, at least one, that have the fields of `ResultRow`, as a `pyarrow.RecordBatch`."""
     import pyarrow as pa
 
     schema = segment_schema()
     columns = [_to_array(values, field.type) for values, field in zip(zip(*rows, strict=True), schema, strict=True)]
+    return pa.record_batch(columns, schema=schema)
+
+
+def encode_segment(job: str, batch: Any) -> bytes:
+    """Return the content of a segment with the steps of a batch."""
+    import pyarrow as pa
+
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, schema.with_metadata({"job": job}), options=options) as file:
-        file.write_batch(pa.record_batch(columns, schema=schema))
+    with pa.ipc.new_file(sink, batch.schema.with_metadata({"job": job}), options=options) as file:
+        file.write_batch(batch)
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -197,6 +203,16 @@ class JournalCounts(NamedTuple):
         """Return the counts of several parts together."""
         return cls(*map(sum, zip(*counts, strict=True)))
 
+    @classmethod
+    def of(cls, steps: Any) -> JournalCounts:
+        """Return what the steps in a `pyarrow` table or batch come to."""
+        import pyarrow.compute as pc
+
+        rows = steps.filter(steps["is_last"])
+        invalid = pc.sum(pc.equal(rows["status"], INVALID)).as_py() or 0
+        tokens = pc.sum(steps["generated_tokens"].filter(pc.invert(steps["shared"]))).as_py() or 0
+        return cls(rows.num_rows, rows.num_rows - rows["error"].null_count, invalid, tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Journal:
@@ -240,15 +256,6 @@ class Journal:
         """Return the record of the run that owns the journal, or owned it last: its `epoch`, `id` and so on."""
         return self._read_latest("owner", since=0)
 
-    def is_stopped(self, epoch: int, owner: str) -> bool:
-        """Return whether the shards of an owner have to stop: they were asked to, or another run has taken over.
-
-        Only names are looked at, which no store shows torn.
-        """
-        names = set(self.place.names())
-        ended = {f"stop-{epoch:06}.json", f"owner-{epoch + 1:06}.json"} & names
-        return bool(ended) or f"alive-{epoch:06}-{owner}.json" not in names
-
     def names(self) -> list[SegmentName]:
         """Return the names of all segments, which are not read."""
         since = self._valid_since()
@@ -265,47 +272,14 @@ class Journal:
 
         `attempt` is the random name of the attempt at a shard, 8 hexadecimal digits, in which it has the `number`.
         """
-        content = encode_segment(job, rows)
-        columns = dict(zip(ResultRow._fields, zip(*rows, strict=True), strict=True))
-        last, shared = columns["is_last"], columns["shared"]
-        name = SegmentName(
-            epoch, attempt, number, min(columns["row"]), max(columns["row"]), len(rows),
-            rows=sum(last),
-            failed=sum(error is not None for error in compress(columns["error"], last)),
-            invalid=sum(status == INVALID for status in compress(columns["status"], last)),
-            tokens=sum(compress(columns["generated_tokens"], map(not_, shared))),
-            checksum=checksum(content),
-        )  # fmt: skip
+        import pyarrow.compute as pc
+
+        batch = make_batch(rows)
+        content, (first, last) = encode_segment(job, batch), pc.min_max(batch["row"]).as_py().values()
+        counts = JournalCounts.of(batch)
+        name = SegmentName(epoch, attempt, number, first, last, len(rows), *counts, checksum(content))
         self.segments.child(str(name)).write(content)
         return name
-
-    def load(self, name: SegmentName, job: str) -> Any:
-        """Return the rows of a segment as a `pyarrow.Table` with the columns of `ResultRow`.
-
-        Raises:
-            SegmentError: If the segment cannot be trusted.
-        """
-        return decode_segment(job, name, self.segments.child(str(name)).read())
-
-    def check(self, job: str) -> list[SegmentName]:
-        """Read every segment, set those aside that cannot be trusted, and return the names of the others.
-
-        Call it only while the journal is owned and no shard runs.
-        """
-        trusted = []
-        for name in self.names():
-            try:
-                self.load(name, job)
-                trusted.append(name)
-            except SegmentError as exc:
-                logger.warning("Segment %s is set aside: %s. Its rows are generated again.", name, exc)
-                place = self.segments.child(str(name))
-                place.beside(".damaged").write(place.read())
-                place.remove()
-        for text in self.segments.names():
-            if text.endswith(".tmp"):  # what a killed process was about to rename
-                self.segments.child(text).remove()
-        return trusted
 
     def _valid_since(self) -> int:
         """Return the number under which the journal was cleared last: what is older is about to be deleted."""
@@ -348,14 +322,17 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 class JournalRows:
     """A sweep over the rows of a journal. Ranges are taken in ascending order.
 
-    Only the segments that overlap the current range are in memory: rows finish within a bounded window, so these are
-    few, whatever the number of rows. `names` are the segments to look at, all of the journal by default.
+    Only the segments that overlap the current range are read and in memory: rows finish within a bounded window, so
+    these are few, whatever the number of rows. With `repair`, those that cannot be trusted are set aside, for which the
+    journal must be owned while no shard runs.
     """
 
-    def __init__(self, journal: Journal, job: str, names: Iterable[SegmentName] | None = None) -> None:
-        self._journal, self._job = journal, job
-        chosen = journal.names() if names is None else names
-        self._waiting = sorted(chosen, key=lambda name: (name.first, name), reverse=True)
+    def __init__(self, journal: Journal, job: str, repair: bool = False) -> None:
+        self._journal, self._job, self._repair = journal, job, repair
+        for name in journal.segments.names() if repair else ():
+            if name.endswith(".tmp"):  # what a killed process was about to rename
+                journal.segments.child(name).remove()
+        self._waiting = sorted(journal.names(), key=lambda name: (name.first, name), reverse=True)
         self._open: list[Any] = []
 
     def take(self, start: int, stop: int) -> Any:
@@ -371,7 +348,8 @@ class JournalRows:
         import pyarrow.compute as pc
 
         while self._waiting and self._waiting[-1].first < stop:
-            self._open.append(self._load(self._waiting.pop()))
+            name = self._waiting.pop()
+            self._open += [self._load(name)] if name.last >= start else []
         taken, kept = [], []
         for table in self._open:
             rows = table["row"]
@@ -384,16 +362,27 @@ class JournalRows:
             return segment_schema().append(pa.field("epoch", pa.int32())).empty_table()
         return _latest(pa.concat_tables(taken).combine_chunks())
 
+    def sweep(self, start: int, stop: int) -> Iterator[Any]:
+        """Yield what is finished of a range of rows, some rows at a time."""
+        for first in range(start, stop, SWEEP_ROWS):
+            yield self.take(first, min(first + SWEEP_ROWS, stop))
+
     def _load(self, name: SegmentName) -> Any:
         import pyarrow as pa
 
+        place = self._journal.segments.child(str(name))
         try:
-            table = self._journal.load(name, self._job)
+            table = decode_segment(self._job, name, place.read())
         except (SegmentError, FileNotFoundError) as exc:
-            raise BatchError(
-                f"Segment {str(name)!r} of the journal {self._journal.place.url!r} is damaged: {exc}. Start again: "
-                "it is set aside then, and its rows are generated again."
-            ) from None
+            if not self._repair:
+                raise BatchError(
+                    f"Segment {str(name)!r} of the journal {self._journal.place.url!r} is damaged: {exc}. Start again: "
+                    "it is set aside then, and its rows are generated again."
+                ) from None
+            logger.warning("Segment %s is set aside: %s. Its rows are generated again.", name, exc)
+            place.beside(".damaged").write(place.read())
+            place.remove()
+            table = segment_schema().empty_table()
         return table.append_column("epoch", pa.array([name.epoch] * table.num_rows, pa.int32()))
 
 

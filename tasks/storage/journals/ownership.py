@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +62,15 @@ class JournalOwner:
         return cls(journal, record["epoch"] + 1, base=record["base"]) if record else cls(journal, 1)
 
     def is_current(self) -> bool:
-        """Return whether no other run has succeeded this one."""
+        """Return whether no other run has succeeded this one. Only names are looked at, which no store shows torn."""
+        return self._is_current(self.journal.place.names())
+
+    def is_stopped(self) -> bool:
+        """Return whether the shards of this run have to stop: they were asked to, or another run has taken over."""
         names = self.journal.place.names()
+        return f"stop-{self.epoch:06}.json" in names or not self._is_current(names)
+
+    def _is_current(self, names: Sequence[str]) -> bool:
         return f"owner-{self.epoch + 1:06}.json" not in names and self._alive.name in names
 
     def check(self) -> None:

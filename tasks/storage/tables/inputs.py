@@ -8,14 +8,12 @@ rows. How its text lies in a file (compression, encoding, delimiter) is guessed 
 from __future__ import annotations
 
 import base64
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +30,8 @@ from prefect_huggingface.tasks.storage.files import open_scratch_database
 from prefect_huggingface.tasks.storage.places import Place, find_places, is_pattern
 
 TableFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "openai"]
+Rows = range | tuple[int, ...]
+"""Numbers of rows, in ascending order: all of them, the first ones, or some that were drawn."""
 
 SUFFIXES: dict[str, TableFormat] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
@@ -201,10 +201,13 @@ def inspect_table(
         raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
     else:
         (found,) = formats
+    # The files of a pattern lie below the folder before its first wildcard.
+    root = Place.of(source).url
+    root = re.split(r"[*?\[]", root)[0].rpartition("/")[0] if is_pattern(source) else root
     types, readers, files = ColumnTypes(), [], []
     for place in places:
         layout = find_layout(place, format or get_format(place.name)[0], options, guess=format is None)
-        layout |= {"partition": partition} if (partition := _partition_of(source, place)) else {}
+        layout |= {"partition": partition} if (partition := _partition_of(root, place)) else {}
         readers.append(open_reader(place, found, layout))
         try:
             files.append(replace(readers[-1].inspect(types), version=place.version()))
@@ -226,7 +229,7 @@ def _choose_files(source: str, format: TableFormat | None) -> list[Place]:
     if any(place.name == "dataset_dict.json" for place in places):
         parts = [name for name in folder.names() if folder.child(name).is_folder()]
         raise TableError(f"{source!r} holds several datasets, {parts!r}. Give the folder of one of them.")
-    if not places or not all(place.exists() for place in places):
+    if not places or (places == [folder] and not folder.exists()):
         raise TableError(f"{source!r} holds no file to read. Correct the path, or create the file first.")
     if not folder.is_folder():
         return places
@@ -239,10 +242,8 @@ def _choose_files(source: str, format: TableFormat | None) -> list[Place]:
     return known or places
 
 
-def _partition_of(source: str, place: Place) -> dict[str, str | None]:
+def _partition_of(root: str, place: Place) -> dict[str, str | None]:
     """Return the columns that the folders between an input and its file tell, as Hive and Spark write them."""
-    root = Place.of(source).url
-    root = re.split(r"[*?\[]", root)[0].rpartition("/")[0] if is_pattern(source) else root
     parts = [part.partition("=") for part in place.url[len(root) :].split("/")[:-1] if "=" in part]
     values = {unquote(name): unquote(value) for name, _, value in parts}
     return {name: None if value == "__HIVE_DEFAULT_PARTITION__" else value for name, value in values.items()}
@@ -291,18 +292,27 @@ def check_unchanged(table: Table) -> None:
             raise TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
 
 
-def read_chunks(table: Table, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-    """Yield the rows of a table from `start` up to, and without, `stop`.
+def read_chunks(table: Table, rows: Rows | None = None) -> Iterator[Chunk]:
+    """Yield the rows of a table: all, those of a range, or some that were drawn, of which each is a chunk.
 
     Raises:
         TableError: If a file has changed since it was looked at.
     """
+    rows = range(table.rows) if rows is None else rows
+    if isinstance(rows, range):
+        yield from _read_range(table, rows)
+        return
+    for chunk in _read_range(table, range(rows[0], rows[-1] + 1)):
+        for row in rows[bisect_left(rows, chunk.first) : bisect_left(rows, chunk.first + len(chunk))]:
+            yield chunk.part(row, row + 1)
+
+
+def _read_range(table: Table, rows: range) -> Iterator[Chunk]:
     from prefect_huggingface.tasks.storage.tables.readers import open_reader
 
-    stop = table.rows if stop is None else min(stop, table.rows)
     offset = 0
     for file in table.files:
-        low, high = max(start - offset, 0), min(stop - offset, file.rows)
+        low, high = max(rows.start - offset, 0), min(rows.stop - offset, file.rows)
         if low < high:
             expected = low
             for chunk in open_reader(Place(file.url), table.format, file.layout).read(file, low, high):
@@ -447,8 +457,9 @@ def open_bytes(place: Place, layout: Mapping[str, Any], digest: Any = None, ahea
 
             raw = io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), BLOCK_BYTES)
         elif kind:
-            opens: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
-            raw = opens[kind](raw, "rb")
+            from fsspec.compression import compr
+
+            raw = compr[kind](raw, mode="rb")
         if "encoding" in layout:
             raw = io.BufferedReader(_Transcoded(raw, layout["encoding"]), BLOCK_BYTES)
         yield raw

@@ -497,10 +497,6 @@ def _counted(batches: Iterable[Any], offset: int) -> Iterator[tuple[int, Any]]:
 
 def to_rows(batch: Any) -> list[dict[str, Any]]:
     """Return a batch as dictionaries. What Python cannot hold becomes text, and so do bytes that are UTF-8."""
-    if not any("binary" in str(field.type) for field in batch.schema):
-        with suppress(*UNFIT):
-            rows: list[dict[str, Any]] = batch.to_pylist()
-            return rows
     columns = {name: _to_values(batch.column(name)) for name in batch.schema.names}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 

@@ -66,7 +66,7 @@ class Batch:
 
     def run(self, *engines: InstantEngine, **more: Any) -> list[ShardResult]:
         run = open_run(claim_journal(self.journal), self.job, BatchOptions(**more))
-        return [process_shard(engines, self.journal, shard) for shard in run.shards]
+        return [process_shard(engines, shard) for shard in run.shards]
 
     def publish(self) -> list[dict[str, Any]]:
         publish_output(self.job, claim_journal(self.journal), self.output, replaceable=True)

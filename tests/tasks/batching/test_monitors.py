@@ -36,7 +36,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     run = open_run(claim_journal(journal), job, BatchOptions(shards=2))
     monitor = BatchMonitor(journal, 1000, run.counts)
     assert monitor.measure().finished == 0
-    process_shard([InstantEngine()], journal, run.shards[0])
+    process_shard([InstantEngine()], run.shards[0])
     half = monitor.measure()
     assert (half.finished, half.failed, half.resumed, half.tokens, half.share) == (500, 125, 0, 3 * 375, 0.5)
     assert half.rows_per_second > 0
@@ -47,7 +47,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
         assert run.counts.rows == 500
         monitor = BatchMonitor(journal, 1000, run.counts)
         assert get_batch_status.fn(destination).running
-        process_shard([InstantEngine()], journal, run.shards[0])
+        process_shard([InstantEngine()], run.shards[0])
     whole = monitor.measure()
     assert (whole.finished, whole.failed, whole.resumed, whole.tokens, whole.share) == (1000, 250, 500, 3 * 375, 1.0)
     status = get_batch_status.fn(destination)
@@ -59,7 +59,7 @@ def test_a_batch_from_its_beginning_to_a_retry(destination: str) -> None:
     monitor = BatchMonitor(journal, 1000, run.counts)
     before = monitor.measure()
     assert (before.finished, before.failed, before.resumed) == (750, 0, 750)
-    process_shard([InstantEngine()], journal, run.shards[0])
+    process_shard([InstantEngine()], run.shards[0])
     assert (monitor.measure().finished, monitor.measure().failed) == (1000, 250)
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.batching.job import BatchOptions, describe_models, plan_job
-from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
+from prefect_huggingface.tasks.batching.output import choose_columns, plan_output
 from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem
-from prefect_huggingface.tasks.batching.run import open_run
-from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import BodyError, read_options
-from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.records import Completion, Request
 from support.instant_engines import InstantEngine
-from support.journals import claim_journal
+from support.table_batches import answer_job
 
 TEXT_MODEL = {"task": "text-generation"}
 USER = [{"role": "user", "content": "Capital of Peru?"}]
@@ -52,16 +51,14 @@ def test_each_line_is_answered_in_one_of_two_files(tmp_path: Path) -> None:
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f"{each}\n" for each in LINES))
     job = replace(plan_job(str(source), None), served_names=("/models/small", "small"), asked=(TEXT_MODEL,))
-    journal, engine = Journal.beside(str(destination)), InstantEngine()
+    engine = InstantEngine()
     engine.prompts = []
-    for shard in open_run(claim_journal(journal), job).shards:
-        process_shard([engine], journal, shard)
-    publication = publish_output(job, claim_journal(journal), plan_output(str(source), str(destination)))
+    publication = answer_job(job, plan_output(str(source), str(destination)), engine)
     responses = [json.loads(each) for each in destination.read_text().splitlines()]
     errors = [json.loads(each) for each in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
 
     assert job.table.format == "openai"
-    assert publication.errors_destination == str(tmp_path / "out.errors.jsonl")
+    assert publication.summary.errors_destination == str(tmp_path / "out.errors.jsonl")
     assert [each["custom_id"] for each in responses] == ["chat", "text", "sampled", "again"]
     assert len(engine.prompts) == 3  # "again" shares the answer of "chat", which "sampled" must not
     chat, text = (each["response"] for each in responses[:2])
@@ -110,11 +107,7 @@ def test_what_a_line_leaves_out_is_that_of_the_model(tmp_path: Path) -> None:
     source.write_text(line("a", messages=USER, n=2, top_k=40) + "\n")
     sampling = {**TEXT_MODEL, "options": {"do_sample": True, "temperature": 0.7}}
     job = replace(plan_job(str(source), None), asked=(sampling,))
-    journal = Journal.beside(str(destination))
-    for shard in open_run(claim_journal(journal), job).shards:
-        process_shard([InstantEngine()], journal, shard)
-    publication = publish_output(job, claim_journal(journal), plan_output(str(source), str(destination)))
-    assert publication.failed == 0
+    assert answer_job(job, plan_output(str(source), str(destination)), InstantEngine()).failed == 0
 
 
 def test_bodies_become_options() -> None:
@@ -170,17 +163,21 @@ WEATHER = {
 }
 
 
-def answer(folder: Path, lines: list[str], text: str = "Hi", names: list[str] | None = None) -> list[dict[str, Any]]:
-    """Put lines through an engine with one answer, and return the bodies, or errors, in order."""
+def answer(
+    folder: Path,
+    lines: list[str],
+    engine: InstantEngine | None = None,
+    names: list[str] | None = None,
+    model: LocalModel | InferenceEndpoint | None = None,
+) -> list[dict[str, Any]]:
+    """Put lines through an engine, and return the bodies, or errors, in order."""
     source, destination = folder / "in.jsonl", folder / "out.jsonl"
     source.write_text("".join(f"{each}\n" for each in lines))
     served = ["small", *(names or [])]
-    job = describe_models(plan_job(str(source), None), [LocalModel(model_id="/none", backend="torch")], served)
-    journal = Journal.beside(str(destination))
-    for shard in open_run(claim_journal(journal), job).shards:
-        process_shard([InstantEngine(text)], journal, shard)
+    models = [model or LocalModel(model_id="/none", backend="torch")]
+    job = describe_models(plan_job(str(source), None), models, served)
     output = choose_columns(job, plan_output(str(source), str(destination)))
-    publish_output(job, claim_journal(journal), output)
+    answer_job(job, output, engine or InstantEngine("Hi"))
     files = (destination, folder / "out.errors.jsonl")
     return [json.loads(each)["response"]["body"] for file in files for each in file.read_text().splitlines()]
 
@@ -195,13 +192,13 @@ def test_samples_of_others_run_unchanged_under_their_names(tmp_path: Path) -> No
 
 def test_tools_give_tool_calls(tmp_path: Path) -> None:
     text = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Lima"}}\n</tool_call>'
-    (body,) = answer(tmp_path, [line("a", messages=USER, tools=[WEATHER])], text)
+    (body,) = answer(tmp_path, [line("a", messages=USER, tools=[WEATHER])], InstantEngine(text))
     (choice,) = body["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Lima"}'}
     past = [*USER, choice["message"], {"role": "tool", "tool_call_id": "1", "content": "Sunny"}]
     (other := tmp_path / "other").mkdir()
-    (body,) = answer(other, [line("a", messages=past, tools=[WEATHER])], "It is sunny.")
+    (body,) = answer(other, [line("a", messages=past, tools=[WEATHER])], InstantEngine("It is sunny."))
     assert body["choices"][0]["message"]["content"] == "It is sunny."
 
 
@@ -229,6 +226,53 @@ def test_a_wrong_field_is_named(wrong: dict[str, Any], field: str) -> None:
     with pytest.raises(RowProblem, match=f"`{field}`") as problem:
         OpenAIRows()(0, json.loads(line("a", messages=USER, **wrong)))
     assert problem.value.status == "invalid_option"
+
+
+def test_a_line_may_have_further_fields(tmp_path: Path) -> None:
+    asked = {**json.loads(SAMPLES[0]), "status": "new", "error": None}
+    (body,) = answer(tmp_path, [json.dumps(asked)], names=[asked["body"]["model"]])
+    assert body["choices"][0]["message"]["content"] == "Hi"
+
+
+@pytest.mark.parametrize("more", [{"columns": ["custom_id"]}, {"output_prefix": "x_"}])
+def test_settings_of_tables_are_refused_and_not_ignored(tmp_path: Path, more: dict[str, Any]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(f"{SAMPLES[0]}\n")
+    output = plan_output(str(source), str(tmp_path / "out.jsonl"))
+    with pytest.raises(BatchError, match="do not go with requests in the OpenAI format. Leave them out"):
+        choose_columns(plan_job(str(source), None), output, BatchOptions(**more))
+
+
+def test_vectors_are_made_by_models_for_vectors_alone(tmp_path: Path) -> None:
+    asked = line("a", "/v1/embeddings", input="x")
+    for model in (LocalModel(model_id="/none", backend="torch"), InferenceEndpoint(url="http://127.0.0.1:1")):
+        (folder := tmp_path / type(model).__name__).mkdir()
+        engine = InstantEngine()
+        engine.prompts = []
+        (body,) = answer(folder, [asked], engine, model=model)
+        assert body["error"]["code"] == "invalid_option"
+        assert engine.prompts == []
+
+
+class StoppingEngine(InstantEngine):
+    """Ends every answer without an error: its time was up, or its prompt was too long and to be left out."""
+
+    reason: Any = "deadline"
+
+    def _answer(self, future: Future[Completion], request: Request) -> None:
+        future.set_result(Completion("", self.reason, 5, 0, request_id=request.id))
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "words"),
+    [("deadline", 408, "The time of the request was up"), ("skipped", 400, "more than the model takes. Shorten it.")],
+)
+def test_a_line_without_an_answer_says_why(tmp_path: Path, reason: str, status: int, words: str) -> None:
+    engine, model = StoppingEngine(), LocalModel(model_id="/none", backend="torch", task="feature-extraction")
+    engine.reason = reason
+    (body,) = answer(tmp_path, [line("a", "/v1/embeddings", input="x")], engine, model=model)
+    assert words in body["error"]["message"]
+    assert json.loads((tmp_path / "out.jsonl").read_text())["response"]["status_code"] == status
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.csv"])

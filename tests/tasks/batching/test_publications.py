@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Output, plan_job
-from prefect_huggingface.tasks.batching.output import choose_columns, get_fields, plan_output, publish_output
+from prefect_huggingface.blocks.options import ResponseFormat
+from prefect_huggingface.tasks.batching.job import BatchJob, Output, describe_models, get_fields, plan_job
+from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
 from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
 from support.journals import claim_journal
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string"},
@@ -42,11 +44,32 @@ def job(tmp_path: Path) -> BatchJob:
 
 
 def test_fields_of_a_schema() -> None:
-    fields = get_fields([None, {"response_format": {"json_schema": SCHEMA}}, {"max_new_tokens": 3}])
+    fields = get_fields(ResponseFormat(json_schema=SCHEMA))
     assert fields == {
         "name": "string", "age": "integer", "height": "number", "tags": "array", "either": "string", "any": "string",
     }  # fmt: skip
-    assert get_fields([None, {"response_format": {"regex": "a"}}]) == {}
+    assert get_fields(ResponseFormat(regex="a")) == get_fields(None) == {}
+
+
+def test_a_form_of_the_batch_takes_the_place_of_that_of_the_model(tmp_path: Path, job: BatchJob) -> None:
+    model = LocalModel(model_id="/none", backend="torch", options={"response_format": {"json_schema": SCHEMA}})
+    for given, fields in (({}, SCHEMA["properties"]), ({"response_format": {"regex": "a+"}}, ())):
+        asked = describe_models(replace(job, options=given), [model])
+        output = choose_columns(asked, plan_output(job.table.source, str(tmp_path / "out.csv")))
+        assert (output.columns, [name for _, name, _ in asked.field_columns]) == (None, list(fields))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_segment_that_was_damaged_at_the_end_is_told_with_the_remedy(
+    tmp_path: Path, job: BatchJob, suffix: str
+) -> None:
+    journal = Journal.beside(str(tmp_path / "out"))
+    name = journal.append(1, "00000000", 0, job.key, [ResultRow(row, completion="text") for row in range(3)])
+    journal.segments.child(str(name)).write(b"torn")
+    output = plan_output(job.table.source, str(tmp_path / f"out.{suffix}"))
+    with pytest.raises(BatchError, match="is damaged: .* Start again"):
+        publish_output(job, claim_journal(journal), output)
+    assert not (tmp_path / f"out.{suffix}").exists()
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
@@ -59,7 +82,8 @@ def test_fields_with_the_name_of_a_column_get_another(tmp_path: Path, job: Batch
     model = model.model_copy(update={"options": GenerationOptions(response_format={"json_schema": {
         "type": "object", "properties": properties, "required": list(properties)}})})  # fmt: skip
     source = job.table.source
-    output = choose_columns(job, plan_output(source, str(tmp_path / f"out.{format}")), BatchOptions(), model)
+    job = describe_models(job, [model])
+    output = choose_columns(job, plan_output(source, str(tmp_path / f"out.{format}")))
     publish_output(job, claim_journal(journal), output)
     rows = [row for chunk in read_chunks(inspect_table(output.destination)) for row in chunk.rows]
     assert {(row["status"], row["parsed_status"], row["parsed_error"], row["reasoning"]) for row in rows} == {
@@ -70,7 +94,7 @@ def test_fields_with_the_name_of_a_column_get_another(tmp_path: Path, job: Batch
     form = {"json_schema": {"type": "object", "properties": twice}}
     model = model.model_copy(update={"options": GenerationOptions(response_format=form)})
     with pytest.raises(BatchError, match="there twice"):
-        choose_columns(job, plan_output(source, str(tmp_path / f"b.{format}")), BatchOptions(), model)
+        choose_columns(describe_models(job, [model]), plan_output(source, str(tmp_path / f"b.{format}")))
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
@@ -80,13 +104,13 @@ def test_values_get_columns_of_their_own(tmp_path: Path, job: BatchJob, format: 
         ResultRow(row, completion="text", details=json.dumps({"parsed": parsed}) if parsed else None)
         for row, parsed in enumerate(PARSED)
     ]
+    job = replace(job, options={"response_format": {"json_schema": SCHEMA}})
     journal.append(1, "00000000", 0, job.key, answers)
-    fields = get_fields([{"response_format": {"json_schema": SCHEMA}}])
-    output = Output(str(tmp_path / f"out.{format}"), format, prefix="x_", fields=fields)
+    output = Output(str(tmp_path / f"out.{format}"), format, prefix="x_")
     publish_output(job, claim_journal(journal), output)
     rows = [row for chunk in read_chunks(inspect_table(output.destination)) for row in chunk.rows]
 
-    names = [f"x_{name}" for name in fields]
+    names = [f"x_{name}" for name in SCHEMA["properties"]]
     expected: list[list[Any]] = [
         ["Zoë", 7, 1.0, '["a"]', "5", None], [None, None, 1.5, None, None, None], [None] * 6,
     ]  # fmt: skip

@@ -37,7 +37,7 @@ class Batch:
 
     def run(self, engine: InstantEngine, **more: Any) -> list[ShardResult]:
         run = open_run(claim_journal(self.journal), self.job, BatchOptions(**more))
-        return [process_shard([engine], self.journal, shard) for shard in run.shards]
+        return [process_shard([engine], shard) for shard in run.shards]
 
     def publish(self, replace: bool = False) -> list[dict[str, Any]]:
         output = plan_output(str(self.source), str(self.destination))
@@ -92,7 +92,7 @@ def test_rows_that_wait_for_their_like_are_bounded(tmp_path: Path) -> None:
         nonlocal read
         for chunk in read_chunks(batch.job.table):
             read += len(chunk)
-            yield chunk, set(), []
+            yield chunk, []
 
     with ResultIndex() as index:
         feed = RowFeed(batch.job.make_requests(), chunks(), results.extend, index)
@@ -108,7 +108,7 @@ def test_rows_that_wait_for_their_like_are_bounded(tmp_path: Path) -> None:
 def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
     batch = Batch(tmp_path, [json.dumps({"country": f"Land {index % 50}"}) for index in range(5000)])
     first = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=2)).shards[0]
-    process_shard([InstantEngine()], batch.journal, first)
+    process_shard([InstantEngine()], first)
     assert batch.journal.count().rows == 2500
     engine = recording()
     batch.run(engine)
@@ -136,9 +136,7 @@ def test_a_stop_ends_a_shard_soon_and_keeps_what_is_finished(tmp_path: Path) -> 
     run = open_run(claim_journal(batch.journal), batch.job)
     results: list[ShardResult] = []
     engine = recording(seconds=0.05)
-    thread = threading.Thread(
-        target=lambda: results.append(process_shard([engine], batch.journal, run.shards[0])), daemon=True
-    )
+    thread = threading.Thread(target=lambda: results.append(process_shard([engine], run.shards[0])), daemon=True)
     thread.start()
     time.sleep(1.5)
     run.owner.request_stop("test")
@@ -159,7 +157,7 @@ def test_a_shard_of_an_older_run_gives_way(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(100))
     old = open_run(claim_journal(batch.journal), batch.job).shards[0]
     open_run(claim_journal(batch.journal), batch.job)
-    assert process_shard([InstantEngine()], batch.journal, old).finished == 0
+    assert process_shard([InstantEngine()], old).finished == 0
 
 
 def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
@@ -211,7 +209,7 @@ def test_shards_cover_all_rows_and_none_is_tiny() -> None:
 def test_another_number_of_shards_goes_on_as_well(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(1000))
     run = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=4))
-    process_shard([InstantEngine()], batch.journal, run.shards[1])
+    process_shard([InstantEngine()], run.shards[1])
     counts = count_rows(batch.journal, batch.job, cut_shards(range(1000), 2), 0)
     assert [each.rows for each in counts] == [250, 0]
     engine = recording()

@@ -25,6 +25,7 @@ from prefect_huggingface.tasks.storage.journals.journal import (
     checksum,
     decode_segment,
     encode_segment,
+    make_batch,
 )
 from prefect_huggingface.tasks.storage.places import Place
 from support.journals import claim_journal
@@ -106,24 +107,23 @@ def test_damaged_segments_are_set_aside(journal: Journal, damage: str, caplog: p
     if damage == "no Arrow":
         content = bytearray(b"{}")
     if damage == "foreign":
-        content = bytearray(encode_segment("b" * 32, [answer(2)]))
+        content = bytearray(encode_segment("b" * 32, make_batch([answer(2)])))
     if damage in ("no Arrow", "foreign"):
         place.remove()
         place = journal.segments.child(str(name._replace(checksum=checksum(bytes(content)))))
     place.write({"cut": bytes(content[: len(content) // 2]), "empty": b""}.get(damage, bytes(content)))
     with pytest.raises(BatchError, match="is damaged"):
         JournalRows(journal, JOB).take(0, 10)
-    names = journal.check(JOB)
+    assert JournalRows(journal, JOB, repair=True).take(0, 10)["row"].to_pylist() == [0]
 
-    assert [name.number for name in names] == [0]
-    assert JournalRows(journal, JOB, names).take(0, 10)["row"].to_pylist() == [0]
+    assert [name.number for name in journal.names()] == [0]
     assert sum(found.endswith(".damaged") for found in journal.segments.names()) == 1
-    assert journal.check(JOB) == names  # it is noticed once
+    assert JournalRows(journal, JOB).take(0, 10)["row"].to_pylist() == [0]  # it is noticed once
 
 
 def test_every_cut_and_every_flipped_bit_is_noticed(journal: Journal) -> None:
     rows = [answer(row) for row in range(5)]
-    content, name = encode_segment(JOB, rows), append(journal, 0, rows)
+    content, name = encode_segment(JOB, make_batch(rows)), append(journal, 0, rows)
     assert decode_segment(JOB, name, content).num_rows == 5
     for end in range(len(content)):
         with pytest.raises(SegmentError):
@@ -147,13 +147,13 @@ def test_a_broken_record_is_an_error_with_a_remedy(journal: Journal) -> None:
 
 def test_stopping_and_being_taken_over(journal: Journal) -> None:
     one = claim_journal(journal)
-    assert not journal.is_stopped(one.epoch, one.id)
+    assert not one.is_stopped()
     one.request_stop("cancelled")
-    assert journal.is_stopped(one.epoch, one.id)
+    assert one.is_stopped()
     two = claim_journal(journal)
     one.request_stop("cancelled once more")  # a stop is for those of its owner
-    assert not journal.is_stopped(two.epoch, two.id)
-    assert journal.is_stopped(one.epoch, one.id)
+    assert not two.is_stopped()
+    assert one.is_stopped()
     assert two.is_current()
     with pytest.raises(BatchError, match="Another run has taken over"):
         one.check()
@@ -162,7 +162,7 @@ def test_stopping_and_being_taken_over(journal: Journal) -> None:
 def test_records_that_are_being_written_do_not_stop_a_shard(journal: Journal) -> None:
     owner = claim_journal(journal)
     journal.place.child("owner-000001.json").write(b'{"epo')  # as sftp and smb show it
-    assert not journal.is_stopped(owner.epoch, owner.id)
+    assert not owner.is_stopped()
 
 
 def test_the_writer_commits_without_being_closed(tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_killed_writers_leave_whole_segments_only(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        names = journal.check(JOB)
-        first = max((name.last for name in names), default=-1) + 1
-    rows = JournalRows(journal, JOB, names).take(0, first)["row"].to_pylist()
+        JournalRows(journal, JOB, repair=True).take(0, 10**9)
+        first = max((name.last for name in journal.names()), default=-1) + 1
+    rows = JournalRows(journal, JOB).take(0, first)["row"].to_pylist()
 
     assert rows == list(range(first))
     assert not any(found.endswith((".tmp", ".damaged")) for found in journal.segments.names())

@@ -15,7 +15,7 @@ import pytest
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.journals import ownership
 from prefect_huggingface.tasks.storage.journals.journal import Journal, ResultRow
-from prefect_huggingface.tasks.storage.journals.ownership import hold_journal, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, hold_journal, is_held
 from prefect_huggingface.tasks.storage.places import Place
 from support.journals import claim_journal
 from support.s3_servers import serve_s3
@@ -150,7 +150,7 @@ def test_a_run_that_stalled_touches_nothing_of_its_successor(remote: Journal, ru
     assert first.do("end") == "ended"
     assert contents(remote, 2) == before
     assert len(before) == 4
-    assert not remote.is_stopped(2, owner["id"])
+    assert not JournalOwner(remote, 2, owner["id"]).is_stopped()
     assert is_held(remote)
     assert remote.read_job() == {"key": "2"}
     assert remote.count().rows == 2  # what the first one committed is kept, too
@@ -269,8 +269,8 @@ def test_shards_of_a_run_whose_journal_was_deleted_stop(tmp_path: Path) -> None:
     journal.place.remove()  # as a person does who wants to start anew
     two = claim_journal(journal)
     assert one.epoch == two.epoch == 1
-    assert journal.is_stopped(one.epoch, one.id)
-    assert not journal.is_stopped(two.epoch, two.id)
+    assert one.is_stopped()
+    assert not two.is_stopped()
     journal.append(1, "00000000", 0, "job", [ResultRow(0)])
     one.clear()
     assert journal.count().rows == 1

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefect_huggingface.tasks.errors import TableError
+from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import CHUNK_ROWS, Table, get_schema, inspect_table, read_chunks
 from prefect_huggingface.tasks.storage.tables.readers import parse_json
 from prefect_huggingface.tasks.storage.tables.writers import open_writer
@@ -48,7 +49,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read_all(table: Table, start: int = 0, stop: int | None = None) -> list[dict[str, Any]]:
-    return [row for chunk in read_chunks(table, start, stop) for row in chunk.rows]
+    rows = range(start, table.rows if stop is None else stop)
+    return [row for chunk in read_chunks(table, rows) for row in chunk.rows]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".arrow"])
@@ -61,6 +63,9 @@ def test_any_range_of_rows_is_read(tmp_path: Path, suffix: str) -> None:
     for start, stop in [(0, None), (0, 1), (699, 701), (1023, 2500), (2999, 3000), (5, 5)]:
         assert read_all(table, start, stop) == expected[start:stop]
     assert all(len(chunk) <= CHUNK_ROWS for chunk in read_chunks(table))
+    drawn = (0, 700, 1023, 1024, 2999)
+    found = [(chunk.first, chunk.rows) for chunk in read_chunks(table, drawn)]
+    assert found == [(row, [expected[row]]) for row in drawn]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
@@ -76,6 +81,20 @@ def test_a_folder_is_one_table(tmp_path: Path, suffix: str) -> None:
     assert [file.rows for file in table.files] == [1000, 1000, 1000]
     assert [int(row["id"]) for row in read_all(table, 900, 2100)] == list(range(900, 2100))
     assert inspect_table(f"{folder}/part-*{suffix}").files == table.files
+
+
+@pytest.mark.parametrize("source", ["rows", "rows/*.csv"])
+def test_no_file_of_many_is_asked_for_whether_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    (tmp_path / "rows").mkdir()
+    for part in range(20):
+        write_rows(tmp_path / "rows" / f"part-{part}.csv", ROWS[part : part + 1])
+    asked, exists = [], Place.exists
+    monkeypatch.setattr(Place, "exists", lambda place: asked.append(place.url) or exists(place))
+    assert inspect_table(str(tmp_path / source)).rows == 20
+    assert not [url for url in asked if url.endswith(".csv") and "*" not in url]  # each is a request on S3
+    assert len(asked) <= 3
 
 
 def test_a_row_far_down_is_reached_without_reading_from_the_start(tmp_path: Path) -> None:
