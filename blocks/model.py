@@ -36,7 +36,7 @@ class EngineOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_num_seqs: int | None = Field(
-        default=None, ge=1, title="Sequences", description="Number of prompts that are generated side by side."
+        default=None, ge=1, title="Sequences", description="Number of prompts that one process generates side by side."
     )
     max_num_batched_tokens: int | None = Field(
         default=None, ge=1, title="Batched tokens", description="Number of tokens that one step of the model handles."

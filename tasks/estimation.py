@@ -103,8 +103,7 @@ def measure_job(
     Raises:
         BatchCancelledError: If it was stopped.
     """
-    from prefect_huggingface.tasks.engines.memory import resident_bytes
-    from prefect_huggingface.tasks.engines.registry import load_engine
+    from prefect_huggingface.tasks.engines.registry import load_engine, used_bytes
 
     with library_logs():
         engines = [load_engine(each) for each in models]
@@ -121,7 +120,7 @@ def measure_job(
                 feed.end()
     if should_stop():
         raise BatchCancelledError("The batch was stopped while it was measured. No row was answered yet.")
-    estimate = _extrapolate(job, meter, resident_bytes())
+    estimate = _extrapolate(job, meter, used_bytes())
     publish_markdown("batch-estimate", describe_estimate(estimate), f"What a batch of {job.table.source} takes")
     return estimate
 

@@ -1,8 +1,8 @@
 """Several engines of one model in processes of their own, each on a part of the cores, behind one queue.
 
-Memory is near to some cores of a large machine and far from others (NUMA), and the steps of one model keep few of many
+Memory is near to some cores of a large machine and far from others (NUMA), and the steps of one model do not keep many
 cores busy. So each process is bound to cores that are near to each other before it loads its model. A request goes to
-the process that has the fewest; where all have as many as they take, it waits here until one of them is free.
+the process that has the fewest requests; where all have as many as they take, it waits here until one of them is free.
 
 Requests and what comes of them travel through pipes. A process ends when its pipe does, so that none outlives the one
 that started it. Where one ends by itself, the whole engine has failed, as any engine that cannot go on.
@@ -16,8 +16,11 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +32,13 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import Engine, OnText
 from prefect_huggingface.tasks.engines.cores import THREADS_PROPERTY, divide_cores, read_nodes
 from prefect_huggingface.tasks.engines.detokenizer import RustTokenizer
-from prefect_huggingface.tasks.engines.inputs import InputProcessor
 from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine, OpenVINOVisionEngine
 from prefect_huggingface.tasks.engines.openvino_runtime import apply_tuning, choose_device
 from prefect_huggingface.tasks.engines.request_state import RequestState
-from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.engines.worker import LocalEngine
+from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
 from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS
 
 logger = get_logger(__name__)
 
@@ -42,14 +46,13 @@ CLASSES: dict[str, type[OpenVINOTextEngine]] = {
     "text-generation": OpenVINOTextEngine,
     "image-text-to-text": OpenVINOVisionEngine,
 }
-CLOSED = "The engine was closed before the request was done. Load the engine again."
 ENDING_SECONDS = 30.0
+KILLED = -9  # SIGKILL, which Windows does not name
 
 
-class EngineGroup(Engine):
+class EngineGroup(LocalEngine):
     """The engines of one model in several processes, as one."""
 
-    inputs: InputProcessor
     tuned = staticmethod(apply_tuning)
 
     def __init__(self, path: Path, model: LocalModel) -> None:
@@ -57,23 +60,28 @@ class EngineGroup(Engine):
 
         Raises:
             EngineError: If one of them cannot load it with these settings, or there are too few cores.
+            ModelSourceError: If an adapter does not fit the model.
         """
-        from openvino_genai import Tokenizer
-
         device, count = choose_device(model), model.engine.instances or 1
         if device != "CPU":
             raise EngineError(f"`instances` divide the cores of a CPU, got device {model.device!r}. Set it to 1.")
-        parts = divide_cores(read_nodes(), count)
+        # It guards what waits, and the requests of all processes.
         self._lock = threading.Lock()
-        self._waiting: deque[RequestState] = deque()
+        self._waiting: deque[tuple[RequestState, bytes]] = deque()
         self._closed = False
-        self.inputs = CLASSES[model.task].read_inputs(path, model, Tokenizer(path), RustTokenizer.of_folder(path))
-        self._instances = [_Instance(self, path, model, cores) for cores in parts]
+        self._instances: list[_Instance] = []
         try:
+            for cores in divide_cores(read_nodes(), count):
+                self._instances.append(_Instance(self, self._lock, path, model, cores))
             for instance in self._instances:
                 instance.wait_until_ready()
+            from openvino_genai import Tokenizer
+
+            engine = CLASSES[model.task]
+            super().__init__(engine.read_inputs(path, model, Tokenizer(path), RustTokenizer.of_folder(path)))
         except BaseException:
-            self.close()
+            self._abort_all()
+            self._join()
             raise
         self.in_flight = sum(instance.in_flight for instance in self._instances)
 
@@ -82,37 +90,33 @@ class EngineGroup(Engine):
     ) -> Future[Completion]:
         """Hand a request to the process that has the fewest, and return the future of its completion."""
         state = RequestState(request, on_text, on_reasoning)
-        # Its deadline begins now, wherever it waits, so that it does not wait here.
-        is_urgent = request.options is not None and request.options.deadline_seconds is not None
+        try:
+            message = pickle.dumps((request, on_text is not None, on_reasoning is not None))
+        except Exception as exc:
+            state.fail_with(exc, "The request cannot be sent to another process", "Give it plain values.")
+            state.complete()
+            return state.future
+        # One with a deadline does not wait here: the process that ends it in time must know of it.
+        is_urgent = state.seconds_left != float("inf")
         with self._lock:
             if not self._closed:
                 instance = min(self._instances, key=lambda one: len(one.states))
                 if is_urgent or len(instance.states) < instance.in_flight:
-                    instance.begin(state)
+                    instance.begin(state, message)
                 else:
-                    self._waiting.append(state)
+                    self._waiting.append((state, message))
                 return state.future
-        self._refuse(state)
+        self.refuse(state)
         return state.future
 
     def close(self) -> None:
         """End the processes. Requests that are not done end as cancelled."""
-        self._end()
-        for instance in self._instances:
-            instance.join()
+        self._abort_all()
+        self._join()
         self.inputs.close()
         if self.on_close is not None:
             on_close, self.on_close = self.on_close, None
             on_close()
-
-    def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text, without special tokens."""
-        return len(self.inputs.tokenizer.encode(text, add_special_tokens=False))
-
-    @property
-    def context_length(self) -> int | None:
-        """Number of tokens that prompt and answer may have together, or None where it is not known."""
-        return self.inputs.context_length
 
     @property
     def cache_usage(self) -> float:
@@ -138,59 +142,74 @@ class EngineGroup(Engine):
         left = len(self._waiting) + sum(len(instance.states) for instance in self._instances)
         assert left == 0, f"The engine is idle and still holds {left} requests."
 
-    def feed(self, instance: _Instance) -> None:
+    def dispatch(self, instance: _Instance) -> None:
         """Give a process the next of the requests that wait."""
         with self._lock:
             while self._waiting and not self._closed and len(instance.states) < instance.in_flight:
-                state = self._waiting.popleft()
+                state, message = self._waiting.popleft()
                 if not state.future.cancelled():
-                    instance.begin(state)
+                    instance.begin(state, message)
 
-    def fail(self, problem: str) -> None:
+    def fail(self, failure: str) -> None:
         """End all processes after one has failed, and all requests with them."""
         if not self._closed:
-            self.failure = f"The engine failed: {problem} Load it again."
-            logger.error(self.failure)
-            self._end()
+            self.failure = failure
+            logger.error(failure)
+            self._abort_all()
 
-    def _end(self) -> None:
+    def _abort_all(self) -> None:
         with self._lock:
             self._closed = True
-            left = [*self._waiting, *(state for one in self._instances for state in one.take_all())]
+            left = [state for state, _ in self._waiting]
             self._waiting.clear()
+            for instance in self._instances:
+                left += instance.states.values()
+                instance.states.clear()
         for instance in self._instances:
-            instance.request_end()
+            instance.request_close()
         for state in left:
-            self._refuse(state)
+            self.refuse(state)
 
-    def _refuse(self, state: RequestState) -> None:
-        state.fail(*(("engine_error", self.failure) if self.failure is not None else ("cancelled", CLOSED)))
-        state.complete()
+    def _join(self) -> None:
+        end = time.monotonic() + ENDING_SECONDS
+        for instance in self._instances:
+            instance.join(max(end - time.monotonic(), 0.1))
 
 
 class _Instance:
     """One process, with the requests that it works on.
 
     Attributes:
-        states: Its requests by their numbers.
+        states: Its requests by their numbers. The lock of the group guards it.
         in_flight: How many it takes.
         cache_usage: Share of its KV cache that was in use when its last request ended.
     """
 
-    def __init__(self, group: EngineGroup, path: Path, model: LocalModel, cores: list[int]) -> None:
-        """Start the process on some cores."""
-        self._group = group
+    def __init__(
+        self, group: EngineGroup, lock: threading.Lock, path: Path, model: LocalModel, cores: list[int]
+    ) -> None:
+        """Start the process on some cores.
+
+        Raises:
+            EngineError: If the system starts no process.
+        """
+        self._group, self._lock = group, lock
         self.states: dict[int, RequestState] = {}
         self.in_flight, self.cache_usage = 1, 0.0
         self._last_number = 0
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._loaded: Future[int] = Future()
-        # An interruption from the terminal is for the process that loaded it, which closes this one.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
         # No token: the files are there.
         self._send(cores, path, model.model_copy(update={"credentials": None}))
+        # With `-P`, no file of the working folder stands in for a module. An interruption from the terminal is for the
+        # process that loaded it, which closes this one.
+        command = [sys.executable, "-P", "-m", __name__]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as exc:
+            raise EngineError(f"No process can be started for the engine: {exc}. Lower `instances`.") from None
         # Each end of a pipe has a thread of its own, since a write may wait for what the other end has to say first.
         for work in (self._write, self._read):
             threading.Thread(target=work, name=f"{type(self).__name__} {self.process.pid}", daemon=True).start()
@@ -209,36 +228,31 @@ class _Instance:
         """Wait until the model is loaded.
 
         Raises:
-            EngineError: If it cannot be loaded.
+            HuggingFaceTaskError: If it cannot be loaded, of the kind that one engine raises.
         """
+        # In slices: an exception that Prefect puts into this thread waits for the end of a call.
+        while not self._loaded.done():
+            with suppress(TimeoutError):
+                self._loaded.exception(timeout=WAKE_SECONDS)
         self.in_flight = self._loaded.result()
 
-    def begin(self, state: RequestState) -> None:
-        """Send a request to the process."""
+    def begin(self, state: RequestState, message: bytes) -> None:
+        """Send a request to the process, with the lock held."""
         self._last_number = number = self._last_number + 1
-        streams = state.on_text is not None, state.on_reasoning is not None
-        try:
-            self._send("submit", number, state.request, streams)
-        except Exception as exc:
-            state.fail_with(exc, "The request cannot be sent to a process", "Give it plain values.")
-            state.complete()
-            return
         self.states[number] = state
+        self._send("submit", number, message)
         state.future.add_done_callback(lambda future: self._cancel(number) if future.cancelled() else None)
 
-    def take_all(self) -> list[RequestState]:
-        """Forget all requests and return them."""
-        states, self.states = list(self.states.values()), {}
-        return states
-
-    def request_end(self) -> None:
-        """Have the process end. It does not wait."""
+    def request_close(self) -> None:
+        """Have the process end. It does not wait; one that still loads would not hear of it, and is killed."""
         self._outbox.put(None)
+        if not self._loaded.done():
+            self.process.kill()
 
-    def join(self) -> None:
+    def join(self, seconds: float) -> None:
         """Wait for the end of the process, and force it where it does not come."""
         try:
-            self.process.wait(ENDING_SECONDS)
+            self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -252,38 +266,36 @@ class _Instance:
 
     def _write(self) -> None:
         assert self.process.stdin is not None
-        try:
-            with self.process.stdin as pipe:
-                while (message := self._outbox.get()) is not None:
-                    pipe.write(message)
-                    pipe.flush()
-        except OSError:
-            return  # the process has ended, which its reader sees
+        # Where the process has ended, its reader sees it.
+        with suppress(OSError), self.process.stdin as pipe:
+            while (message := self._outbox.get()) is not None:
+                pipe.write(message)
+                pipe.flush()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
+        receivers: dict[str, Callable[..., None]] = {
+            "ready": self._loaded.set_result, "refused": self._loaded.set_exception, "done": self._on_done,
+            "text": self._on_text, "reasoning": partial(self._on_text, reasoning=True),
+        }  # fmt: skip
         try:
             with self.process.stdout as pipe:
                 while True:
                     kind, *values = pickle.load(pipe)
-                    getattr(self, f"_take_{kind}")(*values)
+                    receivers[kind](*values)
         except (EOFError, OSError, pickle.UnpicklingError):
-            problem = f"A process of it ended with status {self.process.wait()}, for want of memory perhaps."
+            status = self.process.wait()
+            problem = f"a process of it ended with status {status}"
+            problem += ", probably because memory ran out." if status == KILLED else "."
         except Exception as exc:
             # Nobody would wait for the answers of this process any more.
             problem = f"{type(exc).__name__}: {exc}."
         if not self._loaded.done():
-            self._loaded.set_exception(EngineError(f"The model cannot be loaded: {problem} Lower `instances`."))
+            self._loaded.set_exception(EngineError(f"The engine cannot be loaded: {problem} Lower `instances`."))
         elif self._loaded.exception() is None:
-            self._group.fail(problem)
+            self._group.fail(f"The engine failed: {problem} Load it again.")
 
-    def _take_ready(self, in_flight: int) -> None:
-        self._loaded.set_result(in_flight)
-
-    def _take_refused(self, message: str) -> None:
-        self._loaded.set_exception(EngineError(message))
-
-    def _take_text(self, number: int, text: str, *, reasoning: bool = False) -> None:
+    def _on_text(self, number: int, text: str, *, reasoning: bool = False) -> None:
         state = self.states.get(number)
         call = None if state is None else state.on_reasoning if reasoning else state.on_text
         if state is None or call is None or state.future.cancelled():
@@ -292,20 +304,22 @@ class _Instance:
             call(text)
         except Exception as exc:
             self._cancel(number)
-            del self.states[number]
-            state.fail_with(exc, "The text cannot be made", "Report it.")
-            state.complete()
+            with self._lock:
+                mine = self.states.pop(number, None)
+            if mine is not None:
+                state.fail("engine_error", f"`on_text` failed: {type(exc).__name__}: {exc}. Correct it.")
+                state.complete()
 
-    def _take_reasoning(self, number: int, text: str) -> None:
-        self._take_text(number, text, reasoning=True)
-
-    def _take_done(self, number: int, completion: Completion | None, cache_usage: float, failure: str | None) -> None:
-        state, self.cache_usage = self.states.pop(number, None), cache_usage
+    def _on_done(self, number: int, completion: Completion | None, cache_usage: float, failure: str | None) -> None:
+        self.cache_usage = cache_usage
+        with self._lock:
+            state = self.states.pop(number, None)
         if state is not None and completion is not None:
+            # With the time that it waited here.
             state.complete(replace(completion, seconds=state.seconds))
         if failure is not None:
             self._group.fail(failure)
-        self._group.feed(self)
+        self._group.dispatch(self)
 
 
 def serve() -> None:
@@ -323,8 +337,9 @@ def serve() -> None:
     cores, path, model = pickle.load(sys.stdin.buffer)
     try:
         engine = CLASSES[model.task](path, bind_to_cores(model, cores))
-    except EngineError as exc:
-        tell("refused", str(exc))
+    except Exception as exc:
+        known = isinstance(exc, HuggingFaceTaskError)
+        tell("refused", exc if known else EngineError(f"The engine cannot be loaded: {type(exc).__name__}: {exc}."))
         return
     with engine:
         tell("ready", engine.in_flight)
@@ -338,24 +353,26 @@ def bind_to_cores(model: LocalModel, cores: list[int]) -> LocalModel:
     return model.model_copy(update={"ov_config": {THREADS_PROPERTY: len(cores), **model.ov_config}})
 
 
-def _answer(engine: Engine, tell: Any) -> None:
+def _answer(engine: Engine, tell: Callable[..., None]) -> None:
     futures: dict[int, Future[Completion]] = {}
 
     def finish(number: int, future: Future[Completion]) -> None:
         futures.pop(number, None)
-        completion = None if future.cancelled() else future.result()
-        tell("done", number, completion, engine.cache_usage, engine.failure)
+        usage = 0.0
+        with suppress(Exception):  # the pipeline may be loaded again meanwhile
+            usage = engine.cache_usage
+        tell("done", number, None if future.cancelled() else future.result(), usage, engine.failure)
 
     while True:
         try:
-            kind, number, *values = pickle.load(sys.stdin.buffer)
+            kind, number, *rest = pickle.load(sys.stdin.buffer)
         except (EOFError, pickle.UnpicklingError):
             return
         if kind == "cancel":
             if (future := futures.get(number)) is not None:
                 future.cancel()
             continue
-        request, (has_text, has_reasoning) = values
+        request, has_text, has_reasoning = pickle.loads(rest[0])
         on_text = partial(tell, "text", number) if has_text else None
         on_reasoning = partial(tell, "reasoning", number) if has_reasoning else None
         futures[number] = future = engine.submit(request, on_text, on_reasoning)

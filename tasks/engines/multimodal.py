@@ -93,7 +93,9 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _read(self, state: RequestState, sources: list[str], hand_over: Callable[[RequestState], None]) -> None:
         try:
-            if not self._closed and state.abort_reason is None:
+            if state.abort_reason is not None:
+                state.end(state.abort_reason)
+            elif not self._closed:
                 state.multimodal.images = [read_image(source, state.seconds_left) for source in sources]
         except Exception as exc:
             if state.abort_reason is not None:
@@ -131,7 +133,7 @@ def read_image(source: Any, seconds: float = TIMEOUT_SECONDS) -> Any:
     Raises:
         RequestError: If there is no image that can be read. The error shows the source.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     content = image_bytes(source, seconds)
     try:
@@ -139,11 +141,21 @@ def read_image(source: Any, seconds: float = TIMEOUT_SECONDS) -> Any:
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 # A small file may be a picture that fills the memory.
                 raise ValueError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _upright(image).convert("RGB")
     except UnidentifiedImageError:
         raise _unreadable(source, "it is not an image of a known kind") from None
     except (OSError, ValueError, Image.DecompressionBombError) as exc:
         raise _unreadable(source, exc) from None
+
+
+def _upright(image: Any) -> Any:
+    """Return an image turned as its file says, or as it is where what the file says cannot be read."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF raises SyntaxError, struct.error and others
+        return image
 
 
 def image_bytes(source: Any, seconds: float = TIMEOUT_SECONDS) -> bytes:

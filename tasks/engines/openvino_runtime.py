@@ -298,7 +298,7 @@ class GenaiPipeline:
         self._pipeline.step()
 
     def drain(self) -> bool:
-        """Have the pipeline let go of all requests, whose handles must be cancelled, and tell whether it did."""
+        """Have the pipeline let go of all requests, whose handles must be cancelled, and return whether it did."""
         for _ in range(CLEARING_STEPS):
             with suppress(RuntimeError):
                 if not self.has_work:

@@ -2,8 +2,9 @@
 
 An engine is loaded once and shared by all callers, who hold an `EngineHandle` with their own default options. Engines
 are kept in the order of their last use. Before a model is loaded, and after it, those that nobody uses are closed until
-the resident memory of the process is within the budget. The table belongs to this module and not to any task: Prefect
-sends tasks to workers by value, and what a task's own module holds would be copied with them.
+the resident memory of the process, and of those that its engines have, is within the budget. The table belongs to this
+module and not to any task: Prefect sends tasks to workers by value, and what a task's own module holds would be copied
+with them.
 """
 
 from __future__ import annotations
@@ -327,7 +328,7 @@ def check_integrity() -> None:
 
 
 def set_memory_budget(size_gb: float | None) -> None:
-    """Set how much resident memory this process may take.
+    """Set how much resident memory this process may take, with the processes that its engines have.
 
     Args:
         size_gb: Size in units of 2^30 bytes. None for `PREFECT_HUGGINGFACE_MEMORY_GB`, or else 80 % of the machine.
@@ -407,7 +408,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
     Raises:
         EngineError: If a model does not fit beside the engines that are in use.
     """
-    while _used_bytes() + needed > _budget():
+    while used_bytes() + needed > _budget():
         with _registry.lock:
             idle = next((entry for entry in list(_registry.entries.values()) if not entry.in_use), None)
             if idle is None:
@@ -421,7 +422,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
     if key is None or not in_use:
         logger.warning(
             "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
-            (_used_bytes() + needed) / GIB, _budget() / GIB,
+            (used_bytes() + needed) / GIB, _budget() / GIB,
         )  # fmt: skip
         return
     raise EngineError(
@@ -431,7 +432,8 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
     )
 
 
-def _used_bytes() -> int:
+def used_bytes() -> int:
+    """Return the resident memory of this process, and of the processes that its engines have."""
     return resident_bytes() + sum(entry.engine.outside_bytes for entry in list(_registry.entries.values()))
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Literal
@@ -79,9 +79,12 @@ class RequestState:
         self._deadline = float("inf")
         self._set_deadline(request.options)
 
-    def _set_deadline(self, options: GenerationOptions | None) -> None:
-        if options is not None and options.deadline_seconds is not None:
-            self._deadline = self.submitted_at + options.deadline_seconds
+    def _set_deadline(self, options: Any) -> None:
+        """Take the deadline of options, which may not be checked yet."""
+        given = options if isinstance(options, Mapping) else getattr(options, "__dict__", {})
+        seconds = given.get("deadline_seconds")
+        if isinstance(seconds, (int, float)):
+            self._deadline = self.submitted_at + seconds
 
     def begin(
         self,

@@ -25,7 +25,33 @@ logger = get_logger(__name__)
 CLOSED = "The engine was closed before the request was done. Load the engine again."
 
 
-class EngineWorker(Engine):
+class LocalEngine(Engine):
+    """An engine whose prompts are made on this machine."""
+
+    inputs: InputProcessor
+
+    def __init__(self, inputs: InputProcessor) -> None:
+        self.inputs = inputs
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, without special tokens."""
+        return len(self.inputs.tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    def context_length(self) -> int | None:
+        """Number of tokens that prompt and answer may have together, or None where it is not known."""
+        return self.inputs.context_length
+
+    def refuse(self, state: RequestState) -> None:
+        """Complete a request that the engine, closed or failed, does not work on any more."""
+        if self.failure is not None:
+            state.fail("engine_error", self.failure)
+        else:
+            state.fail("cancelled", CLOSED)
+        state.complete()
+
+
+class EngineWorker(LocalEngine):
     """Inbox in front of one thread. A backend implements `add`, `remove`, `step`, `reset` and `release`.
 
     Attributes:
@@ -33,11 +59,9 @@ class EngineWorker(Engine):
             thread of the engine changes it.
     """
 
-    inputs: InputProcessor
-
     def __init__(self, inputs: InputProcessor) -> None:
         """Start the thread. Everything that the backend needs must be there already."""
-        self.inputs = inputs
+        super().__init__(inputs)
         self.active_requests: dict[RequestState, None] = {}
         self._inbox: queue.SimpleQueue[RequestState | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -95,15 +119,6 @@ class EngineWorker(Engine):
         self._closing = True
         self._inbox.put(None)
 
-    def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text, without special tokens."""
-        return len(self.inputs.tokenizer.encode(text, add_special_tokens=False))
-
-    @property
-    def context_length(self) -> int | None:
-        """Number of tokens that prompt and answer may have together, or None where it is not known."""
-        return self.inputs.context_length
-
     def check_integrity(self) -> None:
         """Check that an engine with no active request holds nothing of any request. For tests.
 
@@ -119,14 +134,7 @@ class EngineWorker(Engine):
             if not self._closed:
                 self._inbox.put(state)
                 return
-        self._refuse(state)
-
-    def _refuse(self, state: RequestState) -> None:
-        if self.failure is not None:
-            state.fail("engine_error", self.failure)
-        else:
-            state.fail("cancelled", CLOSED)
-        state.complete()
+        self.refuse(state)
 
     def _run(self) -> None:
         try:
@@ -218,7 +226,7 @@ class EngineWorker(Engine):
         with self._lock:
             self._closed = True
         for state in list(self.active_requests):
-            self._refuse(state)
+            self.refuse(state)
         self.active_requests.clear()
         while True:
             try:
@@ -226,4 +234,4 @@ class EngineWorker(Engine):
             except queue.Empty:
                 return
             if waiting is not None:
-                self._refuse(waiting)
+                self.refuse(waiting)

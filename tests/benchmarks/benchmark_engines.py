@@ -11,6 +11,7 @@ out. With `--real` the model is SmolLM2-135M-Instruct, and llama.cpp has the sam
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -75,6 +76,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=environment,
         )  # fmt: skip
+        atexit.register(self.close)  # after an interruption
         if cores is not None:
             os.sched_setaffinity(self._process.pid, cores)
         self._read()
@@ -99,13 +101,17 @@ class Worker:
         return figures
 
     def peak_mib(self) -> float:
-        """Return the greatest resident memory of the process."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        """Return the greatest resident memory of the process, and of those that it has started."""
+        import psutil
+
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        statuses = [Path(f"/proc/{pid}/status") for pid in (self._process.pid, *(child.pid for child in children))]
+        return sum(int(status.read_text().split("VmHWM:")[1].split()[0]) for status in statuses) / 1024
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which may be stopped."""
         assert self._process.stdin is not None
+        atexit.unregister(self.close)
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait(timeout=60)

@@ -11,6 +11,7 @@ import pytest
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel, ModelStore
 from prefect_huggingface.tasks import tuning
 from prefect_huggingface.tasks.engines import openvino_runtime
+from prefect_huggingface.tasks.engines.cores import allowed_cores
 from prefect_huggingface.tasks.engines.openvino_runtime import read_settings, tuning_file, with_settings, write_settings
 from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import PlanError
@@ -58,6 +59,7 @@ def test_what_is_no_gain_is_not_kept(model, monkeypatch):
     assert found.speed_up == 1.0
 
 
+@pytest.mark.skipif(len(allowed_cores()) < 2, reason="one core cannot be divided")
 def test_several_processes_are_tried_where_there_are_cores_and_used_where_they_may_be(model, monkeypatch):
     monkeypatch.setattr(tuning, "GRID", (("instances", (2, 1000)),))
     monkeypatch.setattr(tuning, "GAIN_OF_INSTANCES", 0.01)

@@ -227,7 +227,7 @@ EVERY = ("openvino-text", "torch-text")
 SHOWN = ("at once", "held back to the deadline")
 RECEIVED = [
     pytest.param(name, moment, marks=[] if name in EVERY or moment in SHOWN else pytest.mark.slow)
-    for name in (*EVERY, "openvino-seq2seq", "torch-seq2seq", "torch-images", "endpoint")
+    for name in (*EVERY, "openvino-group", "openvino-seq2seq", "torch-seq2seq", "torch-images", "endpoint")
     for moment in MOMENTS
 ]
 

@@ -228,9 +228,18 @@ def test_a_deadline_holds_also_while_an_image_is_fetched(folder):
     with socket.create_server(("127.0.0.1", 0)) as silent, engine:
         slow = f"http://127.0.0.1:{silent.getsockname()[1]}/x.png"
         late = GenerationOptions(deadline_seconds=0.5)
-        completion = engine.submit(Request("What is this?", images=[slow] * 3, options=late)).result(20)
-    assert (completion.finish_reason, completion.error) == ("deadline", None)
-    assert completion.seconds < 15
+        # More than are fetched at a time, so that the last ones wait for their turn.
+        requests = [Request("What is this?", images=[slow] * 3, options=late) for _ in range(3 * READERS)]
+        completions = [future.result(40) for future in [engine.submit(request) for request in requests]]
+    assert {(completion.finish_reason, completion.error) for completion in completions} == {("deadline", None)}
+    assert max(completion.seconds for completion in completions) < 15
+
+
+def test_an_image_whose_notes_are_broken_is_taken_as_it_is(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "odd.jpg", exif=b"Exif\x00\x00nonsense")
+    assert multimodal.read_image(tmp_path / "odd.jpg").size == (4, 2)
 
 
 def test_conversations_of_a_model_with_images_are_asked(folder, pictures):
