@@ -51,7 +51,7 @@ test: $(READY)
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"
 
-# Half an hour on two cores. QUICK=1 tries the engines on a small model. tests/benchmarks/README.md has more.
+# Half an hour and more on two cores. QUICK=1 tries the engines on a small model. tests/benchmarks/README.md has more.
 BENCHMARKS := build/benchmarks
 PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp \
 	"langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
