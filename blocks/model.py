@@ -68,6 +68,11 @@ class EngineOptions(BaseModel):
         description="Number of tokens to guess from the prompt in each step, 0 for none also where tuning found some.",
     )  # fmt: skip
 
+    @property
+    def processes(self) -> int:
+        """Number of processes with the model in their memory."""
+        return self.instances or 1
+
 
 class Adapter(BaseModel):
     """LoRA adapter of PEFT, put onto a model while it is loaded."""
@@ -319,7 +324,7 @@ class LocalModel(ConfigurationBlock):
     def _instances_fit(cls, value: EngineOptions, info: ValidationInfo) -> EngineOptions:
         given = {name: info.data.get(name) for name in ("backend", "task")}
         fits = given["backend"] == "openvino" and given["task"] in ("text-generation", "image-text-to-text")
-        if (value.instances or 1) > 1 and not fits:
+        if value.processes > 1 and not fits:
             raise ValueError(
                 f"`instances` must be 1 with backend {given['backend']!r} and task {given['task']!r}, "
                 f"got {value.instances}. Only text generation with OpenVINO runs in several processes."

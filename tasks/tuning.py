@@ -208,7 +208,7 @@ class _Search:
 
     def _load(self, settings: Mapping[str, Any]) -> Engine:
         model = with_settings(self._model, settings)
-        engine = EngineGroup if (model.engine.instances or 1) > 1 else OpenVINOTextEngine
+        engine = EngineGroup if model.engine.processes > 1 else OpenVINOTextEngine
         self._engines.append(engine(self._folder, model))
         return self._engines[-1]
 

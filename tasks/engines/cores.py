@@ -74,7 +74,7 @@ def share_cores(model: LocalModel) -> LocalModel:
     is_on_cpu = (model.device or "CPU").upper() in ("CPU", "-1")
     # What all processes of a machine or a container may use is what its first one may.
     cores, is_bound = len(allowed_cores()), allowed_cores() != allowed_cores(1)
-    if model.backend != "openvino" or not is_on_cpu or is_bound or (model.engine.instances or 1) > 1:
+    if model.backend != "openvino" or not is_on_cpu or is_bound or model.engine.processes > 1:
         return model
     workers = _workers_here()
     if workers < 2:

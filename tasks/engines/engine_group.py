@@ -62,7 +62,7 @@ class EngineGroup(LocalEngine):
             EngineError: If one of them cannot load it with these settings, or there are too few cores.
             ModelSourceError: If an adapter does not fit the model.
         """
-        device, count = choose_device(model), model.engine.instances or 1
+        device, count = choose_device(model), model.engine.processes
         if device != "CPU":
             raise EngineError(f"`instances` divide the cores of a CPU, got device {model.device!r}. Set it to 1.")
         # It guards what waits, and the requests of all processes.

@@ -78,15 +78,15 @@ def choose_sizes(folder: Path, options: EngineOptions, precision: str) -> Schedu
         options: What the user gives; the rest is chosen.
         precision: Precision of the KV cache, "u8" for instance.
     """
-    sequences, instances = options.max_num_seqs or DEFAULT_SEQUENCES, options.instances or 1
+    sequences = options.max_num_seqs or DEFAULT_SEQUENCES
     settings = read_json(folder / "config.json")
     token_bytes = kv_bytes_per_token(settings, PRECISION_BYTES.get(precision, 2.0))
     row_tokens = min(context_length_of(settings) or USUAL_ROW_TOKENS, USUAL_ROW_TOKENS)
     if options.cache_size_gb is not None:
-        cache_bytes = int(options.cache_size_gb / instances * GIB)
+        cache_bytes = int(options.cache_size_gb / options.processes * GIB)
     else:
         wanted = int(2 * sequences * row_tokens * token_bytes) if token_bytes else GIB
-        most = int(LARGEST_SHARE_OF_MEMORY / instances * available_bytes())
+        most = int(LARGEST_SHARE_OF_MEMORY / options.processes * available_bytes())
         cache_bytes = max(min(wanted, most), SMALLEST_CACHE_BYTES)
     kv_blocks = max(int(cache_bytes / (token_bytes * BLOCK_TOKENS)), 2) if token_bytes else 0
     batched_tokens = options.max_num_batched_tokens or max(DEFAULT_BATCHED_TOKENS, sequences)

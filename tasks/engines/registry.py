@@ -10,7 +10,6 @@ with them.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import os
 import threading
@@ -37,6 +36,7 @@ from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters, pin_adapters
+from prefect_huggingface.tasks.storage.files import hash_json
 from prefect_huggingface.tasks.storage.locks import hold_export
 from prefect_huggingface.tasks.waiting import WAKE_SECONDS, WaitNotice
 
@@ -379,7 +379,7 @@ def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
     cls = engine_class(key)
     # The engine has no defaults of its own: callers with different options share it.
     plain = cls.tuned(model, folder).model_copy(update={"options": GenerationOptions()})
-    _make_room(weight_bytes(folder) * (plain.engine.instances or 1), key)
+    _make_room(weight_bytes(folder) * plain.engine.processes, key)
 
     def load() -> Engine:
         try:
@@ -504,7 +504,7 @@ def key_of(model: LocalModel, folder: Path) -> EngineKey:
         )
     key = EngineKey(name, str(folder), "")
     tuned = engine_class(key).tuned(model, folder)
-    if (tuned.engine.instances or 1) > 1:
+    if tuned.engine.processes > 1:
         key = replace(key, engine=GROUP_CLASS)
     adapters = [(one.scale, str(one.path), _file_states(one.files)) for one in get_adapters(model)]
     return replace(key, settings=json.dumps([_settings_of(tuned, LOADING_FIELDS), _weight_states(folder), adapters]))
@@ -553,4 +553,4 @@ def _endpoint_settings(endpoint: InferenceEndpoint) -> str:
     """Return what tells whether two endpoints are the same, without the token in clear."""
     fields = endpoint.model_dump(mode="json", exclude={"options", "credentials", "headers"})
     secrets = [endpoint.get_token(), sorted(endpoint.get_headers().items())]
-    return hashlib.sha256(json.dumps([fields, secrets], sort_keys=True, default=str).encode()).hexdigest()
+    return hash_json([fields, secrets])
