@@ -51,10 +51,13 @@ test: $(READY)
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"
 
-# Half an hour and more on two cores. QUICK=1 tries the engines on a small model. tests/benchmarks/README.md has more.
+# Half an hour on two cores. QUICK=1 takes a small model, to try the benchmarks. tests/benchmarks/README.md has more.
 BENCHMARKS := build/benchmarks
+BENCHMARK := $(RUN) tests/benchmarks/benchmark
+MODEL := --model $(if $(QUICK),quick,real)
 PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp \
 	"langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
+FEW_PEERS := ours "continuous batching, tuned by hand" llama.cpp "optimum, batches of 8"
 
 benchmark: SHELL := /bin/bash
 benchmark: export PYTHONUNBUFFERED := 1
@@ -63,13 +66,14 @@ benchmark: $(READY)
 	@$(if $(QUICK),,$(SMOLLM2_THERE) || $(SMOLLM2))
 	@$(RUN) -c "import matplotlib" 2>/dev/null || $(RUN) -m pip install --quiet --constraint constraints.txt matplotlib || true
 	@set -o pipefail; { set -e; \
-	$(RUN) tests/benchmarks/benchmark_engines.py $(if $(QUICK),--quick --repeats 2,--real --formats int8 --repeats 2 \
-		--workloads alone mixed --engines $(PEERS)); \
+	$(BENCHMARK)_engines.py $(MODEL) --formats int8 --repeats 2 --workloads alone mixed --engines $(PEERS); \
+	$(BENCHMARK)_engines.py $(MODEL) --formats int4 --repeats 2 --workloads alone --engines $(FEW_PEERS); \
+	$(BENCHMARK)_profile.py $(MODEL) $(if $(QUICK),--rows 64); \
+	$(BENCHMARK)_start.py $(MODEL) --repeats 3; \
+	$(BENCHMARK)_growth.py $(MODEL); \
 	$(if $(QUICK),exit,:); \
-	$(RUN) tests/benchmarks/benchmark_profile.py --real; \
-	$(RUN) tests/benchmarks/benchmark_start.py --repeats 3; \
-	$(RUN) tests/benchmarks/benchmark_growth.py --real; \
-	$(RUN) tests/benchmarks/benchmark_batches.py scale; \
+	$(BENCHMARK)_guessing.py --concurrency 4; \
+	$(BENCHMARK)_engines.py --model 1b --formats int8 --repeats 2 --workloads alone --engines $(FEW_PEERS); \
 	} | tee $(BENCHMARKS)/report.txt
 
 lint: $(READY)

@@ -1,11 +1,11 @@
 """Measures this library's OpenVINO engine beside its peers, interleaved, on one model of random or real weights.
 
-    python tests/benchmarks/benchmark_engines.py [--quick | --real] [--repeats 5] [--formats int8 int4] [--engines ...]
+    python tests/benchmarks/benchmark_engines.py [--model real] [--repeats 5] [--formats int8 int4] [--engines ...]
 
 Every engine has a process of its own; only one works at a time. The figures are medians over the repeats: tokens per
 second by the clock, and per second of one processor core, which says more on a machine that others use too.
 langchain-huggingface and llama.cpp are put into a folder of their own with pip; where that fails their rows are left
-out. With `--real` the model is SmolLM2-135M-Instruct, and llama.cpp has the same weights at the same number of bits.
+out. llama.cpp needs the real model, of which it has the same weights at the same number of bits.
 """
 
 from __future__ import annotations
@@ -26,16 +26,9 @@ from statistics import median
 from typing import Any
 
 from benchmark_contenders import CONTENDERS
-from benchmark_models import (
-    SHAPES,
-    find_real_weights,
-    make_checkpoint,
-    make_eight_bits,
-    make_exports,
-    make_real_checkpoint,
-)
+from benchmark_models import add_model, make_eight_bits, make_export, make_real_checkpoint, make_source, work_folder
 from benchmark_workloads import Workload, make_workloads
-from machine import Machine, measure_machine, share_of_bandwidth, share_of_products, weight_facts
+from machine import Machine, cache_bytes, measure_machine, share_of_bandwidth, share_of_products, weight_facts
 from report import show, store
 
 PEERS = {"langchain_huggingface": "langchain-huggingface==1.2.3", "xllamacpp": "xllamacpp==2026.10.11549"}
@@ -43,6 +36,7 @@ ON_TORCH = ("langchain-huggingface, torch", "transformers pipeline", "transforme
 # These take minutes for a whole workload, so that they get a part of its rows.
 SLOW = (*ON_TORCH, "langchain-huggingface, openvino")
 SLOW_ROWS = 4
+WARM_UP_ROWS = 8
 OURS = ("ours", "ours, tuned", "ours, a process per core")
 CONTINUOUS = (*OURS, "continuous batching, tuned by hand", "continuous batching, defaults")
 LISTS = tuple(name for name in CONTENDERS if name != "ours, one list")
@@ -152,7 +146,7 @@ def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], re
         folders: Model folder by engine.
         peers: Folder with the peers that were installed.
         workloads: What to do.
-        repeats: How often each engine does each workload, after one round to warm up.
+        repeats: How often each engine does each workload, after some of its rows to warm up.
         limits: What the machine can do with this model.
 
     Returns:
@@ -165,7 +159,7 @@ def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], re
         for repeat in range(repeats + 1):
             for worker in workers:
                 rows = workload.sample(SLOW_ROWS) if worker.name in SLOW else workload
-                rates = worker.run(rows.fresh(repeat))
+                rates = worker.run((rows if repeat else rows.sample(WARM_UP_ROWS)).fresh(repeat))
                 if repeat:
                     figures[workload.name].setdefault(worker.name, []).append(rates)
         peaks = {worker.name: worker.peak_mib() for worker in workers}
@@ -182,9 +176,9 @@ def print_table(
 
     The memory is the greatest resident memory of the process, in MiB.
 
-    The limit of one stream is the read bandwidth over the bytes of the weights, that of a batch the rate of products
-    for its new tokens and those of its prompts, in the fastest precision of this machine. What is read of keys and
-    values, and the products of attention, are left out, so that the shares are a little too small.
+    The limit of one stream is the read bandwidth over the bytes of the weights and of the keys and values, that of a
+    batch the rate of products for its new tokens and those of its prompts, in the fastest precision of this machine.
+    The products of attention are left out, so that the shares of batches are a little too small.
     """
     headings = ("engine", "tokens/s", "lowest", "highest", "ours is", "tokens/core s", "ours is", "of the limit", "MiB")
     rows = []
@@ -205,16 +199,19 @@ class Limits:
         machine: Limits of the machine, measured in this run.
         weight_bytes: Bytes of the weights, which every token reads.
         parameters: Number of parameters.
+        cache_bytes: Bytes of the keys and values of one token, which every later one reads.
     """
 
     machine: Machine
     weight_bytes: int
     parameters: int
+    cache_bytes: float
 
     def share(self, workload: Workload, tokens_per_second: float) -> float:
         """Return the share of the limit of a workload."""
         if workload.name == "alone":
-            return share_of_bandwidth(self.machine, tokens_per_second, self.weight_bytes)
+            context = workload.read_tokens + workload.tokens / 2
+            return share_of_bandwidth(self.machine, tokens_per_second, self.weight_bytes + context * self.cache_bytes)
         tokens = tokens_per_second * (1 + workload.read_tokens / workload.tokens)
         products = self.machine.products
         return share_of_products(self.machine, tokens, self.parameters, max(products, key=products.__getitem__))
@@ -225,7 +222,7 @@ def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
     return median(rate for rate, _ in rates), median(rate for _, rate in rates)
 
 
-def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> None:
+def write_figures(path: Path, figures: dict[str, Any], repeats: int, machine: Machine) -> None:
     """Write the raw figures with the machine and the versions."""
     packages = ("openvino", "openvino-genai", "optimum-intel", "transformers", "torch")
     facts = {
@@ -240,31 +237,27 @@ def write_figures(folder: Path, figures: dict[str, Any], repeats: int, machine: 
         for form, by_name in figures.items()
         for name, rates in by_name.items()
     }
-    store(folder / "figures.json", facts, panels, "tokens per second")
+    store(path, facts, panels, "tokens per second")
 
 
-def prepare(
-    work: Path, shape: str | None, formats: list[str], names: list[str]
-) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
+def prepare(work: Path, formats: list[str], names: list[str]) -> tuple[dict[str, Path], dict[str, dict[str, Path]]]:
     """Make the models and return the folder of the export by format, and what each engine runs by format and engine.
 
     Args:
-        work: Folder of the models.
-        shape: Shape of random weights, or None for the real ones.
+        work: Folder of the model.
         formats: Weight formats.
         names: Engines that are wanted; those that cannot run these weights are left out.
     """
-    checkpoint = find_real_weights() if shape is None else make_checkpoint(work / "checkpoint", shape=SHAPES[shape])
-    exports = make_exports(checkpoint, work / "store", formats)
-    on_torch = make_real_checkpoint(work) if shape is None and set(names) & set(ON_TORCH) else checkpoint
+    source, real = make_source(work), work.name == "real"
+    exports = {weight_format: make_export(work, weight_format) for weight_format in formats}
+    on_torch = make_real_checkpoint(work) if real and set(names) & set(ON_TORCH) else source
     folders: dict[str, dict[str, Path]] = {}
     for weight_format, export in exports.items():
         places = {name: on_torch if name in ON_TORCH else export for name in names}
-        if shape is not None:
+        if not real:
             places.pop("llama.cpp", None)
         elif "llama.cpp" in places:
-            eight = weight_format == "int8"
-            places["llama.cpp"] = make_eight_bits(checkpoint, work / "Q8_0.gguf") if eight else checkpoint
+            places["llama.cpp"] = make_eight_bits(source, work / "Q8_0.gguf") if weight_format == "int8" else source
         folders[weight_format] = places
     return exports, folders
 
@@ -272,26 +265,21 @@ def prepare(
 def main() -> None:
     """Read the arguments, measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model and few rows, to try the benchmark itself")
-    parser.add_argument("--real", action="store_true", help="the weights of SmolLM2-135M-Instruct")
-    parser.add_argument("--shape", default="135m", choices=list(SHAPES), help="whose shape the model has")
+    add_model(parser)
     parser.add_argument("--repeats", type=int, default=5, help="how often each engine does each workload")
     parser.add_argument("--formats", nargs="+", default=["int8", "int4"], help="weight formats")
     parser.add_argument("--engines", nargs="+", default=list(CONTENDERS), help="which engines")
     parser.add_argument("--workloads", nargs="+", default=None, help="which workloads")
     parser.add_argument("--rows", type=int, help="how many rows of a workload, for large models")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     arguments = parser.parse_args()
-    shape = None if arguments.real else "quick" if arguments.quick else arguments.shape
-    work = arguments.output.absolute() / (f"{shape}-shape" if shape else "real")
-    work.mkdir(parents=True, exist_ok=True)
+    work = work_folder(arguments)
     names, peers = arguments.engines, arguments.output.absolute() / "peers"
     for package, beginning in (("langchain_huggingface", "langchain"), ("xllamacpp", "llama.cpp")):
         wanted = any(name.startswith(beginning) for name in names)
         if not wanted or install_peer(peers, package) is None:
             names = [name for name in names if not name.startswith(beginning)]
-    exports, folders = prepare(work, shape, arguments.formats, names)
-    workloads = make_workloads(next(iter(exports.values())) / "tokenizer.json", quick=arguments.quick)
+    exports, folders = prepare(work, arguments.formats, names)
+    workloads = make_workloads(next(iter(exports.values())) / "tokenizer.json", quick=arguments.model == "quick")
     workloads = [one for one in workloads if arguments.workloads is None or one.name in arguments.workloads]
     if arguments.rows is not None:
         workloads = [workload.sample(arguments.rows) for workload in workloads]
@@ -302,9 +290,9 @@ def main() -> None:
         print(f"Weights in {weight_format}:")
         if "ours, tuned" in names:
             tune(export)
-        limits = Limits(machine, *weight_facts(export))
+        limits = Limits(machine, *weight_facts(export), cache_bytes(export))
         figures[weight_format] = measure(folders[weight_format], peers, workloads, arguments.repeats, limits)
-    write_figures(work, figures, arguments.repeats, machine)
+    write_figures(work / f"engines-{'-'.join(exports)}.json", figures, arguments.repeats, machine)
 
 
 if __name__ == "__main__":

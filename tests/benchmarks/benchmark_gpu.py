@@ -224,7 +224,7 @@ def main() -> None:
     print(json.dumps(facts), flush=True)
     with tempfile.TemporaryDirectory() as work:
         for shape in arguments.shapes:
-            folder = make_checkpoint(Path(work) / shape, shape=SHAPES[shape])
+            folder = make_checkpoint(Path(work) / shape, SHAPES[shape])
             figures = measure(folder, arguments)
             parameters = (
                 sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 4

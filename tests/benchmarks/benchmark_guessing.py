@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 
-from benchmark_models import make_int8
+from benchmark_models import make_export
 from report import show, store
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
@@ -100,7 +100,8 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, help="folder of an OpenVINO model with the same tokenizer")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
-    folder = make_int8(arguments.output.absolute() / "real", real=True)
+    work = arguments.output.absolute() / "real"
+    folder = make_export(work)
     ways = {"plain": EngineOptions()}
     ways |= {f"from the prompt, {count}": EngineOptions(prompt_lookup_tokens=count) for count in (3, 6, 10)}
     if arguments.draft is not None:
@@ -121,7 +122,7 @@ def main() -> None:
             ]
             show(f"{kind}: speed over plain (share of the same answers)", ["prompts at a time", *ways], rows)
             figures[kind] = found
-        store(arguments.output / "guessing.json", figures)
+        store(work / "guessing.json", figures)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import shutil
 from pathlib import Path
@@ -28,24 +29,39 @@ SHAPE_1B = {
     "head_dim": 64,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
+    "dtype": "bfloat16",
 }
 QUICK_SHAPE = {**SHAPE, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3}
 SHAPES = {"quick": QUICK_SHAPE, "135m": SHAPE, "1b": SHAPE_1B}
 
 
-def make_checkpoint(folder: Path, *, shape: dict[str, Any] = SHAPE) -> Path:
+def add_model(parser: argparse.ArgumentParser, default: str = "135m") -> None:
+    """Add the options that say which model is measured, and where it and the results go."""
+    explanation = "the real SmolLM2-135M-Instruct, or a shape with random weights"
+    parser.add_argument("--model", default=default, choices=("real", *SHAPES), help=explanation)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of models and results")
+
+
+def work_folder(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the model that was chosen."""
+    folder = Path(arguments.output.absolute() / arguments.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def make_checkpoint(folder: Path, shape: dict[str, Any]) -> Path:
     """Make the checkpoint of a shape where it is missing and return its folder."""
     if (folder / "config.json").is_file():
         return folder
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     make_tokenizer(unfinished)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
-    LlamaForCausalLM(config).save_pretrained(unfinished)
+    AutoModelForCausalLM.from_config(config).save_pretrained(unfinished)
     unfinished.rename(folder)
     return folder
 
@@ -117,21 +133,16 @@ def make_eight_bits(source: Path, target: Path) -> Path:
     return unfinished.rename(target)
 
 
-def make_int8(work: Path, *, real: bool = False) -> Path:
-    """Return the int8 export of the real weights, or of random ones of their shape, in a work folder."""
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint = find_real_weights() if real else make_checkpoint(work / "checkpoint")
-    return make_exports(checkpoint, work / "store", ["int8"])["int8"]
+def make_source(work: Path) -> Path:
+    """Return the weights of the model that a work folder is named after, which are made where they are missing."""
+    return find_real_weights() if work.name == "real" else make_checkpoint(work / "checkpoint", SHAPES[work.name])
 
 
-def make_exports(checkpoint: Path, store: Path, formats: list[str]) -> dict[str, Path]:
-    """Export the checkpoint in some weight formats and return the folders."""
+def make_export(work: Path, weight_format: str = "int8") -> Path:
+    """Return the export of that model in a weight format."""
     from prefect_huggingface.blocks import LocalModel, ModelStore
     from prefect_huggingface.tasks.storage.exports.store import get_export
 
-    return {
-        weight_format: get_export(
-            LocalModel(model_id=str(checkpoint), weight_format=weight_format, store=ModelStore(path=store))
-        ).path
-        for weight_format in formats
-    }
+    store = ModelStore(path=work / "store")
+    model = LocalModel(model_id=str(make_source(work)), weight_format=weight_format, store=store)
+    return get_export(model).path

@@ -1,9 +1,10 @@
 """Measures where the time of this library's OpenVINO engine goes: model, reading of tokens, text, scheduling, the rest.
 
-    python tests/benchmarks/benchmark_profile.py [--real] [--rows 256] [--output build/benchmarks]
+    python tests/benchmarks/benchmark_profile.py [--model real] [--rows 256] [--output build/benchmarks]
 
 Batches of 64 rows with 64 new tokens each. The methods of the engine's thread are timed, each without those that it
-calls.
+calls. A second table has the operations of the model in OpenVINO, for one row and for 64, with the kernel of each,
+whose name tells the instructions and the precision that it computes in.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from benchmark_models import make_int8
+from benchmark_models import add_model, make_export, work_folder
+from machine import weight_facts
 from report import show, store
 
 NEW_TOKENS = 64
+CONTEXT = 100  # tokens that each row has read before its steps are timed
+STEPS, WARM_UP_STEPS = 20, 5
+BATCHES = (1, 64)
+SMALLEST_SHARE = 0.01
 
 
 class Stopwatches:
@@ -66,15 +72,63 @@ def watch_engine() -> Stopwatches:
     return watches
 
 
+def time_operations(folder: Path, rows: int) -> dict[tuple[str, str], float]:
+    """Return the seconds of one step of so many rows by kind of operation and kernel, the longest first."""
+    import numpy as np
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(folder / "openvino_model.xml")
+    request = core.compile_model(model, "CPU", {"PERF_COUNT": "YES"}).create_infer_request()
+    names = {name for port in model.inputs for name in port.get_names()}
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for step in range(WARM_UP_STEPS + STEPS):
+        # The first step reads the context, each other one a token.
+        width, past = (1, CONTEXT + step - 1) if step else (CONTEXT, 0)
+        inputs = {
+            "input_ids": np.full((rows, width), 300 + step, np.int64),
+            "attention_mask": np.ones((rows, past + width), np.int64),
+            "position_ids": np.tile(np.arange(past, past + width, dtype=np.int64), (rows, 1)),
+            "beam_idx": np.arange(rows, dtype=np.int32),
+        }
+        request.infer({name: value for name, value in inputs.items() if name in names})
+        for operation in request.get_profiling_info() if step >= WARM_UP_STEPS else ():
+            if operation.status == ov.ProfilingInfo.Status.EXECUTED:
+                kind = operation.node_type, operation.exec_type
+                seconds[kind] += operation.real_time.total_seconds() / STEPS
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def show_operations(folder: Path) -> dict[str, list[list[str]]]:
+    """Print a table of the operations for each number of rows, and return the rows of the tables."""
+    weights, parameters = weight_facts(folder)
+    tables = {}
+    for rows in BATCHES:
+        seconds = time_operations(folder, rows)
+        step = sum(seconds.values())
+        layers = sum(took for (kind, _), took in seconds.items() if kind.startswith("FullyConnected"))
+        title = (
+            f"Operations of a step of {rows}: {step * 1e3:.1f} ms; the layers read {weights / layers / 1e9:.1f} GB/s "
+            f"and do {2 * parameters * rows / layers / 1e9:.0f} billion operations/s"
+        )
+        tables[str(rows)] = [
+            [kind, kernel, f"{took * 1e3:.2f}", f"{took / step:.1%}"]
+            for (kind, kernel), took in seconds.items()
+            if took >= SMALLEST_SHARE * step
+        ]
+        show(title, ["operation", "kernel", "ms", "share"], tables[str(rows)])
+    return tables
+
+
 def main() -> None:
     """Read the arguments, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", action="store_true", help="the weights of SmolLM2-135M-Instruct, else random ones")
+    add_model(parser)
     parser.add_argument("--rows", type=int, default=256, help="how many prompts")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
-    work = arguments.output.absolute() / ("real" if arguments.real else "135m-shape")
-    folder = make_int8(work, real=arguments.real)
+    work = work_folder(arguments)
+    folder = make_export(work)
+    operations = show_operations(folder)
     watches = watch_engine()
 
     from prefect_huggingface.blocks import GenerationOptions, LocalModel
@@ -95,7 +149,7 @@ def main() -> None:
         [name, f"{took:.3f}", f"{took / seconds:.2%}", f"{took / tokens * 1e6:.1f}"] for name, took in parts.items()
     ]
     show(f"{tokens:,} tokens in {seconds:.1f} s", ["part", "seconds", "share", "µs per token"], rows)
-    store(work / "profile.json", {"tokens": tokens, "seconds": parts})
+    store(work / "profile.json", {"tokens": tokens, "seconds": parts, "operations": operations})
 
 
 if __name__ == "__main__":

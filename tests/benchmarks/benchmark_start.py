@@ -1,8 +1,8 @@
 """Measures the time from the start of a process to its first token, beside its peers, in turns.
 
-    python tests/benchmarks/benchmark_start.py [--repeats 5] [--output build/benchmarks]
+    python tests/benchmarks/benchmark_start.py [--model real] [--repeats 5] [--output build/benchmarks]
 
-The model is that of `benchmark_engines.py`, exported before in int8. Every figure is of a process of its own.
+The model is exported before in int8. Every figure is of a process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmark_engines import install_peer
-from benchmark_models import make_int8
+from benchmark_models import add_model, make_export, work_folder
 from report import show, store
 
 PROMPT = "The capital of France is"
@@ -80,9 +80,9 @@ def main() -> None:
     """Measure in turns, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="how often each script is started")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
+    add_model(parser)
     arguments = parser.parse_args()
-    export = make_int8(arguments.output.absolute() / "135m-shape")
+    export = make_export(work_folder(arguments))
     peers = install_peer(arguments.output.absolute() / "peers")
     names = [name for name in SCRIPTS if peers is not None or not name.startswith("langchain")]
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -100,7 +100,7 @@ def main() -> None:
     headings = ["script", "seconds to the first token", "lowest", "highest", "processor seconds", "ours takes"]
     show("From the start of a process to its first token", headings, shown)
     bars = {name: median(seconds for seconds, _ in rows) for name, rows in figures.items()}
-    store(arguments.output / "start.json", figures, {"first token": bars}, "seconds")
+    store(work_folder(arguments) / "start.json", figures, {"first token": bars}, "seconds")
 
 
 if __name__ == "__main__":

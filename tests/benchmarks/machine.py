@@ -19,6 +19,7 @@ from typing import Any
 
 REPEATS = 5
 GIB = 2**30
+CACHED_NUMBER_BYTES = 1.125
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ def weight_facts(export: Path) -> tuple[int, int]:
             count += elements if len(operation.get_output_shape(0)) >= 2 else 0
             size += operation.get_byte_size()
     return size, count
+
+
+def cache_bytes(export: Path) -> float:
+    """Return the bytes that one token takes of the cache of keys and values: 8 bits each, and their scales."""
+    from prefect_huggingface.tasks.engines.memory import kv_bytes_per_token
+
+    settings = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    return kv_bytes_per_token(settings, CACHED_NUMBER_BYTES)
 
 
 def _best(work: Callable[[], Any]) -> float:
