@@ -216,12 +216,11 @@ def infer_shard(models: Sequence[ShardModel], shard: Shard) -> ShardResult:
     Raises:
         BatchError: If a model in a folder has changed since the batch began.
     """
-    from prefect_huggingface.tasks.engines.cores import share_cores
     from prefect_huggingface.tasks.engines.registry import load_engine
 
     here, journal = [model.borrow() for model in models], shard.owner.journal
     with library_logs(), hub_of(here[0]):
-        engines = [load_engine(share_cores(model) if isinstance(model, LocalModel) else model) for model in here]
+        engines = [load_engine(model) for model in here]
         record = journal.read_job()
         if record is None:
             raise BatchError(

@@ -28,6 +28,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
 from prefect_huggingface.tasks.engines.base import Engine, OnText, RequestError
+from prefect_huggingface.tasks.engines.cores import share_cores
 from prefect_huggingface.tasks.engines.inputs import TemplateUse, resolve_options
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.request_state import RequestState
@@ -255,6 +256,7 @@ def load_engine(model: LocalModel | InferenceEndpoint) -> Engine:
         key = EngineKey(ENDPOINT_CLASS, model.base_url, _endpoint_settings(model))
         plain = model.model_copy(update={"options": GenerationOptions()})
         return _get_or_add(key, lambda: engine_class(key)(plain), model.options)
+    model = share_cores(model)
     source = fingerprint(model)
     with _registry.lock:
         lock = _registry.preparing.setdefault(source, threading.Lock())

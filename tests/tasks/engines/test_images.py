@@ -17,6 +17,7 @@ from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks import generate_chat, unload_engines
 from prefect_huggingface.tasks.engines import multimodal
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.cores import allowed_cores
 from prefect_huggingface.tasks.engines.multimodal import READERS, read_conversation
 from prefect_huggingface.tasks.records import Completion, Request
 
@@ -58,19 +59,28 @@ def settings(folder: Path, **more) -> LocalModel:
     return LocalModel(model_id=str(folder), task="image-text-to-text", device="cpu", options=options, **more)
 
 
-@pytest.fixture(scope="module", params=["torch", pytest.param("openvino", marks=pytest.mark.slow)])
+on_openvino = [pytest.param(name, marks=pytest.mark.slow) for name in ("openvino", "openvino in two processes")]
+
+
+@pytest.fixture(scope="module", params=["torch", *on_openvino])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     if request.param == "torch":
         from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
         loaded: Engine = TorchVisionEngine(folder, settings(folder, backend="torch"))
     else:
+        from prefect_huggingface.tasks.engines.engine_group import EngineGroup
         from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOVisionEngine
         from prefect_huggingface.tasks.storage.exports.store import get_export
 
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
-        model = settings(folder, backend="openvino", weight_format="fp32", ov_config=exact)
-        loaded = OpenVINOVisionEngine(get_export(model).path, model)
+        instances = 1 if request.param == "openvino" else 2
+        if instances > len(allowed_cores()):
+            pytest.skip("one core cannot be divided")
+        model = settings(
+            folder, backend="openvino", weight_format="fp32", ov_config=exact, engine={"instances": instances}
+        )
+        loaded = (EngineGroup if instances > 1 else OpenVINOVisionEngine)(get_export(model).path, model)
     with loaded:
         yield loaded
 
