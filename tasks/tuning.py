@@ -1,9 +1,10 @@
 """The task that finds the fastest settings of an engine on this machine, and keeps them with the model.
 
-Settings are tried one after the other, each beside the best ones so far: both engines answer the same prompts in turn,
-so that a machine that gets slower for a while makes neither look better. One turn is enough where a setting is clearly
-slower. A setting is kept when it is clearly faster and the answers stay as good, which is measured by how far they
-agree with those in full precision.
+Settings are tried one after the other, each beside the best ones so far: both engines answer the same prompts in turns,
+each first in every other one, so that a machine that gets slower for a while makes neither look better. One turn is
+enough where a setting is clearly slower. A setting is kept when it is clearly faster, in every turn, and the answers
+stay as good, which is measured by how far they agree with those in full precision. In the end, all settings that were
+kept are measured once more, against the defaults.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ REPEATS = 3
 CLEAR_GAIN = 1.03
 # Each further process has the model in its memory.
 GAIN_OF_INSTANCES = 1.06
+# In no turn may a setting be slower than what it replaces.
+LEAST_GAIN = 1.0
 # Answers may agree this much less with those in full precision than the defaults do, and what chance explains.
 TOLERANCE = 0.02
 COMPARED_ROWS = 32
@@ -156,7 +159,6 @@ class _Search:
         self._round = 0
         self._settings: dict[str, Any] = {}
         self._trials: list[TuningTrial] = []
-        self._speed_up = 1.0
         self._engines: list[Engine] = []
 
     def begin(self) -> None:
@@ -184,9 +186,11 @@ class _Search:
 
     def _is_possible(self, name: str, value: Any) -> bool:
         """Tell whether this machine has the cores, and the memory for two engines beside each other."""
-        if name == "instances" and 2 * value * weight_bytes(self._folder) > available_bytes():
-            return False
-        return name not in ("instances", "INFERENCE_NUM_THREADS") or value <= len(allowed_cores())
+        cores = len(allowed_cores())
+        if name == "INFERENCE_NUM_THREADS":
+            # All of them are the default.
+            return value < cores // with_settings(self._model, self._settings).engine.processes
+        return name != "instances" or (value <= cores and 2 * value * weight_bytes(self._folder) <= available_bytes())
 
     def close(self) -> None:
         """Close all engines, also after an interruption."""
@@ -201,10 +205,13 @@ class _Search:
              "problem": trial.problem}
             for trial in self._trials
         ]  # fmt: skip
-        facts = {"model": self._folder.name, "speed_up": round(self._speed_up, 3), "trials": trials}
+        speed_up = self._compare_with_defaults()
+        if speed_up < LEAST_GAIN:
+            speed_up, self._settings = 1.0, {}
+        facts = {"model": self._folder.name, "speed_up": round(speed_up, 3), "trials": trials}
         path = write_settings(self._model, self._folder, self._settings, facts)
         publish_table("engine-tuning", trials, f"Settings of {self._model.model_id} on this machine")
-        return Tuning(dict(self._settings), self._speed_up, tuple(self._trials), str(path))
+        return Tuning(dict(self._settings), speed_up, tuple(self._trials), str(path))
 
     def _load(self, settings: Mapping[str, Any]) -> Engine:
         model = with_settings(self._model, settings)
@@ -219,28 +226,37 @@ class _Search:
         except Exception as exc:
             # Not every device and version knows every value.
             return TuningTrial(name, value, 0.0, None, kept=False, problem=str(exc))
-        speed_up = self._race(engine)
-        is_faster = speed_up >= (GAIN_OF_INSTANCES if name == "instances" else CLEAR_GAIN)
+        gains = self._race(engine)
+        speed_up = median(gains)
+        is_faster = min(gains) >= LEAST_GAIN and speed_up >= (GAIN_OF_INSTANCES if name == "instances" else CLEAR_GAIN)
         agreements = _agreements(_answer(engine, self._compared), self._wanted) if is_faster else None
         kept = agreements is not None and not _is_worse(agreements, self._defaults)
         if kept:
             self._best.close()
-            self._best, self._settings, self._speed_up = engine, settings, self._speed_up * speed_up
+            self._best, self._settings = engine, settings
         else:
             engine.close()
         return TuningTrial(name, value, speed_up, None if agreements is None else fmean(agreements), kept=kept)
 
-    def _race(self, engine: Engine) -> float:
-        """Return how many times as fast as the best one an engine is. One that is clearly slower gets one turn only."""
-        seconds: dict[int, list[float]] = {0: [], 1: []}
+    def _race(self, engine: Engine) -> list[float]:
+        """Return how many times as fast as the best one an engine is in each turn; a slow one gets one only."""
+        gains: list[float] = []
         _answer(engine, self._prompts)  # what is made at the first answers
-        for _ in range(REPEATS):
+        while len(gains) < REPEATS and not (gains and gains[0] < 1 / CLEAR_GAIN):
             self._round += 1
-            for place, runner in enumerate((self._best, engine)):
-                seconds[place].append(self._time(runner))
-            if seconds[1][0] > CLEAR_GAIN * seconds[0][0]:
-                break
-        return median(seconds[0]) / median(seconds[1])
+            order = (self._best, engine) if len(gains) % 2 == 0 else (engine, self._best)
+            seconds = {runner: self._time(runner) for runner in order}
+            gains.append(seconds[self._best] / seconds[engine])
+        return gains
+
+    def _compare_with_defaults(self) -> float:
+        """Return how many times as fast as the defaults the best settings are."""
+        if not self._settings:
+            return 1.0
+        defaults = self._load({})
+        speed_up = 1 / median(self._race(defaults))
+        defaults.close()
+        return speed_up
 
     def _time(self, engine: Engine) -> float:
         """Return the seconds for all prompts, `concurrency` of them at a time."""

@@ -31,12 +31,17 @@ def model(tiny_openvino: Path, tmp_path: Path) -> Iterator[LocalModel]:
     unload_engines()
 
 
-def test_settings_are_tried_kept_and_used(model, tiny_openvino, monkeypatch):
-    # With these limits all that can be loaded is kept, however busy the machine is.
+@pytest.fixture
+def all_is_a_gain(monkeypatch):
+    """Keep all that can be loaded, however busy the machine is."""
+    for name in ("CLEAR_GAIN", "GAIN_OF_INSTANCES", "LEAST_GAIN"):
+        monkeypatch.setattr(tuning, name, 0.01)
+    monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
+
+
+def test_settings_are_tried_kept_and_used(model, tiny_openvino, monkeypatch, all_is_a_gain):
     grid = (("max_num_seqs", (64,)), ("KV_CACHE_PRECISION", ("u8", "nonsense")))
     monkeypatch.setattr(tuning, "GRID", grid)
-    monkeypatch.setattr(tuning, "CLEAR_GAIN", 0.01)
-    monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
     found = tuning.tune_engine.fn(model)
     assert [(trial.setting, trial.value, trial.kept) for trial in found.trials] == [
         ("max_num_seqs", 64, True),
@@ -60,10 +65,10 @@ def test_what_is_no_gain_is_not_kept(model, monkeypatch):
 
 
 @pytest.mark.skipif(len(allowed_cores()) < 2, reason="one core cannot be divided")
-def test_several_processes_are_tried_where_there_are_cores_and_used_where_they_may_be(model, monkeypatch):
+def test_several_processes_are_tried_where_there_are_cores_and_used_where_they_may_be(
+    model, monkeypatch, all_is_a_gain
+):
     monkeypatch.setattr(tuning, "GRID", (("instances", (2, 1000)),))
-    monkeypatch.setattr(tuning, "GAIN_OF_INSTANCES", 0.01)
-    monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
     expected = next(load_engine(model).generate([Request("Hello")])).text
     unload_engines()
     found = tuning.find_settings(model)
@@ -77,9 +82,27 @@ def test_several_processes_are_tried_where_there_are_cores_and_used_where_they_m
     assert with_settings(model, found.settings).engine.instances is None
 
 
-def test_guessing_from_the_prompt_is_tried_on_the_work_to_come_and_used(model, monkeypatch):
+def test_the_gain_that_is_told_is_that_over_the_defaults(model, monkeypatch, all_is_a_gain):
+    # Each is as fast as the one before it, but for the first.
+    monkeypatch.setattr(tuning, "GRID", (("max_num_seqs", (1,)), ("max_num_batched_tokens", (511, 510, 509))))
+    found = tuning.find_settings(model)
+    assert dict(found.settings) == {"max_num_seqs": 1, "max_num_batched_tokens": 509}
+    assert found.speed_up < 1
+    monkeypatch.setattr(tuning, "LEAST_GAIN", 1.0)
+    assert tuning.find_settings(model).settings == {}
+
+
+@pytest.mark.skipif(len(allowed_cores()) < 2, reason="one core cannot be divided")
+def test_as_many_threads_as_there_are_cores_are_the_default_and_not_tried(model, monkeypatch):
+    cores = len(allowed_cores())
+    monkeypatch.setattr(tuning, "GRID", (("INFERENCE_NUM_THREADS", (1, cores)),))
+    assert [trial.value for trial in tuning.find_settings(model).trials] == [1]
+    each = model.model_copy(update={"engine": EngineOptions(instances=cores)})
+    assert not tuning.find_settings(each).trials
+
+
+def test_guessing_from_the_prompt_is_tried_on_the_work_to_come_and_used(model, monkeypatch, all_is_a_gain):
     monkeypatch.setattr(tuning, "GRID", (("prompt_lookup_tokens", (3,)),))
-    monkeypatch.setattr(tuning, "CLEAR_GAIN", 0.01)
     prompts = ["One two three one two three one two three"]
     expected = [load_engine(model).generate([Request(prompt)]) for prompt in prompts]
     expected = [completion.text for answers in expected for completion in answers]
