@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.artifacts import publish_table
-from prefect_huggingface.tasks.engines.base import Engine
+from prefect_huggingface.tasks.engines.base import Engine, checked
 from prefect_huggingface.tasks.engines.cores import allowed_cores
 from prefect_huggingface.tasks.engines.engine_group import EngineGroup
 from prefect_huggingface.tasks.engines.memory import available_bytes
@@ -33,7 +33,7 @@ from prefect_huggingface.tasks.engines.openvino_runtime import (
     write_settings,
 )
 from prefect_huggingface.tasks.engines.registry import model_folder, weight_bytes
-from prefect_huggingface.tasks.errors import PlanError
+from prefect_huggingface.tasks.errors import GenerationError, PlanError
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.run_logs import run_log
 
@@ -126,7 +126,7 @@ def find_settings(model: LocalModel, prompts: Sequence[str] | None = None, *, co
         The settings, their gain, and all trials.
 
     Raises:
-        PlanError: If the model does not run on this engine, or `concurrency` is below 1.
+        PlanError: If the model does not run on this engine, a prompt cannot be answered, or `concurrency` is below 1.
     """
     if concurrency is not None and concurrency < 1:
         raise PlanError(f"`concurrency` must be 1 or more, got {concurrency}. Leave it out for batches.")
@@ -164,7 +164,10 @@ class _Search:
     def begin(self) -> None:
         """Take the exact answers, and the engine with its default settings as the best one so far."""
         exact = self._load(EXACT_PROPERTIES)
-        self._wanted = _answer(exact, self._compared)
+        try:
+            self._wanted = _answer(exact, self._compared)
+        except GenerationError as exc:
+            raise PlanError(f"A prompt cannot be answered: {exc} Give others as `prompts`.") from None
         exact.close()
         self._best = self._load({})
         self._defaults = _agreements(_answer(self._best, self._compared), self._wanted)
@@ -221,15 +224,19 @@ class _Search:
 
     def _try(self, name: str, value: Any) -> TuningTrial:
         settings = {**self._settings, name: value}
+        clear_gain = GAIN_OF_INSTANCES if name == "instances" else CLEAR_GAIN
+        engine = None
         try:
             engine = self._load(settings)
+            gains = self._race(engine)
+            speed_up = median(gains)
+            is_faster = min(gains) >= LEAST_GAIN and speed_up >= clear_gain
+            agreements = _agreements(_answer(engine, self._compared), self._wanted) if is_faster else None
         except Exception as exc:
-            # Not every device and version knows every value.
+            # Not every device and version knows every value, and not every prompt fits with it.
+            if engine is not None:
+                engine.close()
             return TuningTrial(name, value, 0.0, None, kept=False, problem=str(exc))
-        gains = self._race(engine)
-        speed_up = median(gains)
-        is_faster = min(gains) >= LEAST_GAIN and speed_up >= (GAIN_OF_INSTANCES if name == "instances" else CLEAR_GAIN)
-        agreements = _agreements(_answer(engine, self._compared), self._wanted) if is_faster else None
         kept = agreements is not None and not _is_worse(agreements, self._defaults)
         if kept:
             self._best.close()
@@ -266,15 +273,15 @@ class _Search:
         ]
         started = time.perf_counter()
         for first in range(0, len(requests), self._concurrency):
-            for _ in engine.generate(requests[first : first + self._concurrency]):
-                pass
+            for completion in engine.generate(requests[first : first + self._concurrency]):
+                checked(completion)
         return time.perf_counter() - started
 
 
 def _answer(engine: Engine, prompts: Sequence[str]) -> list[str]:
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
     futures = [engine.submit(Request(prompt, options=options)) for prompt in prompts]
-    return [future.result().text for future in futures]
+    return [checked(future.result()).text for future in futures]
 
 
 def _agreements(answers: Sequence[str], wanted: Sequence[str]) -> list[float]:

@@ -157,7 +157,8 @@ def measure(folders: dict[str, Path], peers: Path, workloads: list[Workload], re
         names = [name for name in folders if name in CONTENDERS_OF[workload.name]]
         workers = [Worker(name, folders[name], peers) for name in names]
         for repeat in range(repeats + 1):
-            for worker in workers:
+            # Each is as often before the others as after them, since the machine's speed drifts.
+            for worker in workers if repeat % 2 else reversed(workers):
                 rows = workload.sample(SLOW_ROWS) if worker.name in SLOW else workload
                 rates = worker.run((rows if repeat else rows.sample(WARM_UP_ROWS)).fresh(repeat))
                 if repeat:
