@@ -70,7 +70,9 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=environment,
         )  # fmt: skip
-        atexit.register(self.close)  # after an interruption
+        # After an interruption, and when somebody ends the benchmark.
+        atexit.register(self.close)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         if cores is not None:
             os.sched_setaffinity(self._process.pid, cores)
         self._read()
