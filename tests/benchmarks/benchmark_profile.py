@@ -131,11 +131,11 @@ def main() -> None:
     operations = show_operations(folder)
     watches = watch_engine()
 
-    from prefect_huggingface.blocks import GenerationOptions, LocalModel
+    from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
     from prefect_huggingface.tasks.engines.registry import load_engine
     from prefect_huggingface.tasks.records import Request
 
-    engine = load_engine(LocalModel(model_id=str(folder)))
+    engine = load_engine(LocalModel(model_id=str(folder), engine=EngineOptions(tuned=False)))
     options = GenerationOptions(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     requests = [Request(f"What is the {row}th word about {row * 7}?", options=options) for row in range(arguments.rows)]
     list(engine.generate(requests[:8]))

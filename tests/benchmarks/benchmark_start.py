@@ -37,7 +37,7 @@ import sys
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks import load_engine
 from prefect_huggingface.tasks.records import Request
-engine = load_engine(LocalModel(model_id=sys.argv[1], chat_template="never"))
+engine = load_engine(LocalModel(model_id=sys.argv[1], chat_template="never", engine=dict(tuned=False)))
 stream = engine.stream(Request({PROMPT!r}, options=dict(max_new_tokens=8, ignore_eos=True)))
 print(repr(next(stream)), flush=True)
 stream.close()
