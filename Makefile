@@ -51,10 +51,11 @@ test: $(READY)
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"
 
-# Half an hour on two cores. QUICK=1 takes a small model, to try the benchmarks. tests/benchmarks/README.md has more.
+# Half an hour on two cores, with downloads and exports. QUICK=1 takes a small model, to try the benchmarks; MODEL=1b one
+# with a billion parameters, one stream only. tests/benchmarks/README.md has more.
 BENCHMARKS := build/benchmarks
 BENCHMARK := $(RUN) tests/benchmarks/benchmark
-MODEL := --model $(if $(QUICK),quick,real)
+MODEL ?= $(if $(QUICK),quick,real)
 PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp \
 	"langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
 FEW_PEERS := ours "continuous batching, tuned by hand" llama.cpp "optimum, batches of 8"
@@ -63,18 +64,17 @@ benchmark: SHELL := /bin/bash
 benchmark: export PYTHONUNBUFFERED := 1
 benchmark: $(READY)
 	@mkdir -p $(BENCHMARKS)
-	@$(if $(QUICK),,$(SMOLLM2_THERE) || $(SMOLLM2))
+	@$(if $(filter real,$(MODEL)),$(SMOLLM2_THERE) || $(SMOLLM2))
 	@$(RUN) -c "import matplotlib" 2>/dev/null || $(RUN) -m pip install --quiet --constraint constraints.txt matplotlib || true
 	@set -o pipefail; { set -e; \
-	$(BENCHMARK)_engines.py $(MODEL) --formats int8 --repeats 2 --workloads alone mixed --engines $(PEERS); \
-	$(BENCHMARK)_engines.py $(MODEL) --formats int4 --repeats 2 --workloads alone --engines $(FEW_PEERS); \
-	$(BENCHMARK)_profile.py $(MODEL) $(if $(QUICK),--rows 64); \
-	$(BENCHMARK)_start.py $(MODEL) --repeats 3; \
-	$(BENCHMARK)_growth.py $(MODEL); \
-	$(if $(QUICK),exit,:); \
-	$(BENCHMARK)_guessing.py --concurrency 4; \
-	$(BENCHMARK)_engines.py --model 1b --formats int8 --repeats 2 --workloads alone --engines $(FEW_PEERS); \
-	} | tee $(BENCHMARKS)/report.txt
+	$(if $(filter 1b,$(MODEL)),$(BENCHMARK)_engines.py --model 1b --repeats 2 --workloads alone --engines $(FEW_PEERS); exit,:); \
+	$(BENCHMARK)_engines.py --model $(MODEL) --formats int8 --repeats 2 --workloads alone mixed --engines $(PEERS); \
+	$(BENCHMARK)_engines.py --model $(MODEL) --formats int4 --repeats 2 --workloads alone --engines $(FEW_PEERS); \
+	$(BENCHMARK)_profile.py --model $(MODEL) $(if $(filter quick,$(MODEL)),--rows 64); \
+	$(BENCHMARK)_start.py --model $(MODEL) --repeats 2; \
+	$(BENCHMARK)_growth.py --model $(MODEL); \
+	$(if $(filter real,$(MODEL)),$(BENCHMARK)_guessing.py --concurrency 4 --repeats 2,:); \
+	} | tee $(BENCHMARKS)/report-$(MODEL).txt
 
 lint: $(READY)
 	$(RUN) -m ruff check .

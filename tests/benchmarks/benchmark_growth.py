@@ -9,7 +9,7 @@ beside the time. Every size has a process of its own, and `--model quick` the sm
 - `prompts`: one prompt of 10 to 8,000 tokens, one new token.
 - `processes`: 1 to 4 processes with an engine each, 16 requests at once for each; with all cores for each, with a part
   of them for each, and as one engine with so many `instances`.
-- `rows`: batches of 1,000 to 1,000,000 rows, with an engine that answers at once.
+- `rows`: batches of 10,000 to 1,000,000 rows, with an engine that answers at once.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from report import show, store
 CONCURRENCY = (1, 4, 16, 64, 256)
 PROMPT_TOKENS = (10, 100, 1000, 4000, 8000)
 PROCESSES = (1, 2, 4)
-ROWS = (1000, 10_000, 100_000, 1_000_000)
-QUICK_SIZES = 3
+ROWS = (10_000, 100_000, 1_000_000)
+QUICK_SIZES = 2
 NEW_TOKENS = 32
 PROMPT = 30  # tokens of a prompt, where their number is not what grows
 ROWS_OF_A_PROCESS = 16
@@ -148,8 +148,8 @@ def grow_processes(folder: Path, _: Machine, limit: int | None) -> dict[str, Any
     for count in PROCESSES[:limit]:
         shared = measure_processes(folder, [set(cores)] * count)
         # With more processes than cores, some share one.
-        divided = measure_processes(folder, [set(cores[place::count]) or {cores[place % len(cores)]}
-                                             for place in range(count)])  # fmt: skip
+        parts = [set(cores[place::count]) or {cores[place % len(cores)]} for place in range(count)]
+        divided = measure_processes(folder, parts) if count > 1 else shared
         group = measure_instances(folder, count) if count <= len(cores) else None
         figures[str(count)] = {"all_cores_each": shared, "divided": divided, "instances": group}
         bars |= {f"{count}, all cores each": shared[0], f"{count}, cores divided": divided[0]}

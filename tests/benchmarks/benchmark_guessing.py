@@ -23,7 +23,6 @@ from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.records import Request
 
 FEWEST_PROMPTS = 4
-REPEATS = 3
 NEW_TOKENS = 96
 PEOPLE = (
     "Ada Brown",
@@ -78,11 +77,11 @@ def answer(engine: Engine, prompts: list[str], concurrency: int) -> tuple[float,
     return sum(one.generated_tokens for one in completions) / seconds, [one.text for one in completions]
 
 
-def compare(engines: dict[str, Engine], work: str, concurrency: int) -> dict[str, tuple[float, float]]:
+def compare(engines: dict[str, Engine], work: str, concurrency: int, repeats: int) -> dict[str, tuple[float, float]]:
     """Return the speed of each engine over that of the first, and its share of the same answers."""
     rates: dict[str, list[float]] = {name: [] for name in engines}
     same: dict[str, list[bool]] = {name: [] for name in engines}
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         prompts, wanted = prompts_of(work, max(concurrency, FEWEST_PROMPTS), repeat * 4 + concurrency), None
         for name, engine in engines.items():
             rate, answers = answer(engine, prompts, concurrency)
@@ -97,6 +96,7 @@ def main() -> None:
     """Read the arguments, measure, and print a table for each kind of work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="prompts at a time")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each way answers each kind of prompts")
     parser.add_argument("--draft", type=Path, help="folder of an OpenVINO model with the same tokenizer")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the models")
     arguments = parser.parse_args()
@@ -115,7 +115,7 @@ def main() -> None:
         }
         figures = {}
         for kind in WORK:
-            found = {concurrency: compare(engines, kind, concurrency) for concurrency in arguments.concurrency}
+            found = {count: compare(engines, kind, count, arguments.repeats) for count in arguments.concurrency}
             rows = [
                 [str(concurrency), *(f"{speed:.2f} ({same:.2f})" for speed, same in row.values())]
                 for concurrency, row in found.items()

@@ -81,7 +81,7 @@ def time_operations(folder: Path, rows: int) -> dict[tuple[str, str], float]:
     model = core.read_model(folder / "openvino_model.xml")
     request = core.compile_model(model, "CPU", {"PERF_COUNT": "YES"}).create_infer_request()
     names = {name for port in model.inputs for name in port.get_names()}
-    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    means: list[dict[tuple[str, str, str], float]] = []
     for step in range(WARM_UP_STEPS + STEPS):
         # The first step reads the context, each other one a token.
         width, past = (1, CONTEXT + step - 1) if step else (CONTEXT, 0)
@@ -92,10 +92,16 @@ def time_operations(folder: Path, rows: int) -> dict[tuple[str, str], float]:
             "beam_idx": np.arange(rows, dtype=np.int32),
         }
         request.infer({name: value for name, value in inputs.items() if name in names})
-        for operation in request.get_profiling_info() if step >= WARM_UP_STEPS else ():
-            if operation.status == ov.ProfilingInfo.Status.EXECUTED:
-                kind = operation.node_type, operation.exec_type
-                seconds[kind] += operation.real_time.total_seconds() / STEPS
+        if step + 1 in (WARM_UP_STEPS, WARM_UP_STEPS + STEPS):
+            means.append({
+                (operation.node_name, operation.node_type, operation.exec_type): operation.real_time.total_seconds()
+                for operation in request.get_profiling_info()
+            })  # fmt: skip
+    # OpenVINO tells the mean over all steps so far.
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for (name, kind, kernel), mean in means[1].items():
+        before = means[0].get((name, kind, kernel), 0.0)
+        seconds[kind, kernel] += (mean * (WARM_UP_STEPS + STEPS) - before * WARM_UP_STEPS) / STEPS
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
