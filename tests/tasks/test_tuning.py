@@ -144,13 +144,6 @@ def test_prompts_that_have_no_answer_are_refused(model):
     assert not tuning_file(model, Path(model.model_id)).exists()
 
 
-def test_settings_with_which_a_prompt_has_no_answer_are_not_kept(model, monkeypatch, all_is_a_gain):
-    monkeypatch.setattr(tuning, "GRID", (("cache_size_gb", (1e-4,)),))
-    [trial] = tuning.find_settings(model, ["word " * 400]).trials
-    assert not trial.kept
-    assert "KV cache" in trial.problem
-
-
 @pytest.mark.parametrize(("concurrency", "count", "rows"), [(None, 5, 16), (None, 20, 20), (1, 20, 20), (3, 2, 9)])
 def test_every_prompt_is_timed_and_as_many_at_a_time(model, concurrency, count, rows):
     search = tuning._Search(model, [f"Prompt {number}" for number in range(count)], concurrency)
