@@ -37,7 +37,10 @@ deployments: $(READY)
 	@$(RUN) -m prefect_huggingface.deployments.services start $(if $(PORT),--port $(PORT))
 
 stop:
-	@test ! -x $(RUN) || $(RUN) -m prefect_huggingface.deployments.services stop
+	@if test -x $(RUN); then $(RUN) -m prefect_huggingface.deployments.services stop; \
+	elif test -e .deployments/processes.json; then \
+		echo "$(VENV) is gone, which ran what is in .deployments/processes.json. Run \`make install\` and then \`make stop\`."; \
+		exit 1; fi
 
 # The default blocks, on the server of PREFECT_API_URL. OVERWRITE=1 replaces those that are there.
 blocks: $(READY)
@@ -86,5 +89,6 @@ types: $(READY)
 	@for folder in blocks tasks flows deployments; do ln -sfn ../../../$$folder build/types/prefect_huggingface/$$folder; done
 	MYPYPATH=build/types $(RUN) -m mypy -p prefect_huggingface
 
-clean:
+# What runs from the environment is ended first.
+clean: stop
 	rm -rf $(VENV) .quickstart build *.egg-info

@@ -47,6 +47,7 @@ class HuggingFaceCredentials(ConfigurationBlock):
     )
     endpoint: str = Field(
         default_factory=default_endpoint,
+        validate_default=True,
         title="Hub address",
         description=(
             "Address of the Hub or of a mirror, with its scheme. When left empty, that in HF_ENDPOINT or the public "
@@ -90,7 +91,8 @@ class HuggingFaceCredentials(ConfigurationBlock):
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
-                f"`endpoint` must be an http or https address, got {endpoint!r}. Try {DEFAULT_ENDPOINT!r}."
+                f"`endpoint`, or HF_ENDPOINT in its place, must be an http or https address, got {endpoint!r}. "
+                f"Try {DEFAULT_ENDPOINT!r}."
             )
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("`endpoint` must hold no user, password, query or fragment. Put the token into `token`.")

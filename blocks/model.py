@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationInfo, field_validator
 
 from prefect_huggingface.blocks.base import ConfigurationBlock
 from prefect_huggingface.blocks.credentials import HuggingFaceCredentials
@@ -144,9 +144,9 @@ class LocalModel(ConfigurationBlock):
         default="openvino", title="Backend", description="What runs the model: OpenVINO, or PyTorch with Transformers."
     )
     weight_format: WeightFormat | None = Field(
-        default="int8",
+        default=None,
         title="Weight format",
-        description="Format of the weights of the OpenVINO export. Leave it empty for the torch backend.",
+        description="Format of the weights of the OpenVINO export, int8 when left empty. The torch backend has none.",
     )
     quantization: QuantizationOptions | None = Field(
         default=None, title="Quantization", description="How the weights are quantized, where the defaults do not fit."
@@ -234,13 +234,6 @@ class LocalModel(ConfigurationBlock):
             )
         return model_id
 
-    @model_validator(mode="before")
-    @classmethod
-    def _torch_has_no_weight_format(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("backend") == "torch":
-            return {"weight_format": None, **data}
-        return data
-
     @field_validator("weight_format")
     @classmethod
     def _weight_format_fits(cls, weight_format: Any, info: ValidationInfo) -> Any:
@@ -255,11 +248,17 @@ class LocalModel(ConfigurationBlock):
     @classmethod
     def _quantization_fits(cls, value: QuantizationOptions | None, info: ValidationInfo) -> QuantizationOptions | None:
         weight_format = info.data.get("weight_format")
-        if value is None or weight_format not in ("fp32", "fp16", "int8"):
+        if value and info.data.get("backend") == "torch" and (given := value.model_dump(exclude_defaults=True)):
+            raise ValueError(
+                f"`quantization` is for the OpenVINO backend, got {given!r} with backend 'torch'. "
+                "Leave it out, and use `load_in`."
+            )
+        if value is None or weight_format not in (None, "fp32", "fp16", "int8"):
             return value
         if value.quant_mode is None and value.ratio not in (None, 1.0):
             raise ValueError(
-                f"`ratio` is for 4-bit formats, got {value.ratio!r} with weight format {weight_format!r}. Leave it out."
+                f"`ratio` is for 4-bit formats, got {value.ratio!r} with weight format {weight_format or 'int8'!r}. "
+                "Leave it out."
             )
         return value
 

@@ -37,6 +37,7 @@ QUESTIONS = QUICKSTART / "questions.jsonl"
 ANSWERS, VECTORS = "answers-{date}-{time}.jsonl", "vectors-{date}-{time}.parquet"
 VECTOR_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_SERVER = "http://127.0.0.1:8000/v1"
+STORE_SIZE_GB = 50
 B = TypeVar("B", bound=Block)
 
 NAME = "default"
@@ -87,7 +88,7 @@ def save_default_blocks(
     saved = {
         # A saved token is never replaced by none.
         "credentials": _save(HuggingFaceCredentials(token=token), overwrite and token is not None),
-        "store": _save(ModelStore(), overwrite),
+        "store": _save(ModelStore(max_size_gb=STORE_SIZE_GB), overwrite),
     }
     block = LocalModel(
         model_id=model,
@@ -166,7 +167,10 @@ def _warn_of_missing_places() -> None:
         "the model block": _load(LocalModel).model_id,
         f"the variable {QUESTIONS_VARIABLE!r}": Variable.get(QUESTIONS_VARIABLE),
     }
-    remedy = "Correct it in the UI, or with `make blocks OVERWRITE=1`."
+    remedy = (
+        "Correct it in the UI, or with `make blocks OVERWRITE=1`. Deployments take variables over when they are "
+        "deployed, by `make deployments` or `prefect deploy`."
+    )
     for what, place in places.items():
         if isinstance(place, str) and os.path.isabs(place) and not Path(place).exists():
             logger.warning("%s is not there, but %s names it. %s", place, what, remedy)

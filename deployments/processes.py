@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+
+from prefect_huggingface.tasks.storage.files import write_text
 
 # Clocks are corrected while processes run, and start times are computed from the time of the last boot.
 START_TOLERANCE_SECONDS = 2.0
@@ -131,9 +132,7 @@ class ProcessRecord:
 
     def write(self, services: Mapping[str, ServiceProcess]) -> None:
         """Replace the file."""
-        staged = self.path.with_suffix(f".{os.getpid()}")
-        staged.write_text(json.dumps([asdict(service) for service in services.values()], indent=2), encoding="utf-8")
-        os.replace(staged, self.path)
+        write_text(self.path, json.dumps([asdict(service) for service in services.values()], indent=2))
 
     def remove(self) -> None:
         """Remove the file."""

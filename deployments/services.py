@@ -5,7 +5,7 @@
     python -m prefect_huggingface.deployments.services status
 
 Everything listens on this machine only, and what the server keeps lies in its home. Started again, what runs already is
-left alone; stopped, exactly those processes end.
+left alone, and the flows are deployed again; stopped, exactly those processes end.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ class LocalServices:
         """Take the port of the home's server where none is given."""
         self.home = home.absolute()
         self.record = ProcessRecord(self.home / "processes.json")
-        self.deployed = self.home / "deployed"
         self.port = port or self._read_port() or 4200
         self.address = f"http://{HOST}:{self.port}"
         self.model_server = f"http://{HOST}:{self.port + 1}"
@@ -113,9 +112,6 @@ class LocalServices:
         for name, port in (("server", self.port), ("model-server", self.port + 1)):
             if name in missing:
                 self._check_port(port)
-        if not missing and self.deployed.exists() and self.is_healthy():
-            return []
-        self.deployed.unlink(missing_ok=True)
         (self.home / "prefect").mkdir(parents=True, exist_ok=True)
         if "server" in missing:
             self._start("server", "Starting the Prefect server")
@@ -129,10 +125,10 @@ class LocalServices:
         self._await("worker", self._has_worker)
         self._await("model-server", self.serves_models)
         deploy = ("-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(PREFECT_FILE), "--all")
+        # Always: deployments hold what the blocks and variables were when they were deployed.
         self._run("Deploying the flows", *deploy)
         self._run("Creating the automations", "-m", f"{__package__}.automations")
         self._run("Finishing their forms", "-m", f"{__package__}.forms")
-        self.deployed.touch()
         return missing
 
     def stop(self) -> list[str]:
@@ -224,7 +220,7 @@ def run_command(command: str, home: Path, port: int | None) -> None:
             local = LocalServices(home, port)
             if command == "start":
                 started = local.start()
-                print("" if started else "Everything runs already.")
+                print("" if started else "Everything runs already. The flows were deployed again.")
                 print(describe(local))
             elif command == "stop":
                 ended = local.stop()

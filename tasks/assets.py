@@ -110,7 +110,7 @@ def note_export(model: LocalModel, export: Export) -> None:
     if export.reused:
         return
     facts = {
-        "commit": export.commit, "weight_format": model.weight_format, "size_bytes": export.size_bytes,
+        "commit": export.commit, "weight_format": export.recipe.get("weight_format"), "size_bytes": export.size_bytes,
         "seconds": round(export.seconds, 1),
     }  # fmt: skip
     note_asset(place_key(str(export.path)), [model_key(model)], facts)

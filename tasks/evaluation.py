@@ -77,7 +77,7 @@ def compare_formats(
     The source answers each prompt greedily with torch. Each export is given the same tokens, and its next-token
     distributions are compared, and the probabilities and greedy answers of the continuous batch that answers with it.
     Exports that are not there are made. The result is kept, so asking again costs nothing. Models of vectors
-    and scores are compared by these.
+    and scores are compared by these, anew each time.
 
     Args:
         model: Model with backend "openvino"; its other settings hold for all formats.
@@ -132,11 +132,18 @@ def _measure(entry: FormatQuality) -> str:
     return " of the next tokens" if entry.ranking is None else " (the least of cosine and rank correlation)"
 
 
-def _check_input(model: LocalModel, prompts: Sequence[str] | None, formats: Sequence[str] | None) -> None:
+def why_not_comparable(model: LocalModel) -> str | None:
+    """Return why the exports of a model cannot be compared with their source, as far as the block tells, or None."""
     if model.backend != "openvino":
-        raise PlanError(f"A comparison is for backend 'openvino', got {model.backend!r}. Leave it out.")
+        return f"A comparison is for backend 'openvino', got {model.backend!r}."
     if model.task == "image-text-to-text":
-        raise PlanError(f"A comparison is for models of text, got task {model.task!r}. Leave out `min_agreement`.")
+        return f"A comparison is for models of text, got task {model.task!r}."
+    return None
+
+
+def _check_input(model: LocalModel, prompts: Sequence[str] | None, formats: Sequence[str] | None) -> None:
+    if (reason := why_not_comparable(model)) is not None:
+        raise PlanError(f"{reason} Leave the comparison out.")
     if prompts is not None and (isinstance(prompts, str) or not prompts or not all(prompts)):
         raise PlanError(f"`prompts` must be a list of texts that are not empty, got {prompts!r}. Correct it.")
     if model.task in VECTOR_TASKS and prompts is not None and len(prompts) < 2:

@@ -107,7 +107,8 @@ def prune_stored(store: ModelStore | None = None, max_size_gb: float | None = No
     limit = store.max_size_gb if max_size_gb is None else max_size_gb
     if limit is None:
         raise PlanError(
-            f"Store {str(store.folder)!r} has no size limit. Give `max_size_gb`; 0 removes all that is idle."
+            f"Store {str(store.folder)!r} has no size limit. Give `max_size_gb` here or in its block; 0 removes all "
+            "that is idle."
         )
     return evict(store, int(limit * 1e9))
 

@@ -334,7 +334,7 @@ def explain_busy(status: int, headers: Mapping[str, str], about: RequestContext)
 
 
 def announced_wait(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that `Retry-After` or `RateLimit` ask to wait, the longer of both."""
+    """Return the seconds that `Retry-After` or a used up `RateLimit` ask to wait, the longer of both."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     waits = []
@@ -346,7 +346,7 @@ def announced_wait(headers: Mapping[str, str]) -> float | None:
         if date is not None:
             waits.append(email.utils.mktime_tz(date) - time.time())
     limit = parse_ratelimit_headers(headers)
-    if limit is not None:
+    if limit is not None and limit.remaining == 0:  # every answer of the Hub has the header
         # The window ends within that second, so one more is needed.
         waits.append(limit.reset_in_seconds + 1.0)
     return min(max(0.0, *waits), LONGEST_ANNOUNCED_WAIT_SECONDS) if waits else None

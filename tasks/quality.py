@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+# Title, attribute and digits of the columns of a table.
+TEXT_COLUMNS = (
+    ("agreement", "agreement", 4), ("divergence (nats)", "divergence", 5), ("perplexity ratio", "perplexity_ratio", 4),
+    ("exact answers", "exact_matches", 4),
+)  # fmt: skip
+VECTOR_COLUMNS = (
+    ("least cosine", "cosine", 5), ("rank correlation", "ranking", 4), ("same best text", "exact_matches", 4),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,57 +73,18 @@ class ExportQuality:
         """Agreement of the first export."""
         return self.formats[0].agreement
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-friendly values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ExportQuality:
-        """Return the quality that `as_dict` gave."""
-        return cls(**{**data, "formats": tuple(FormatQuality(**entry) for entry in data["formats"])})
-
 
 def quality_rows(quality: ExportQuality) -> list[dict[str, Any]]:
     """Return the table of a comparison, the source first."""
-    if any(entry.ranking is not None for entry in quality.formats):
-        return _vector_rows(quality)
-    head = {
-        "format": "source (torch)",
-        "agreement": 1.0,
-        "divergence (nats)": 0.0,
-        "perplexity ratio": 1.0,
-        "exact answers": 1.0,
-        "tokens/s": round(quality.source_tokens_per_second, 1),
-        "size (MB)": round(quality.source_size_bytes / 1e6, 1),
-    }
-    rows = [
-        {
-            "format": entry.weight_format,
-            "agreement": round(entry.agreement, 4),
-            "divergence (nats)": round(entry.divergence, 5),
-            "perplexity ratio": round(entry.perplexity_ratio, 4),
-            "exact answers": round(entry.exact_matches, 4),
-            "tokens/s": round(entry.tokens_per_second, 1),
-            "size (MB)": round(entry.size_bytes / 1e6, 1),
-        }
-        for entry in quality.formats
-    ]
-    return [head, *rows]
+    speed, size = quality.source_tokens_per_second, quality.source_size_bytes
+    source = FormatQuality("source (torch)", "", 1.0, 0.0, 1.0, 1.0, 0, speed, size, cosine=1.0, ranking=1.0)
+    columns = VECTOR_COLUMNS if any(entry.ranking is not None for entry in quality.formats) else TEXT_COLUMNS
+    return [_row(entry, columns) for entry in (source, *quality.formats)]
 
 
-def _vector_rows(quality: ExportQuality) -> list[dict[str, Any]]:
-    rows = [("source (torch)", 1.0, 1.0, 1.0, quality.source_tokens_per_second, quality.source_size_bytes)] + [
-        (each.weight_format, each.cosine, each.ranking, each.exact_matches, each.tokens_per_second, each.size_bytes)
-        for each in quality.formats
-    ]
-    return [
-        {
-            "format": name,
-            "least cosine": None if cosine is None else round(cosine, 5),
-            "rank correlation": None if ranking is None else round(ranking, 4),
-            "same best text": round(best, 4),
-            "tokens/s": round(speed, 1),
-            "size (MB)": round(size / 1e6, 1),
-        }
-        for name, cosine, ranking, best, speed, size in rows
-    ]
+def _row(entry: FormatQuality, columns: Sequence[tuple[str, str, int]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"format": entry.weight_format}
+    for title, name, digits in columns:
+        value = getattr(entry, name)
+        row[title] = None if value is None else round(value, digits)
+    return row | {"tokens/s": round(entry.tokens_per_second, 1), "size (MB)": round(entry.size_bytes / 1e6, 1)}

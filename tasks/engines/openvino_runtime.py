@@ -28,6 +28,7 @@ from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter
+from prefect_huggingface.tasks.storage.files import write_text
 
 logger = get_logger(__name__)
 
@@ -395,10 +396,7 @@ def read_settings(model: LocalModel, folder: Path) -> dict[str, Any]:
 def write_settings(model: LocalModel, folder: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
     """Keep settings for this machine, with the facts that they rest on."""
     path = tuning_file(model, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    unfinished.write_text(json.dumps({"settings": settings, **facts}, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps({"settings": settings, **facts}, indent=2) + "\n")
     return path
 
 

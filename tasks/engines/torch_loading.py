@@ -13,7 +13,6 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
 from prefect_huggingface.tasks.storage.exports.child import find_conflict
-from prefect_huggingface.tasks.storage.folders import is_pickled_weight, is_safe_weight, list_files
 
 logger = get_logger(__name__)
 
@@ -22,10 +21,10 @@ def load_torch_model(path: Path, model: LocalModel, auto_class: str) -> Any:
     """Load the model of a snapshot, in evaluation mode, with a class of Transformers (`AutoModelForCausalLM`).
 
     Raises:
-        ModelSourceError: If the folder holds no weights that may be loaded.
-        EngineError: If the settings do not fit this machine or this model.
+        ModelSourceError: If an adapter does not fit.
+        EngineError: If the settings do not fit this machine or this model, or the folder holds no weights that may be
+            loaded.
     """
-    check_weights(path, allow_pickle=model.allow_pickle)
     adapters = get_adapters(model)
     check_fit(adapters, path)
     arguments = _placement(model) | _quantization(model)
@@ -79,30 +78,6 @@ def load_tokenizer(path: Path, model: LocalModel, auto_class: str = "AutoTokeniz
         return getattr(transformers, auto_class).from_pretrained(path, **_source(model))
     except Exception as exc:
         raise EngineError(_loading_message(path, model, exc)) from exc
-
-
-def check_weights(path: Path, *, allow_pickle: bool) -> None:
-    """Check that a folder has weights that may be loaded.
-
-    Raises:
-        ModelSourceError: If it has none, or only such in pickle format and they are not allowed.
-    """
-    if not path.is_dir():
-        raise ModelSourceError(f"The model folder {str(path)!r} does not exist. Correct the path.")
-    names = list_files(path)
-    if any(map(is_safe_weight, names)):
-        return
-    pickles = list(filter(is_pickled_weight, names))
-    if pickles and not allow_pickle:
-        raise ModelSourceError(
-            f"{str(path)!r} holds weights in pickle format only ({pickles[0]!r}), which can run any code. "
-            "Use a revision with safetensors, or set `allow_pickle=True` if you trust the source."
-        )
-    if not pickles:
-        raise ModelSourceError(
-            f"{str(path)!r} holds no weights for torch (*.safetensors). "
-            "Use backend='openvino' for an OpenVINO folder, or another model."
-        )
 
 
 def resolve_device(device: str | None) -> str:

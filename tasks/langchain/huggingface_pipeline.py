@@ -319,7 +319,7 @@ def _read_model(
     given = {name: getattr(settings.model, name) for name in settings.model.model_fields_set}
     kept = {"task", "backend", "options", "chat_template", *(name for name, value in given.items() if value is None)}
     changed = {name: value for name, value in given.items() if name not in kept and value != getattr(model, name)}
-    if "chat_template" not in model.model_fields_set:
+    if model.chat_template == "auto":  # the default, which a saved block sets as well
         changed["chat_template"] = template_use(model.task)
     if changed:
         model = model.model_copy(update=changed)

@@ -96,7 +96,7 @@ class Generation(NamedTuple):
 
     Attributes:
         options: The options that are set, and only those.
-        max_length: Upper limit of the tokens of prompt and answer together, unless `max_new_tokens` is set.
+        max_length: Upper limit of the tokens of prompt and answer together, in place of `max_new_tokens`.
         min_length: Lower limit of the same.
     """
 
@@ -131,6 +131,8 @@ def read_generation(given: Mapping[str, Any], task: str = "text-generation", *, 
     if task not in DECODER_ONLY_TASKS:
         options = {**{name.replace("length", "new_tokens"): value for name, value in lengths.items()}, **options}
         lengths = {}
+    if "max_new_tokens" in options:
+        lengths.pop("max_length", None)
     if "response_format" in options:
         options["response_format"] = read_response_format(options["response_format"])
     return Generation(GenerationOptions(**_decide_sampling(options, warn)), **lengths)
@@ -233,8 +235,6 @@ def merge_generation(defaults: Generation, call: Generation) -> Generation:
         variables = {**defaults.options.template_options, **call.options.template_options}
         options = options.model_copy(update={"template_options": variables})
     by_new_tokens = "max_new_tokens" in call.options.model_fields_set
-    if call.max_length is None and not by_new_tokens:
-        by_new_tokens = "max_new_tokens" in defaults.options.model_fields_set
     max_length = None if by_new_tokens else call.max_length or defaults.max_length
     return Generation(options, max_length, call.min_length or defaults.min_length)
 

@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 LAYER = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # Settings of PEFT whose effect is more than two small matrices beside a layer.
-UNSUPPORTED = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "megatron_config")
-MERGE = "Merge it into its model with `merge_and_unload` of PEFT, and use the merged folder as `model_id`."
+UNSUPPORTED = (
+    "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "layer_replication", "trainable_token_indices",
+    "megatron_config", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Ways to begin that take a part out of the weights of the model. What PEFT has converted to LoRA no longer names them.
+CHANGES_THE_MODEL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+MERGE = "Where PEFT can merge it into its model (`merge_and_unload`), use the merged folder as `model_id`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +195,8 @@ def _open(adapter: Adapter, folder: Path) -> LoraAdapter:
     given = [name for name in UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         given.append("bias")
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_THE_MODEL):
+        given.append(f"init_lora_weights={config['init_lora_weights']!r}")
     if given:
         raise ModelSourceError(f"Adapter {adapter.name!r} has `{given[0]}`, which is more than LoRA. {MERGE}")
     return LoraAdapter(adapter.name, folder, adapter.scale, config)

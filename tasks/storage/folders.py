@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,6 @@ from prefect_huggingface.tasks.errors import ModelSourceError
 
 SAFE_WEIGHTS = (".safetensors",)
 PICKLED_WEIGHTS = (".bin", ".pt", ".pth")
-OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".mlmodel", ".ckpt", ".npz")
-DOCUMENTS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".pdf")
-NEVER_READ = (*DOCUMENTS, "training_args.bin", ".tmp", ".lock", ".part", ".incomplete")
 # The second kind has the steps after the model in repositories of Sentence Transformers.
 FOLDERS_READ = re.compile(r"additional_chat_templates|\d+_[A-Za-z]+")
 OPENVINO_MODELS = ("openvino_model.xml", "openvino_decoder_model.xml", "openvino_language_model.xml")
@@ -25,23 +22,17 @@ BYTES_PER_ELEMENT = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of the files that a model of this folder may be loaded from, sorted.
-
-    Hidden files, documentation, and weights of other frameworks are left out. So are weights in pickle format when
-    there are safetensors. Links to files count as files.
-
-    Raises:
-        ModelSourceError: If a file is a link to nothing.
-    """
-    names = sorted(name for name in _walk(folder) if not name.lower().endswith(NEVER_READ + OTHER_WEIGHTS))
-    if any(is_safe_weight(name) for name in names):
-        names = [name for name in names if not is_pickled_weight(name)]
-    for name in names:
-        if not (folder / name).exists():
-            raise ModelSourceError(
-                f"File {name!r} in folder {str(folder)!r} is a link to nothing. Download the model again."
-            )
-    return names
+    """Return the paths of the files that a model of this folder may be loaded from, without hidden ones."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                found.append(entry.name)
+            elif FOLDERS_READ.fullmatch(entry.name):
+                found += (f"{entry.name}/{name}" for name in os.listdir(entry) if not name.startswith("."))
+    return found
 
 
 def is_safe_weight(name: str) -> bool:
@@ -72,17 +63,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelSourceError(f"File {str(path)!r} cannot be read as JSON: {error}. Download it again.") from None
     return data if isinstance(data, dict) else {}
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_dir():
-                yield entry.name
-            elif FOLDERS_READ.fullmatch(entry.name):
-                yield from (f"{entry.name}/{name}" for name in os.listdir(entry) if not name.startswith("."))
 
 
 @dataclass(frozen=True, slots=True)

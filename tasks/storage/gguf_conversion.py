@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect_huggingface.tasks.storage.exports.exporter import begin_child, peak_memory, report
-from prefect_huggingface.tasks.storage.gguf_files import checkpoint_config, read_file
+from prefect_huggingface.tasks.storage.gguf_files import ROPE_FACTORS, checkpoint_config, read_file, rope_parameters
 from prefect_huggingface.tasks.storage.gguf_tokenizers import ROUND_TRIPS, build_tokenizer, special_tokens
 
 # Names in the checkpoint of the tensors of the model and of each of its layers.
@@ -66,11 +66,12 @@ def save_weights(output: Path, fields: Mapping[str, Any], tensors: list[Any]) ->
     if any(weight.isinf().any() for weight in weights.values()):
         dtype = torch.float32
         weights = _read_weights(tensors, settings, dtype)
-    theta = settings.pop("rope_theta", 10_000.0)
+    rope = rope_parameters(settings, tensors)
+    settings.pop("rope_theta", None)
     config = AutoConfig.for_model(
         **{**settings, "vocab_size": weights["model.embed_tokens.weight"].shape[0]},
         tie_word_embeddings="lm_head.weight" not in weights,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rope_parameters=rope,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[settings["model_type"]]],
         dtype=dtype,
         **{f"{name}_token_id": fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")},
@@ -87,7 +88,7 @@ def _read_weights(tensors: list[Any], settings: Mapping[str, Any], dtype: Any) -
     from gguf import dequantize
 
     weights = {}
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if tensor.name != ROPE_FACTORS):
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if settings["model_type"] == "llama":
             weight = _separate_halves(tensor.name, weight, settings)

@@ -52,6 +52,9 @@ REQUIRED = (
     "attention.layer_norm_rms_epsilon",
 )  # fmt: skip
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Llama 3.1 to 3.3 hold factors of their frequencies, which follow from the largest one and from these settings.
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 MERGE = "Merge the parts with `llama-gguf-split --merge`"
 
 
@@ -160,6 +163,7 @@ def _inspect(path: Path, size: int, mtime_ns: int) -> GGUFSource:
         return _unusable(path, f"it is one of {fields['split.count']} parts", MERGE)
     try:
         _check_architecture(fields, tensors)
+        rope_parameters(checkpoint_config(fields), tensors)
         _check_types(tensors)
         build_tokenizer(fields)
     except ValueError as error:
@@ -201,6 +205,7 @@ def _check_architecture(fields: Mapping[str, Any], tensors: list[Any]) -> None:
             f"its heads have {' and '.join(map(str, sorted(sizes)))} dimensions, and only one size is known"
         )
     found = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
+    found.pop(ROPE_FACTORS, None)  # `rope_parameters` checks them
     rows = found.get("token_embd.weight", (0,))[0]
     if not rows == tokens == config.get("vocab_size", tokens):
         raise ValueError(f"it has {rows} embeddings for a vocabulary of {tokens} tokens")
@@ -235,6 +240,28 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     blocks = {f"blk.{number}.{name}": shape for number in layers for name, shape in layer.items()}
     ends = {"token_embd.weight": (words, hidden), "output_norm.weight": (hidden,), "output.weight": (words, hidden)}
     return {**ends, **blocks}
+
+
+def rope_parameters(config: Mapping[str, Any], tensors: list[Any]) -> dict[str, Any]:
+    """Return how the positions of a file are computed, under the names of `config.json`.
+
+    Raises:
+        ValueError: If it holds other factors of its frequencies than those of Llama 3.
+    """
+    import numpy as np
+
+    theta = float(config.get("rope_theta", 10_000.0))
+    held = next((tensor.data for tensor in tensors if tensor.name == ROPE_FACTORS), None)
+    if held is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    factor = round(float(held.max()), 3)
+    low, high, length = LLAMA3.values()
+    turns = length / (2 * np.pi) * theta ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    expected = 1 / (share + (1 - share) / factor)
+    if held.shape != expected.shape or not np.allclose(held, expected, rtol=1e-3):
+        raise ValueError(f"its tensor {ROPE_FACTORS!r} holds other factors than those of Llama 3.1 to 3.3")
+    return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3}
 
 
 def _check_types(tensors: list[Any]) -> None:

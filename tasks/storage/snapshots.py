@@ -12,11 +12,11 @@ from pathlib import Path
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ModelSourceError
-from prefect_huggingface.tasks.hub_errors import NoWeightsError, PickleOnlyError
+from prefect_huggingface.tasks.hub_errors import PickleOnlyError, UnusableRepositoryError
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
 from prefect_huggingface.tasks.storage.files import hash_file, write_text
-from prefect_huggingface.tasks.storage.folders import find_pointer, is_openvino_folder, is_safe_weight, list_files
-from prefect_huggingface.tasks.storage.hub.cache import Selection, describe_weights
+from prefect_huggingface.tasks.storage.folders import find_pointer, is_openvino_folder, list_files
+from prefect_huggingface.tasks.storage.hub.cache import Selection
 from prefect_huggingface.tasks.storage.hub.client import RepositoryFile
 
 FileState = tuple[int, int, int, int]
@@ -59,14 +59,17 @@ def snapshot_folder(model: LocalModel) -> Snapshot:
     folder = Path(model.model_id)
     if not folder.is_dir():
         raise ModelSourceError(f"Model folder {model.model_id!r} does not exist. Correct `model_id` of the block.")
-    names = list_files(folder)
+    names = _choose_files(model, folder)
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise ModelSourceError(
+            f"File {missing[0]!r} in folder {model.model_id!r} is a link to nothing. Download the model again."
+        )
     pointer = find_pointer(folder, names)
     if pointer is not None:
         raise ModelSourceError(
             f"File {pointer!r} in folder {model.model_id!r} is a pointer of Git LFS in place of its content. "
             "Run `git lfs pull` there, or give the id of the repository as `model_id`."
         )
-    _check_model_files(model, names)
     hashes = hash_files(folder, names, hash_cache_path(model.store_path, folder))
     files = tuple(SnapshotFile(name, state[0], sha256=digest) for name, (state, digest) in hashes.items())
     content = json.dumps([[file.path, file.size, file.sha256] for file in files])
@@ -74,29 +77,33 @@ def snapshot_folder(model: LocalModel) -> Snapshot:
     return Snapshot(repo_id=None, commit=commit, path=folder, files=files)
 
 
-def _check_model_files(model: LocalModel, names: list[str]) -> None:
-    """Refuse a folder that holds no model, or not the kind that the backend loads."""
-    where, is_openvino = f"Folder {model.model_id!r}", is_openvino_folder(names)
-    has_weights = is_openvino or any(is_safe_weight(name) for name in names)
-    has_only_openvino = model.backend == "openvino" or not any(map(is_safe_weight, names))
-    files = sorted(path.name for path in Path(model.model_id).glob("*.gguf"))
-    if files and not has_weights:
-        raise ModelSourceError(f"{where} holds GGUF files. Set `model_id` to one of them: {', '.join(files[:5])}.")
-    if "config.json" not in names and not (is_openvino and has_only_openvino):
-        if "adapter_config.json" in names:
-            raise ModelSourceError(f"{where} {describe_weights(set(names), model.backend)}")
-        raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")
-    backend = model.backend if is_openvino else "torch"
-    selection = Selection(model.model_id, backend, model.allow_pickle, trust_remote_code=False)
+def _choose_files(model: LocalModel, folder: Path) -> list[str]:
+    """Return the files that the model needs, by the same rules as those of a repository of the Hub.
+
+    Raises:
+        ModelSourceError: If the folder holds no model, or not the kind that the backend loads.
+    """
+
+    def read(name: str) -> bytes:
+        with suppress(OSError):
+            return (folder / name).read_bytes()
+        return b""
+
+    names, where = list_files(folder), f"Folder {model.model_id!r}"
+    backend = model.backend if is_openvino_folder(names) else "torch"
+    selection = Selection(model.model_id, backend, model.allow_pickle, model.trust_remote_code)
     try:
-        selection.choose([RepositoryFile(name) for name in names], lambda name: Path(model.model_id, name).read_bytes())
+        chosen = [file.path for file in selection.choose([RepositoryFile(name) for name in names], read)]
     except PickleOnlyError:
         raise ModelSourceError(
             f"{where} holds weights in pickle format only, and loading those can run any code. "
             "Convert them to safetensors, or set `allow_pickle=True` if you trust them."
         ) from None
-    except NoWeightsError as error:
+    except UnusableRepositoryError as error:
         raise ModelSourceError(f"Folder {error.message}") from None
+    if "config.json" not in chosen and not is_openvino_folder(chosen):
+        raise ModelSourceError(f"{where} holds no model, `config.json` is missing. Correct `model_id` of the block.")
+    return chosen
 
 
 def hash_cache_path(store: Path, folder: Path) -> Path:

@@ -18,7 +18,16 @@ from pydantic import SecretStr, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 import prefect_huggingface.blocks
-from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.blocks import (
+    EngineOptions,
+    HuggingFaceCredentials,
+    LocalModel,
+    ModelStore,
+    QuantizationOptions,
+)
+from prefect_huggingface.tasks.engines.openvino_runtime import with_settings
+from prefect_huggingface.tasks.langchain import HuggingFacePipeline
+from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
 
 BLOCKS = [
     block
@@ -117,3 +126,27 @@ def test_a_wrong_saved_value_has_an_error_with_its_location():
     LocalModel.model_construct(model_id="a/b", backend="torch", device="cpu", device_map="auto").save(name)
     with pytest.raises(RuntimeError, match="validation"):
         LocalModel.load(name)
+
+
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "from a form"])
+def test_a_block_with_every_field_set_means_what_it_means_in_code(is_saved):
+    """Prefect saves every field, and a form gives all fields of an opened group, also those that have their default."""
+    model = LocalModel(
+        model_id="a/b", weight_format="int4", quantization=QuantizationOptions(group_size_fallback="error"),
+        engine=EngineOptions(cache_size_gb=1),
+    )  # fmt: skip
+    if is_saved:
+        name = f"test-{uuid.uuid4().hex[:8]}"
+        model.model_copy().save(name)
+        full = LocalModel.load(name)
+    else:
+        full = LocalModel(**model.model_dump())
+    assert full.quantization.model_fields_set > model.quantization.model_fields_set
+    assert resolve_recipe(full, None) == resolve_recipe(model, None)
+    tuned = {"max_num_seqs": 8, "prompt_lookup_tokens": 3, "NUM_STREAMS": 1}
+    assert with_settings(full, tuned).engine == with_settings(model, tuned).engine
+    for settings in ({}, {"max_length": 50}, {"max_new_tokens": 5}, {"temperature": 0.5}):
+        llms = [HuggingFacePipeline(model=each, pipeline_kwargs=settings) for each in (full, model)]
+        assert llms[0].read_call({}, ["x"]) == llms[1].read_call({}, ["x"])
+        assert llms[0].model.chat_template == llms[1].model.chat_template

@@ -24,6 +24,12 @@ def test_an_address_that_is_none_is_refused(endpoint):
         HuggingFaceCredentials(endpoint=endpoint)
 
 
+def test_an_address_of_the_environment_is_checked_too(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    with pytest.raises(ValidationError, match="HF_ENDPOINT .* got 'hf-mirror.com'"):
+        LocalModel(model_id="a/b").get_credentials()
+
+
 def test_the_ambient_token_goes_only_to_the_default_hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_ambient")
     assert HuggingFaceCredentials().get_token() == "hf_ambient"

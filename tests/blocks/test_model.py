@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, ModelStore, QuantizationOptions
+from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,8 @@ from prefect_huggingface.blocks import HuggingFaceCredentials, LocalModel, Model
         ({"dtype": "bfloat16"}, "for the torch backend, got 'bfloat16'"),
         ({"weight_format": "int3"}, "Input should be"),
         ({"weight_format": "int8", "quantization": QuantizationOptions(ratio=0.5)}, "`ratio` is for 4-bit"),
+        ({"quantization": QuantizationOptions(ratio=0.5)}, "`ratio` is for 4-bit .* format 'int8'"),
+        ({"backend": "torch", "quantization": QuantizationOptions(awq=True)}, "`quantization` is for the OpenVINO"),
         ({"backend": "vllm"}, "Input should be"),
         ({"task": "fill-mask"}, "Input should be"),
         ({"max_tokens": 3}, "Extra inputs are not permitted"),
@@ -55,11 +58,11 @@ def test_numbers_name_devices():
     assert LocalModel(model_id="a/b", backend="torch", device=-1).device == "-1"
 
 
-def test_the_weight_format_has_a_default_for_openvino_only():
-    assert LocalModel(model_id="a/b").weight_format == "int8"
-    torch_model = LocalModel(model_id="a/b", backend="torch")
-    assert torch_model.weight_format is None
-    assert LocalModel(**torch_model.model_dump()).weight_format is None
+def test_an_empty_weight_format_is_int8_for_openvino_only():
+    """A form gives a field that nobody touched its default, which must not make a block of torch invalid."""
+    assert resolve_recipe(LocalModel(model_id="a/b"), None).weight_format == "int8"
+    form = {**LocalModel(model_id="a/b").model_dump(), "backend": "torch"}
+    assert LocalModel(**form).weight_format is None
 
 
 def test_a_store_has_an_absolute_path(monkeypatch, tmp_path):

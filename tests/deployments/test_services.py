@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from prefect_huggingface.deployments.defaults import QUESTIONS_VARIABLE
 from prefect_huggingface.deployments.processes import ProcessRecord, ServiceProcess, end_process, start_process
 from prefect_huggingface.deployments.services import LocalServices, main
 from support.browser import BROWSER, DRIVER
@@ -81,6 +83,23 @@ def test_a_damaged_record_is_an_empty_one(tmp_path, content):
     assert LocalServices(tmp_path).services == {}
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_nothing_runs_on_behind_a_removed_environment(tmp_path):
+    def make(target: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-f", str(TESTS.parent / "Makefile"), target]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert make("stop").returncode == 0, "nothing was started"
+    (tmp_path / ".deployments").mkdir()
+    ProcessRecord(tmp_path / ".deployments" / "processes.json").write({})
+    (tmp_path / "build").mkdir()
+    for target in ("stop", "clean"):
+        done = make(target)
+        assert done.returncode != 0
+        assert "make install" in done.stdout
+    assert (tmp_path / "build").is_dir()
+
+
 def test_a_taken_port_is_said_at_once(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -124,8 +143,15 @@ def test_what_runs_already_is_left_alone_and_what_died_comes_back(tmp_path, caps
         first = LocalServices(Path(home)).services
         assert set(first) == {"server", "worker", "model-server"}
 
+        local = LocalServices(Path(home))
+        questions = "/elsewhere/questions.jsonl"
+        (variable,) = local.post("variables/filter", variables={"name": {"any_": [QUESTIONS_VARIABLE]}})
+        changed = httpx.patch(f"{local.address}/api/variables/{variable['id']}", json={"value": questions})
+        changed.raise_for_status()
         main(["start", "--home", home])
         assert "Everything runs already." in capsys.readouterr().out
+        deployed = {each["name"]: each["parameters"] for each in local.post("deployments/filter")}
+        assert deployed["batch-inference"]["source"] == questions
         with pytest.raises(SystemExit, match=f"runs at port {port} already"):
             main(["start", "--home", home, "--port", str(free_port())])
 

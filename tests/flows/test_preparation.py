@@ -6,6 +6,7 @@ from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.flows import prepare_model
 from prefect_huggingface.tasks.errors import ModelSourceError, QualityError
 from prefect_huggingface.tasks.records import Export, Snapshot
+from support.flow_logs import messages_of
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -22,6 +23,23 @@ def test_a_torch_model_is_used_as_it_is(bundled_model):
     prepared = prepare_model(LocalModel(model_id=str(bundled_model), backend="torch"))
     assert isinstance(prepared, Snapshot)
     assert prepared.path == bundled_model
+
+
+@pytest.mark.parametrize(
+    ("fixture", "settings", "said"),
+    [
+        ("tiny_llama", {"backend": "torch"}, "for backend 'openvino', got 'torch'"),
+        ("tiny_openvino", {}, "its source is not here"),
+        ("tiny_openvino", {"task": "image-text-to-text"}, "for models of text"),
+    ],
+)
+def test_what_cannot_be_compared_is_prepared_with_a_warning(request, tmp_path, fixture, settings, said):
+    """The weekly deployment has a least agreement, whatever the block `default` is."""
+    model = LocalModel(model_id=str(request.getfixturevalue(fixture)), store=ModelStore(path=tmp_path), **settings)
+    state = prepare_model(model, min_agreement=0.8, return_state=True)
+    assert state.result().path
+    (warning,) = [line for line in messages_of(state.state_details.flow_run_id) if "`min_agreement` is left" in line]
+    assert said in warning
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

@@ -3,9 +3,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import yaml
 from prefect.artifacts import Artifact
 
 from prefect_huggingface.blocks import ModelStore
+from prefect_huggingface.deployments.defaults import save_default_blocks
+from prefect_huggingface.deployments.services import PREFECT_FILE
 from prefect_huggingface.flows import prune_models
 from prefect_huggingface.tasks.errors import PlanError
 
@@ -24,6 +27,18 @@ def test_a_store_comes_down_to_its_size(tiny_openvino, tmp_path):
     assert report.kept_bytes == 0
     assert not export.exists()
     assert "export" in str(Artifact.get("pruned-models").data)
+
+
+def test_the_weekly_deployment_obeys_the_limit_of_the_block(tiny_openvino, tmp_path):
+    (weekly,) = (each for each in yaml.safe_load(PREFECT_FILE.read_text())["deployments"] if "prune" in each["name"])
+    store = ModelStore(path=tmp_path / "store", max_size_gb=1e-6)
+    export = shutil.copytree(tiny_openvino, store.path / "exports" / tiny_openvino.name)
+    store.save("default", overwrite=True)
+    assert prune_models(**weekly["parameters"]).removed
+    assert not export.exists()
+
+    save_default_blocks("a/b", "questions.jsonl", "answers.jsonl", overwrite=True)
+    assert ModelStore.load("default").max_size_gb == 50
 
 
 def test_a_store_without_a_limit_says_what_to_give(tmp_path):

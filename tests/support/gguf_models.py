@@ -57,7 +57,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture", architecture))
     for name, value in fields.items():
         _add_field(writer, name, value)
-    for name, weight in _weights(checkpoint, config):
+    for name, weight in [*_weights(checkpoint, config), *_rope_factors(checkpoint, config)]:
         kind = gguf.GGMLQuantizationType[quantization if weight.ndim > 1 else "F32"]
         writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -153,3 +153,18 @@ def _weights(checkpoint: Path, config: Mapping[str, Any]) -> list[tuple[str, Any
             weight = weight.reshape(count, 2, rows // count // 2, -1).swapaxes(1, 2).reshape(weight.shape)
         weights.append((f"{short}.{suffix}", weight.astype("float32")))
     return weights
+
+
+def _rope_factors(checkpoint: Path, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the factors of the frequencies of a Llama 3, which stand in GGUF in place of its settings."""
+    import numpy as np
+
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") != "llama3":
+        return []
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(checkpoint), "cpu")
+    plain = rope["rope_theta"] ** -(np.arange(len(scaled)) / len(scaled))
+    return [("rope_freqs.weight", (plain / scaled.numpy()).astype("float32"))]

@@ -139,4 +139,3 @@ def test_the_table_shows_every_format() -> None:
     )
     quality = ExportQuality("org/<b>", "c" * 40, 3, 5.0, 4 * 10**8, entries)
     assert [row["format"] for row in quality_rows(quality)] == ["source (torch)", "int8", "int4"]
-    assert ExportQuality.from_dict(quality.as_dict()) == quality

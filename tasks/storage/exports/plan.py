@@ -26,7 +26,6 @@ from prefect_huggingface.tasks.storage.exports.exporter import LIFTED_LIMITS, LI
 from prefect_huggingface.tasks.storage.exports.recipes import (
     DATASETS,
     EXPORT_TASKS,
-    GROUP_SIZES,
     Recipe,
     export_key,
     installed_version,
@@ -76,8 +75,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 SENTENCEPIECE_FILES = (".model", ".spm")
 # Pre-quantized checkpoints that Optimum converts as they are, with the package that it needs for it.
 QUANTIZED_SOURCES = {"gptq": "gptqmodel", "awq": "gptqmodel", "bitnet": None, "mxfp4": None}
-# Codes of a codebook are of an integer type; the codebook itself is not looked for.
-FOUR_BITS = ("u4", "i4", "nf4", "f4e2m1")
+# Types of weights of four bits, by the formats that they are of. Codes of a codebook are integers; the codebook itself
+# is not looked for.
+FOUR_BITS = {"u4": ("int4", "cb4"), "i4": ("int4", "cb4"), "nf4": ("nf4",), "f4e2m1": ("mxfp4",)}
 EIGHT_BITS = ("u8", "i8", "f8e4m3", "f8e5m2")
 ELEMENT_TYPE = re.compile(rb'element_type="(\w+)"')
 # Python with torch, Transformers, Optimum and NNCF, before there is any model.
@@ -519,11 +519,10 @@ def dataset_of(recipe: Recipe) -> Any:
 
 
 def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
-    """Refuse an OpenVINO model that was not made here and cannot answer.
+    """Refuse an OpenVINO model that was not made here and cannot answer, or not as the block says.
 
     Raises:
-        PlanError: If it has no tokenizer, or attention that the engine computes wrongly, or would have to be quantized
-            a second time.
+        PlanError: If it has no tokenizer, or attention that the engine computes wrongly, or weights in another format.
     """
     names = {file.path for file in snapshot.files}
     wanted = "openvino_tokenizer.xml" if "openvino_model.xml" in names else "tokenizer_config.json"
@@ -537,18 +536,25 @@ def check_openvino_folder(model: LocalModel, snapshot: Snapshot) -> None:
     wrong = check_attention(ExportCase(model, recipe, describe_snapshot(snapshot)))
     if wrong is not None:
         raise PlanError(wrong)
-    # Its weights have lost their precision already, or should be quantized from the checkpoint.
-    found = weight_type(snapshot.path, snapshot.commit) if model.weight_format in GROUP_SIZES else "4 bits"
-    if found != "4 bits":
+    if model.quantization is not None and (given := model.quantization.model_dump(exclude_defaults=True)):
         raise PlanError(
-            f"{model.model_id!r} is an OpenVINO model with weights in {found}, and is not quantized to "
-            f"{model.weight_format!r} again. Set `weight_format='int8'` or None to use it as it is, or give its source."
+            f"{model.model_id!r} is an OpenVINO model and is not quantized again, got `quantization` with "
+            f"{', '.join(given)}. Leave it out, or give its source."
+        )
+    # Defaults say nothing of a model that is there: that of the block, and that of LangChain's classes for vectors.
+    if model.weight_format in (None, "int8", *(["fp32"] if model.task in VECTOR_TASKS else [])):
+        return
+    found, formats = weight_type(snapshot.path, snapshot.commit)
+    if model.weight_format not in formats:
+        raise PlanError(
+            f"{model.model_id!r} is an OpenVINO model with weights in {found}, and is not converted to "
+            f"{model.weight_format!r}. Set `weight_format='int8'` or None to use it as it is, or give its source."
         )
 
 
 @lru_cache(maxsize=64)
-def weight_type(folder: Path, commit: str) -> str:
-    """Return the precision of most large weights of an OpenVINO model: "4 bits", "8 bits" or "full precision".
+def weight_type(folder: Path, commit: str) -> tuple[str, tuple[str, ...]]:
+    """Return the precision of most large weights of an OpenVINO model, in words, and the formats that it may be of.
 
     The commit of its content is there to remember the answer.
     """
@@ -557,9 +563,10 @@ def weight_type(folder: Path, commit: str) -> str:
         path = folder / name
         if path.is_file():
             types |= {found.decode() for found in ELEMENT_TYPE.findall(path.read_bytes())}
-    if types & set(FOUR_BITS):
-        return "4 bits"
-    return "8 bits" if types & set(EIGHT_BITS) else "full precision"
+    for four, formats in FOUR_BITS.items():
+        if four in types:
+            return f"4 bits ({four})", formats
+    return ("8 bits", ()) if types & set(EIGHT_BITS) else ("full precision", ("fp32", "fp16"))
 
 
 def estimate_room(weights: SourceWeights, weight_format: str) -> tuple[int, int, int]:

@@ -98,8 +98,8 @@ def resolve_recipe(model: LocalModel, repo_id: str | None) -> Recipe:
     options = model.quantization or QuantizationOptions()
     weight_format = options.quant_mode or model.weight_format or "int8"
     recommended = chosen = None
-    # Fallbacks and modes leave the choice of the rest.
-    if not options.model_fields_set - {"quant_mode", "group_size_fallback"}:
+    # Fallbacks and modes leave the choice of the rest. Saved blocks and forms set every field, also to its default.
+    if not options.model_dump(exclude_defaults=True).keys() - {"quant_mode", "group_size_fallback"}:
         recommended = chosen = recommended_options(TABLES.get((weight_format, options.quant_mode)), repo_id)
         if chosen is None and (weight_format, options.quant_mode, model.task) == ("int4", None, "text-generation"):
             chosen = INT4_DEFAULT

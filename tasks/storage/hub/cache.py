@@ -36,7 +36,14 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT, default_endpoint
-from prefect_huggingface.tasks.hub_errors import HubError, NoWeightsError, PickleOnlyError, StoreBusyError
+from prefect_huggingface.blocks.store import hugging_face_cache
+from prefect_huggingface.tasks.hub_errors import (
+    HubError,
+    NoWeightsError,
+    PickleOnlyError,
+    StoreBusyError,
+    UnusableRepositoryError,
+)
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
 from prefect_huggingface.tasks.storage.files import has_content, write_text
 from prefect_huggingface.tasks.storage.hub.client import COMMIT, ETAG, DownloadStopped, RepositoryFile
@@ -238,6 +245,7 @@ class Selection:
         Raises:
             NoWeightsError: If there are no weights that the backend can load.
             PickleOnlyError: If there are, but in pickle format, and the block does not allow it.
+            UnusableRepositoryError: If its Python code is in another repository, and not here.
         """
         names = {file.path for file in files}
         if self.backend == ADAPTER:
@@ -246,6 +254,8 @@ class Selection:
         chosen = {n for n in names if _SMALL.fullmatch(n) and not _USELESS.fullmatch(n)} | self._weights(names, read)
         if self.trust_remote_code:
             chosen |= {n for n in names if n.endswith(".py")}
+            if read is not None and "config.json" in names and not any(map(_OPENVINO_MODEL.fullmatch, chosen)):
+                self._check_code(read("config.json"))
         return tuple(sorted((file for file in files if file.path in chosen), key=lambda file: file.path))
 
     def _weights(self, names: set[str], read: Callable[[str], bytes] | None) -> set[str]:
@@ -264,19 +274,33 @@ class Selection:
         return chosen
 
     def _one_format(self, names: set[str], whole: str, index: str, read: Callable[[str], bytes] | None) -> set[str]:
-        """Return the file with all weights, or all its shards with their index, which names them."""
+        """Return the file with all weights, or all its shards with their index, without which nothing loads them."""
         if whole in names:
             return {whole}
-        if index in names and read is not None and (named := set(read_index(read(index)).values())):
+        if index not in names:
+            return set()
+        if read is not None and (named := set(read_index(read(index)).values())):
             self._refuse_missing(named - names)
             return named | {index}
+        # Who has no access yet may not read the index: the names of the shards tell how many there are.
         shards = {n for n in names if _SHARD.fullmatch(n) and n.endswith(Path(whole).suffix)}
         for match in filter(None, map(_SHARD.fullmatch, sorted(shards))):
             first, last = match.span(1)
             for number in range(1, min(int(match[2]), 10_000) + 1):
                 wanted = f"{match.string[:first]}{number:0{last - first}d}{match.string[last:]}"
                 self._refuse_missing({wanted} - names)
-        return shards | ({index} & names) if shards else set()
+        return shards | {index} if shards else set()
+
+    def _check_code(self, config: bytes) -> None:
+        """Refuse code of another repository that is not here: Transformers would only look for it in its cache."""
+        for other in foreign_code(config):
+            cache = hugging_face_cache()
+            if not RepositoryFolder(cache, other).path.is_dir():
+                text = (
+                    f"{self.repo_id!r} needs the Python code of another repository, {other!r}, which is not in "
+                    f"{str(cache)!r}. If you trust it, run `hf download {other} --include '*.py'` once."
+                )
+                raise UnusableRepositoryError(text, repo_id=self.repo_id)
 
     def _refuse_missing(self, missing: set[str]) -> None:
         if missing:
@@ -284,7 +308,7 @@ class Selection:
             raise NoWeightsError(text, repo_id=self.repo_id)
 
     def _no_weights(self, names: set[str]) -> HubError:
-        if any(_ANY_PICKLE.fullmatch(n) and not _OPENVINO.fullmatch(n) for n in names):
+        if not self.allow_pickle and any(_ANY_PICKLE.fullmatch(n) and not _OPENVINO.fullmatch(n) for n in names):
             text = (
                 f"{self.repo_id!r} holds weights in pickle format only, which can run code. "
                 "Choose a revision with safetensors, or set `allow_pickle` on the block."
@@ -302,7 +326,7 @@ def describe_weights(names: set[str], backend: str) -> str:
     if backend == "torch" and any(_OPENVINO_MODEL.fullmatch(name) for name in names):
         return "holds an OpenVINO model. Set `backend='openvino'` to run it."
     if gguf := [name for name in found if name.lower().endswith(".gguf")]:
-        return f"holds GGUF files. Download one, {gguf[0]!r} say, and set `model_id` to its path."
+        return f"holds GGUF files. Set `model_id` to one of them: {', '.join(gguf[:5])}. It must be on this machine."
     if any(name.startswith("consolidated") for name in other):
         return (
             f"holds its weights in Mistral's own format only ({other[0]!r}), which Transformers does not load. "
@@ -316,6 +340,16 @@ def describe_weights(names: set[str], backend: str) -> str:
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names if "." in name})[:8]
     wanted = "OpenVINO or safetensors" if backend == "openvino" else "safetensors"
     return f"holds no {wanted} weights for the backend {backend!r}, only {suffixes!r}. Choose another model."
+
+
+def foreign_code(config: bytes) -> list[str]:
+    """Return the other repositories that hold Python code of a model, by its configuration."""
+    try:
+        named = json.loads(config)["auto_map"].values()
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []
+    references = [one for value in named for one in (value if isinstance(value, list) else [value])]
+    return sorted({str(one).partition("--")[0] for one in references if "--" in str(one)})
 
 
 def read_index(content: bytes) -> dict[str, str]:
@@ -537,12 +571,12 @@ def _repositories(store: ModelStore) -> Iterator[RepositoryFolder]:
 def _snapshots(folder: RepositoryFolder) -> Iterator[StoredSnapshot]:
     if not (folder.path / "downloaded").is_dir():
         return
-    marks = {place.name: set(os.listdir(place)) for place in (folder.path / "downloaded").glob("*")}
     contents = {place: _files_of(folder, place) for place in sorted((folder.path / "snapshots").glob("*"))}
     with_manifest = {manifest.commit for manifest in manifests_of(folder)}
     for place, files in contents.items():
         others = {name for other, more in contents.items() if other != place for name, _ in more.values()}
-        own = {name: size for name, size in files.values() if name in marks.get(place.name, ())}
+        marks = _marks(folder, place.name)
+        own = {name: size for name, size in files.values() if name in marks}
         if not own:
             continue
         yield StoredSnapshot(
@@ -558,8 +592,16 @@ def _snapshots(folder: RepositoryFolder) -> Iterator[StoredSnapshot]:
         )
 
 
+def _marks(folder: RepositoryFolder, commit: str) -> set[str]:
+    """Return the names of the contents that this library has downloaded for a snapshot."""
+    return {mark.name for mark in (folder.path / "downloaded" / commit).glob("*")}
+
+
 def _files_of(folder: RepositoryFolder, place: Path) -> dict[str, tuple[str, int]]:
-    """Return the name of the blob and the size of each file of a snapshot. Copies have the names of a manifest."""
+    """Return the name of the blob and the size of each file of a snapshot. Copies have the names of a manifest.
+
+    A file that is neither, of another tool or a person, has an empty name.
+    """
     found: dict[str, tuple[str, int]] = {}
     known: dict[str, str] | None = None
     for file in sorted(place.rglob("*")):
@@ -598,8 +640,8 @@ def remove_snapshot(snapshot: StoredSnapshot) -> int:
 
 def _remove(folder: RepositoryFolder, snapshot: StoredSnapshot) -> int:
     """Remove the proof of completeness first and the contents last, so that no state between is taken for whole."""
-    files = _files_of(folder, snapshot.path)
-    own = {path: name for path, (name, _) in files.items() if folder.mark(snapshot.commit, name).exists()}
+    files, marks = _files_of(folder, snapshot.path), _marks(folder, snapshot.commit)
+    own = {path: name for path, (name, _) in files.items() if name in marks}
     for manifest in (folder.path / "manifests").glob(f"{snapshot.commit}-*.json"):
         manifest.unlink(missing_ok=True)
     if len(own) == len(files):

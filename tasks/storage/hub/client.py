@@ -56,6 +56,8 @@ DEFAULT_REVISION = "main"
 LARGEST_PAGE_COUNT = 1000
 # What Git allows in the name of a branch or tag; it becomes part of a path.
 _REVISION = re.compile(r"(?![/.-])(?!.*(?:\.\.|//|/\.|@\{))[^\s\x00-\x1f\x7f\\~^:?*\[]{1,200}(?<![/.])(?<!\.lock)")
+# Control characters, halves of characters, and what separates folders and drives on Windows.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\:]")
 _UNIMPORTANT = (".gitattributes", ".gitignore", "README.md")
 
 
@@ -348,7 +350,7 @@ def check_revision(revision: str | None, repo_id: str) -> str:
 
 
 def resolve(hub: HubConnection, revision: str, retry: RetryPolicy) -> RepositoryState:
-    """Ask which commit a revision is and what it holds.
+    """Ask which commit a revision is and what it holds. Files whose names could lead out of the store are left out.
 
     Raises:
         HubError: If the Hub cannot tell, or its answer is unsafe.
@@ -359,9 +361,10 @@ def resolve(hub: HubConnection, revision: str, retry: RetryPolicy) -> Repository
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
         text = f"{hub.endpoint!r} names {commit!r} as the commit of {revision!r}. Use another Hub address."
         raise UntrustedHubError(text, **about.fields())
-    files = tuple(_listed_files(info)) or tuple(_tree_files(hub, commit, retry))
-    for file in files:
+    listed = tuple(_listed_files(info)) or tuple(_tree_files(hub, commit, retry))
+    for file in listed:
         _check_file(file, about)
+    files = tuple(file for file in listed if _is_safe(file.path))
     if all(file.path in _UNIMPORTANT for file in files):
         text = f"{hub.repo_id!r} holds no files at {revision!r}. Choose another model or revision."
         raise EmptyRepositoryError(text, **about.fields())
@@ -388,22 +391,25 @@ def _tree_files(hub: HubConnection, commit: str, retry: RetryPolicy) -> Iterator
 
 
 def _check_file(file: RepositoryFile, about: RequestContext) -> None:
-    """Refuse names and hashes that could lead out of the store. Git itself allows none of them."""
-    path = file.path
-    parts = PurePosixPath(path).parts if isinstance(path, str) else ()
-    safe = (
+    """Refuse a description that no Hub gives; a hash could lead out of the store."""
+    size_is_sane = file.size is None or (isinstance(file.size, int) and file.size >= 0)
+    hash_is_sane = file.blob_name is None or ETAG.fullmatch(file.blob_name)
+    if not isinstance(file.path, str) or not size_is_sane or not hash_is_sane:
+        text = f"{about.endpoint!r} lists a file with a wrong size or hash: {file.path!r}. Use another Hub address."
+        raise UntrustedHubError(text, **about.fields())
+
+
+def _is_safe(path: str) -> bool:
+    """Return whether a path stays within the store and can be written by every system. Logs of runs often cannot."""
+    parts = PurePosixPath(path).parts
+    return (
         bool(parts)
         and "/".join(parts) == path
         and ".." not in parts
         and not path.startswith("/")
-        and path.isprintable()
-        and not re.search(r"[\\:]", path)
+        and not _UNSAFE.search(path)
         and all(len(part.encode()) <= 255 for part in parts)
     )
-    size_is_sane = file.size is None or (isinstance(file.size, int) and file.size >= 0)
-    if not safe or not size_is_sane or (file.blob_name is not None and not ETAG.fullmatch(file.blob_name)):
-        text = f"{about.endpoint!r} lists a file with an unsafe name or hash: {path!r}. Use another Hub address."
-        raise UntrustedHubError(text, **about.fields())
 
 
 def _licence(info: ModelInfo) -> str | None:

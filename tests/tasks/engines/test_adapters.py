@@ -236,13 +236,15 @@ def _with_head(folder: Path) -> None:
         (_configured(use_dora=True), "`use_dora`"),
         (_configured(modules_to_save=["lm_head"]), "`modules_to_save`"),
         (_configured(bias="all"), "`bias`"),
+        (_configured(init_lora_weights="pissa_niter_4"), "`init_lora_weights='pissa_niter_4'`"),
+        (_configured(init_lora_weights="OLoRA"), "`init_lora_weights='OLoRA'`"),
+        (_configured(alora_invocation_tokens=[1, 2]), "`alora_invocation_tokens`"),
         (_narrower, "has the shape"),
         (_renamed, "query"),
         (_with_head, "lm_head"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"none"), "not in safetensors format"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not JSON"),
     ],
-    ids=["no config", "no weights", "kind", "dora", "modules", "bias", "narrow", "renamed", "head", "damaged", "json"],
 )
 def test_what_does_not_fit_is_refused(
     change: Any, said: str, tmp_path: Path, adapter: Path, adapted_model: Any, monkeypatch: pytest.MonkeyPatch

@@ -153,7 +153,7 @@ def test_quantization_of_the_chat_tutorial() -> None:
 @pytest.mark.parametrize(
     ("model_kwargs", "weight_format", "quantization"),
     [
-        ({}, "int8", None),
+        ({}, None, None),
         ({"load_in_8bit": True}, "int8", None),
         ({"load_in_8bit": False}, "fp32", None),
         ({"load_in_4bit": True}, "int4", None),
@@ -166,7 +166,9 @@ def test_quantization_of_the_chat_tutorial() -> None:
         ({"quantization_config": {"bits": 4, "quant_method": "awq"}}, "int4", QuantizationOptions(awq=True)),
     ],
 )
-def test_weights_of_an_openvino_export(model_kwargs: dict[str, Any], weight_format: str, quantization: Any) -> None:
+def test_weights_of_an_openvino_export(
+    model_kwargs: dict[str, Any], weight_format: str | None, quantization: Any
+) -> None:
     model = read(backend="openvino", model_kwargs=model_kwargs).model
     assert (model.weight_format, model.quantization) == (weight_format, quantization)
 

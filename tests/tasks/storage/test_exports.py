@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from prefect_huggingface.blocks import LocalModel, ModelStore
+from prefect_huggingface.blocks import LocalModel, ModelStore, QuantizationOptions
 from prefect_huggingface.tasks.errors import ExportError, ModelSourceError, PlanError
+from prefect_huggingface.tasks.exports import plan_model
 from prefect_huggingface.tasks.records import Snapshot
 from prefect_huggingface.tasks.storage import snapshots
 from prefect_huggingface.tasks.storage.exports.plan import describe_snapshot, make_plan
@@ -173,8 +174,48 @@ def test_int4_of_an_int8_export_is_refused(exported: LocalModel, tmp_path: Path)
     model = LocalModel(
         model_id=str(get_export(exported).path), weight_format="int4", store=ModelStore(path=tmp_path / "store")
     )
-    with pytest.raises(PlanError, match="8 bits.*not quantized to 'int4' again"):
+    with pytest.raises(PlanError, match="8 bits.*not converted to 'int4'"):
         get_export(model)
+
+
+AWQ = QuantizationOptions(awq=True)
+ALL_DEFAULTS = QuantizationOptions(**QuantizationOptions().model_dump())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("u4", {"weight_format": "int4"}, None),
+        ("u4", {"weight_format": "int8"}, None),
+        ("u4", {"weight_format": None, "quantization": ALL_DEFAULTS}, None),
+        ("i4", {"weight_format": "cb4"}, None),
+        ("nf4", {"weight_format": "nf4"}, None),
+        ("f4e2m1", {"weight_format": "mxfp4"}, None),
+        ("f32", {"weight_format": "fp16"}, None),
+        ("u4", {"weight_format": "fp32"}, "4 bits.*not converted to 'fp32'"),
+        ("u4", {"weight_format": "mxfp4"}, "4 bits.*not converted to 'mxfp4'"),
+        ("nf4", {"weight_format": "int4"}, "nf4.*not converted to 'int4'"),
+        ("u8", {"weight_format": "fp16"}, "8 bits.*not converted to 'fp16'"),
+        ("f32", {"weight_format": "int4"}, "full precision.*not converted to 'int4'"),
+        ("u4", {"weight_format": "int4", "quantization": AWQ}, "not quantized again, got `quantization` with awq"),
+    ],
+)
+def test_an_openvino_folder_is_what_the_block_says_or_refused(
+    tmp_path: Path, kind: str, settings: dict[str, Any], said: str | None
+) -> None:
+    graph = f'<net><data element_type="{kind}"/></net>'
+    files = {"openvino_model.xml": graph, "config.json": '{"model_type": "llama"}'}
+    files |= dict.fromkeys(("openvino_model.bin", "openvino_tokenizer.xml", "openvino_tokenizer.bin"), "")
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    model = LocalModel(model_id=str(tmp_path), store=ModelStore(path=tmp_path / "store"), **settings)
+    if said is None:
+        assert get_export(model).path == tmp_path
+    else:
+        with pytest.raises(PlanError, match=said):
+            get_export(model)
+        with pytest.raises(PlanError, match=said):
+            plan_model(model)
 
 
 def test_a_store_that_cannot_be_written_to_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:
@@ -187,7 +228,6 @@ def test_a_store_that_cannot_be_written_to_is_an_error(tiny_llama: Path, tmp_pat
 def test_a_lock_that_is_held_too_long_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    from prefect_huggingface.tasks.exports import plan_model
     from prefect_huggingface.tasks.storage.exports.store import lock_path
 
     model = LocalModel(model_id=str(tiny_llama), store=ModelStore(path=tmp_path, lock_timeout_seconds=0.2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,35 @@ def test_other_architectures_are_their_sources(architecture: str, tmp_path: Path
     with torch.inference_mode():
         folders = (source, tmp_path / "made")
         expected, got = (AutoModelForCausalLM.from_pretrained(each)(ids).logits for each in folders)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("factor", "is_known"), [(8.0, True), (32.0, True), (16.0, False)])
+def test_positions_of_llama_3_are_those_of_the_source(
+    factor: float, is_known: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    # Another length in training gives factors that no setting in the file tells.
+    config["rope_parameters"] = {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192 if is_known else 4096,
+    }  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config))
+    path = write_gguf(tmp_path / "model.gguf", source)
+    if not is_known:
+        assert "holds other factors than those of Llama 3.1 to 3.3" in problem_of(path, tmp_path / "store")
+        return
+    assert describe_gguf(LocalModel(model_id=str(path))).problem is None
+    save_weights(tmp_path / "made", *read_file(path))
+    ids, positions = torch.arange(3, 40)[None], torch.arange(37)[None] * 1000
+    with torch.inference_mode():
+        folders = (source, tmp_path / "made")
+        models = [AutoModelForCausalLM.from_pretrained(each) for each in folders]
+        expected, got = (model(ids, position_ids=positions).logits for model in models)
     torch.testing.assert_close(got, expected)
 
 

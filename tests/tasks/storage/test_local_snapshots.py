@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -56,6 +57,33 @@ def test_documentation_changes_nothing(folder: Path) -> None:
     (folder / ".cache" / "x.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     assert snapshot_of(folder).commit == before.commit
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_what_is_never_loaded_is_neither_counted_nor_read(folder: Path, backend: str) -> None:
+    before = snapshot_of(folder, backend=backend)
+    never = ["consolidated.safetensors", "model.fp16.safetensors", "model-00001-of-00009.safetensors", "model.onnx"]
+    for name in [*never, "tf_model.h5", "optimizer.pt", "trainer_state.json", "modeling_own.py"]:
+        (folder / name).write_bytes(b"x" * 1000)
+    (folder / "consolidated.00.pth").symlink_to(folder / "nothing")
+    after = snapshot_of(folder, backend=backend)
+    assert after == before
+    trusted = snapshot_of(folder, backend=backend, trust_remote_code=True)
+    assert {file.path for file in trusted.files} - {file.path for file in after.files} == {"modeling_own.py"}
+
+
+def test_code_of_another_repository_is_asked_for_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "org/code--configuration.Own", "AutoTokenizer": [None, "org/code--own.Fast"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert snapshot_of(folder).files, "an architecture that Transformers has needs no code"
+    with pytest.raises(ModelSourceError, match="another repository, 'org/code', .* run `hf download org/code"):
+        snapshot_of(folder, trust_remote_code=True)
+    (tmp_path / "cache" / "models--org--code").mkdir(parents=True)
+    assert snapshot_of(folder, trust_remote_code=True).files
 
 
 def test_links_are_followed(folder: Path, tmp_path: Path) -> None:

@@ -229,6 +229,12 @@ def test_a_long_wait_is_not_slept_but_told(hub, tmp_path, headers):
     assert "1800 seconds" in str(error)
 
 
+@pytest.mark.parametrize("place", ["api", "resolve", "cdn"])
+def test_a_failure_within_the_rate_limit_is_tried_again_at_once(hub, tmp_path, place):
+    hub.fault("status", place, status=503, headers={"RateLimit": '"api";r=489;t=189'})
+    check_recovery(hub, tmp_path)
+
+
 def test_the_date_of_retry_after_is_understood(hub, tmp_path):
     when = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600))
     hub.fault("status", "api", status=503, headers={"Retry-After": when})
@@ -253,7 +259,7 @@ def test_an_address_that_has_always_expired_is_an_error(hub, tmp_path):
 
 def test_one_failure_stops_the_other_files_soon(hub, tmp_path):
     shards = {f"model-0000{n}-of-00002.safetensors": b"x" * SIZE for n in (1, 2)}
-    hub.create("org/model", {**shards, "config.json": b"{}"})
+    hub.create("org/model", {**shards, "config.json": b"{}", "model.safetensors.index.json": b"{}"})
     hub.fault("stall_body", path="00001", after=MEGABYTE, times=None)
     hub.fault("status", "resolve", path="/config.json", status=403, times=None)
     with pytest.raises(AccessDeniedError):

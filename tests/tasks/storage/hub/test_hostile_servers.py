@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
-from prefect_huggingface.tasks.hub_errors import CorruptFileError, HubError, UntrustedHubError
+from prefect_huggingface.tasks.hub_errors import CorruptFileError, HubError, NoWeightsError, UntrustedHubError
 from prefect_huggingface.tasks.storage.hub.download import fetch_snapshot
-from support.hub_models import hub_model, model_files
+from support.hub_models import check_snapshot, hub_model, model_files
 from support.hub_repositories import Repository, store_file
 
 EVIL_PATHS = [
     "../../evil.txt", "/tmp/evil.json", "a/../../evil.json", "..\\evil.json", "C:\\evil.json", "./config.json",
     "a//b.json", "evil\x00.json", "evil\n.json", "..", "", "a/./b.json", "x" * 300 + ".json",
+    "runs/10:00:00/evil.json", "runs/a\\evil.json",
 ]  # fmt: skip
 EVIL_ETAGS = ['"../../../../evil"', '"/tmp/evil"', '"abc"', '"' + "g" * 40 + '"', '"' + "A" * 64 + '"', 'W/"x"', '""']
 
@@ -23,13 +25,34 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("path", EVIL_PATHS)
-def test_an_unsafe_path_is_refused_before_anything_is_written(hub, tmp_path, path):
+def test_a_file_with_an_unsafe_path_is_never_fetched(hub, tmp_path, path):
+    """Such names are often innocent, those of logs for instance, and the rest of the repository is of use."""
     repository = hub.create("org/model", model_files(1000))
     repository.commits[repository.references["main"]][path] = store_file("evil.json", b"{}")
-    with pytest.raises(UntrustedHubError, match="unsafe name"):
+    store = tmp_path / "a" / "b" / "store"
+    check_snapshot(fetch_snapshot(hub_model(hub, store)).path, model_files(1000))
+    assert not [p for p in everything(tmp_path) if "evil" in str(p)]
+    assert {p.parts[:3] for p in everything(tmp_path) if len(p.parts) > 2} == {("a", "b", "store")}
+    assert not [r for r in hub.journal.requests if "evil" in r.path]
+
+
+@pytest.mark.parametrize("path", ["../evil.safetensors", "evil\n.safetensors"])
+def test_a_part_of_the_weights_with_an_unsafe_path_is_refused_before_anything_is_written(hub, tmp_path, path):
+    index = json.dumps({"weight_map": {"weight": path}}).encode()
+    files = {**model_files(1000), "model.safetensors.index.json": index}
+    del files["model.safetensors"]
+    repository = hub.create("org/model", files)
+    repository.commits[repository.references["main"]][path] = store_file("evil.safetensors", b"{}")
+    with pytest.raises(NoWeightsError, match="lacks"):
         fetch_snapshot(hub_model(hub, tmp_path / "a" / "b" / "store"))
     assert not [p for p in everything(tmp_path) if "evil" in str(p) or "models--" in str(p)]
-    assert {r.place for r in hub.journal.requests} == {"api"}
+
+
+@pytest.mark.parametrize("name", ["smile\U0001f468\u200d\U0001f4bb.json", "no\u00a0break.json"])
+def test_a_name_with_characters_that_are_not_printable_is_one_as_any_other(hub, tmp_path, name):
+    files = {**model_files(1000), name: b"{}"}
+    hub.create("org/model", files)
+    check_snapshot(fetch_snapshot(hub_model(hub, tmp_path)).path, files)
 
 
 @pytest.mark.parametrize("etag", EVIL_ETAGS)

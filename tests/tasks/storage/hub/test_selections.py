@@ -76,6 +76,13 @@ def test_the_whole_model_is_preferred_to_its_shards():
     assert choose(names) == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("shards", [SHARDS, PICKLES[:2]])
+def test_shards_without_the_index_that_loads_them_are_refused(shards):
+    with pytest.raises(NoWeightsError) as caught:
+        choose(["config.json", *shards], allow_pickle=True)
+    assert type(caught.value) is NoWeightsError
+
+
 def choose_by_index(names, shards):
     index = json.dumps({"weight_map": {f"layer.{number}": shard for number, shard in enumerate(shards)}}).encode()
     files = [RepositoryFile(name) for name in ["config.json", "model.safetensors.index.json", *names]]

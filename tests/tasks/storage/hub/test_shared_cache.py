@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 
 from prefect_huggingface.blocks import Adapter, LocalModel, ModelStore
-from prefect_huggingface.tasks.hub_errors import NoWeightsError, OfflineError
+from prefect_huggingface.tasks.hub_errors import NoWeightsError, OfflineError, UnusableRepositoryError
 from prefect_huggingface.tasks.storage.adapters import pin_adapters
 from prefect_huggingface.tasks.storage.eviction import evict, list_models
 from prefect_huggingface.tasks.storage.hub.cache import list_snapshots
@@ -85,6 +85,18 @@ def test_code_is_asked_for_only_where_the_model_is_code(hub, cache, own_code):
         assert fetch_snapshot(asked).files
 
 
+def test_code_of_another_repository_is_asked_for_before_anything_is_downloaded(hub, cache):
+    config = {"auto_map": {"AutoModel": "org/code--modeling_own.Own"}}
+    hub.create("org/model", {**model_files(1000), "config.json": json.dumps(config).encode()})
+    hub.create("org/code", {"modeling_own.py": b"x = 1"})
+    asked = model(trust_remote_code=True)
+    with pytest.raises(UnusableRepositoryError, match="'org/code', .* run `hf download org/code --include"):
+        fetch_snapshot(asked)
+    assert not list(cache.glob("models--*"))
+    snapshot_download("org/code", endpoint=hub.endpoint, cache_dir=cache, token=False, allow_patterns="*.py")
+    assert fetch_snapshot(asked).files
+
+
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_the_offline_variables_of_the_client_mean_offline(hub, cache, repository, monkeypatch, variable):
     path = download_elsewhere(hub, cache)
@@ -156,6 +168,14 @@ def test_only_what_was_downloaded_here_is_listed_and_removed(hub, cache, reposit
     assert all(file.exists() for file in path.iterdir())
     assert scan_cache_dir(cache).warnings == []
     assert download_elsewhere(hub, cache, allow_patterns=["config.json"], local_files_only=True) == path
+
+
+def test_a_file_that_somebody_puts_into_a_snapshot_stays(hub, cache, repository):
+    notes = fetch_snapshot(model()).path / "notes.txt"
+    notes.write_text("of a person")
+    assert evict(ModelStore(), 0).freed_bytes > MEGABYTE
+    assert [file.name for file in notes.parent.iterdir()] == ["notes.txt"]
+    assert notes.read_text() == "of a person"
 
 
 def test_a_snapshot_of_another_tool_keeps_the_blob_that_it_shares(hub, cache, repository):
