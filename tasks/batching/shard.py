@@ -205,7 +205,7 @@ class _StopCheck:
 def _read_unfinished(job: BatchJob, shard: Shard, should_stop: Callable[[], bool]) -> Iterator[FeedChunk]:
     """Yield the chunks of a shard with what earlier runs have finished of them."""
     sweep = JournalRows(shard.owner.journal, job.key)
-    for chunk in read_chunks(job.table, shard.rows):
+    for chunk in read_chunks(job.table, shard.rows, each=True):
         if should_stop():
             return
         known = []

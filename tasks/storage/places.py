@@ -117,9 +117,14 @@ class Place:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def version(self) -> str:
-        """Return what a remote store says of the content, such as an ETag; nothing for a local file."""
+        """Return what a store says of the content, such as an ETag; of a local file its size and its time.
+
+        Raises:
+            FileNotFoundError: If there is no file.
+        """
         if self.is_local:
-            return ""
+            found = os.stat(self.url)  # the inode is not the same on all machines that share a folder
+            return f"{found.st_size} bytes, {found.st_mtime_ns // 1000}"
         system, path = _file_system(self.url, is_fresh=True)
         if self.url.startswith(("http://", "https://")):  # fsspec takes what is there for unchangeable
             found = system.info(path)

@@ -87,7 +87,7 @@ class TableFile:
         layout: How it is read where that is not the usual way: compression, encoding, delimiter, partition and so on.
         marks: Row number, line number and byte offset of some rows, to start reading there.
         bad_rows: Number of rows that cannot be read.
-        version: What a remote store says of the content, such as its ETag.
+        version: What its store says of the content, see `Place.version`.
     """
 
     url: str
@@ -210,7 +210,8 @@ def inspect_table(
         layout |= {"partition": partition} if (partition := _partition_of(root, place)) else {}
         readers.append(open_reader(place, found, layout))
         try:
-            files.append(replace(readers[-1].inspect(types), version=place.version()))
+            version = place.version()
+            files.append(replace(readers[-1].inspect(types), version=version))
         except TableError:
             raise
         except Exception as exc:
@@ -287,27 +288,43 @@ def check_unchanged(table: Table) -> None:
         TableError: If one has changed.
     """
     for file in table.files:
-        place = Place(file.url)
-        if (place.digest() != file.digest) if place.is_local else (place.version() != file.version):
-            raise TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
+        _check_version(file)
+        if (place := Place(file.url)).is_local and place.digest() != file.digest:
+            raise _changed(file)
 
 
-def read_chunks(table: Table, rows: Rows | None = None) -> Iterator[Chunk]:
+def _check_version(file: TableFile) -> None:
+    try:
+        is_same = Place(file.url).version() == file.version
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
+        raise _changed(file)
+
+
+def _changed(file: TableFile) -> TableError:
+    return TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
+
+
+def read_chunks(table: Table, rows: Rows | None = None, each: bool = False) -> Iterator[Chunk]:
     """Yield the rows of a table: all, those of a range, or some that were drawn, of which each is a chunk.
+
+    That a file has not changed is checked at its end, or with `each` before each chunk is yielded, so that no row is
+    ever of another content than that which was looked at.
 
     Raises:
         TableError: If a file has changed since it was looked at.
     """
     rows = range(table.rows) if rows is None else rows
     if isinstance(rows, range):
-        yield from _read_range(table, rows)
+        yield from _read_range(table, rows, each)
         return
-    for chunk in _read_range(table, range(rows[0], rows[-1] + 1)):
+    for chunk in _read_range(table, range(rows[0], rows[-1] + 1), each):
         for row in rows[bisect_left(rows, chunk.first) : bisect_left(rows, chunk.first + len(chunk))]:
             yield chunk.part(row, row + 1)
 
 
-def _read_range(table: Table, rows: range) -> Iterator[Chunk]:
+def _read_range(table: Table, rows: range, each: bool) -> Iterator[Chunk]:
     from prefect_huggingface.tasks.storage.tables.readers import open_reader
 
     offset = 0
@@ -315,12 +332,19 @@ def _read_range(table: Table, rows: range) -> Iterator[Chunk]:
         low, high = max(rows.start - offset, 0), min(rows.stop - offset, file.rows)
         if low < high:
             expected = low
-            for chunk in open_reader(Place(file.url), table.format, file.layout).read(file, low, high):
-                expected = chunk.first + len(chunk)
-                chunk.first += offset
-                yield chunk
+            try:
+                for chunk in open_reader(Place(file.url), table.format, file.layout).read(file, low, high):
+                    if each:
+                        _check_version(file)
+                    expected = chunk.first + len(chunk)
+                    chunk.first += offset
+                    yield chunk
+            except Exception:  # that of a reader who finds another file
+                _check_version(file)
+                raise
+            _check_version(file)
             if expected != high:
-                raise TableError(f"{file.url!r} has changed while it was read. Start again with a file that stays.")
+                raise _changed(file)
         offset += file.rows
 
 

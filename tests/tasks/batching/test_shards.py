@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
@@ -19,6 +23,7 @@ from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.records import Completion
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import read_chunks
 from support.instant_engines import InstantEngine
 from support.journals import claim_journal
@@ -198,6 +203,47 @@ def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="has changed since the batch began"):
         batch.publish()
     assert not batch.destination.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "memory"])
+def test_no_row_is_asked_of_an_input_that_changed_meanwhile(tmp_path: Path, suffix: str, moment: str) -> None:
+    """Put back, as the error says, it gives what it would have given without the change."""
+    rows = 5000
+
+    def write(word: str) -> None:
+        table = pa.table({"country": [f"{word} {index}" for index in range(rows)]})
+        if suffix in ("jsonl", "memory"):
+            lines = "".join(f"{json.dumps(row)}\n" for row in table.to_pylist())
+            Place.of(source).write(lines.encode())
+        else:
+            (pa.csv.write_csv if suffix == "csv" else pa.parquet.write_table)(table, source)
+
+    class Writer(InstantEngine):
+        def submit(self, *arguments: Any) -> Any:
+            if not written:
+                written.append(write("City"))
+            return super().submit(*arguments)
+
+    source = f"memory://changes/{tmp_path.name}.jsonl" if suffix == "memory" else str(tmp_path / f"in.{suffix}")
+    write("Land")
+    written = [] if moment == "meanwhile" else [write]
+    output = plan_output(source, str(tmp_path / "out.jsonl"))
+    journal, job = Journal.beside(output.destination), plan_job(source, PROMPT)
+    run = open_run(claim_journal(journal), job)
+    if moment == "before":
+        write("City")
+    with pytest.raises(TableError, match="has changed since the batch began"):
+        process_shard([Writer()], run.shards[0])
+    write("Land")
+    job = plan_job(source, PROMPT)
+    process_shard([InstantEngine()], open_run(claim_journal(journal), job).shards[0])
+    publish_output(job, claim_journal(journal), output)
+    answers = [json.loads(line) for line in Path(output.destination).read_text().splitlines()]
+    prompts = [f"What is the capital of Land {index}?" for index in range(rows)]
+    assert [each["completion"] for each in answers] == [
+        hashlib.sha256(prompt.encode()).hexdigest()[:12] for prompt in prompts
+    ]
 
 
 def test_shards_cover_all_rows_and_none_is_tiny() -> None:
