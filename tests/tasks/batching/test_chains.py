@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, describe_models, list_models, plan_job
+from prefect_huggingface.tasks.batching.job import (
+    OUTPUT_COLUMNS,
+    BatchJob,
+    BatchOptions,
+    describe_models,
+    list_models,
+    plan_job,
+)
 from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import get_status, open_run
 from prefect_huggingface.tasks.batching.shard import ShardResult, process_shard
@@ -90,6 +97,21 @@ def test_each_row_goes_through_the_chain_without_waiting_for_others(tmp_path: Pa
     ]  # fmt: skip
     assert (rows[0]["prompt_tokens"], rows[0]["generated_tokens"], rows[0]["status"]) == (15, 9, "ok")
     assert get_status(str(batch.destination)).finished == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_steps_may_be_named_as_what_the_journal_keeps(tmp_path: Path, suffix: str) -> None:
+    names = [name for name in (*ResultRow._fields, "epoch", "completion_0") if name not in OUTPUT_COLUMNS[1:]]
+    steps = [{"name": name, "prompt": f"{name} of {{text}}"} for name in names]
+    batch = Batch(tmp_path, ["Ann", "broken"], steps, suffix)
+    batch.run(engine())
+    rows = batch.publish()
+    assert [rows[0][name] for name in names] == [f"{name} of Ann" for name in names]
+    assert not any(rows[1][name] for name in names)
+    publication = publish_output(batch.job, claim_journal(batch.journal), batch.output, replaceable=True)
+    assert [sample["row"] for sample in publication.samples] == [0, 1]
+    assert publication.samples[0]["details"] == "details of Ann"
+    assert [(failure["row"], failure["status"]) for failure in publication.failures] == [(1, "engine_error")]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
