@@ -211,7 +211,7 @@ class BatchJob:
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
         asked = {**replace(self, models=(), versions={}).fingerprint(), "model": self.asked}
-        return hash_json({**asked, "output": asdict(output)})
+        return hash_json({**asked, "served names": self.served_names, "output": asdict(output)})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

@@ -92,15 +92,16 @@ def open_run(
 ) -> BatchRun:
     """Take over a journal, or begin it, and cut the rows that are left, of all or of a trial, into shards.
 
+    The shards work as this call says: where the files lie, and the names of the model, may differ from an earlier one.
+
     Raises:
         BatchError: If the journal belongs to another job.
     """
     more, journal = more or BatchOptions(), owner.journal
     record = journal.read_job()
-    if record is None:
-        owner.write("job", {**job.as_dict(), "created": time.time()})
-    else:
+    if record is not None:
         check_same_job(job, record, journal.place.url)
+    owner.write("job", {**job.as_dict(), "created": (record or {}).get("created", time.time())})
     retry_before = owner.epoch if more.retry_failed else 0
     rows = range(job.table.rows) if chosen is None else chosen
     parts = cut_shards(rows, more.shards)

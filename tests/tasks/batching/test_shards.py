@@ -196,6 +196,23 @@ def test_the_journal_of_another_job_is_refused(tmp_path: Path) -> None:
         open_run(claim_journal(batch.journal), plan_job(str(batch.source), PROMPT))
 
 
+def test_an_input_that_was_moved_between_two_runs_is_read_where_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "before"
+    folder.mkdir()
+    batch = Batch(folder, countries(100))
+    process_shard(
+        [InstantEngine()], open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=2)).shards[0]
+    )
+    created = (batch.journal.read_job() or {})["created"]
+    folder.rename(tmp_path / "after")
+    moved = Batch(tmp_path / "after", countries(100))
+    engine = recording()
+    moved.run(engine)
+    assert len(engine.prompts or ()) == 50
+    assert len(moved.publish()) == 100
+    assert (moved.journal.read_job() or {})["created"] == created
+
+
 def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(20))
     batch.run(InstantEngine())
