@@ -16,7 +16,7 @@ from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Commi
 from prefect_huggingface.tasks.batching.shard import Shard
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalCounts, JournalRows
-from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, StoreOutage, is_held
 from prefect_huggingface.tasks.storage.tables.inputs import Rows
 
 LEAST_SHARD_ROWS = 16
@@ -187,9 +187,15 @@ class BatchMonitor:
         self._recent: deque[tuple[float, int, int]] = deque([(0.0, before.rows, 0)])
         self.samples: list[tuple[float, int]] = [(0.0, before.rows)]
         self._sample_seconds = 1.0
+        self._outage, self._last = StoreOutage(), Progress(rows, before.rows, before.rows, before.failed)
 
     def measure(self) -> Progress:
-        """Look at the journal and return the progress."""
+        """Look at the journal and return the progress; the last one while its store is away for a moment."""
+        with self._outage:
+            self._last = self._measure()
+        return self._last
+
+    def _measure(self) -> Progress:
         now, new = time.monotonic() - self._began, self._journal.count()
         finished, failed, invalid, tokens = (
             before + there - old for before, there, old in zip(self._before, new, self._old, strict=True)

@@ -28,7 +28,7 @@ from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import JournalRows, JournalWriter, ResultRow
-from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, StoreOutage
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk, Rows, read_chunks
 
 STOP_CHECK_SECONDS = 0.5
@@ -192,14 +192,16 @@ class _StopCheck:
     """Asks the journal now and then."""
 
     def __init__(self, owner: JournalOwner) -> None:
-        self._owner, self._next = owner, 0.0
+        self._owner, self._next, self._outage = owner, 0.0, StoreOutage()
 
     def __call__(self) -> bool:
         now = time.monotonic()
         if now < self._next:
             return False
         self._next = now + self._owner.journal.poll_seconds
-        return self._owner.is_stopped()
+        with self._outage:
+            return self._owner.is_stopped()
+        return False
 
 
 def _read_unfinished(job: BatchJob, shard: Shard, should_stop: Callable[[], bool]) -> Iterator[FeedChunk]:

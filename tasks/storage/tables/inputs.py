@@ -377,16 +377,8 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
     """
     if options.delimiter and format not in ("csv", "tsv"):
         raise TableError(f"`delimiter` {options.delimiter!r} is for CSV files, but {place.url!r} is {format}. Drop it.")
-    with place.open() as file:
-        head = file.read(16)
-    layout: dict[str, Any] = {}
-    if packed := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
-        layout["compression"] = packed
-    try:
-        with open_bytes(place, layout, ahead=False) as stream:
-            head = stream.read(SAMPLE_BYTES)
-    except Exception as exc:  # each kind of compression has its own errors
-        raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
+    head, packed = _read_head(place, format)
+    layout: dict[str, Any] = {"compression": packed} if packed else {}
     if format in ("parquet", "arrow"):
         what = _describe(head) or packed
         if what and what.split()[1:2] != [format.title()]:
@@ -402,6 +394,21 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
     layout |= _find_form(place, format, text, whole, options, guess)
     _log_guesses(place, layout, options)
     return layout
+
+
+def _read_head(place: Place, format: TableFormat) -> tuple[bytes, str | None]:
+    """Return the first bytes of a file, unpacked, and how it is packed."""
+    packed = None
+    try:
+        with place.open() as file:
+            head = file.read(16)
+        packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
+        with open_bytes(place, {"compression": packed}, ahead=False) as stream:
+            return stream.read(SAMPLE_BYTES), packed
+    except TableError:
+        raise
+    except Exception as exc:  # each kind of compression has its own errors
+        raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
 
 
 def _find_form(
