@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
@@ -28,6 +28,7 @@ from prefect_huggingface.tasks.batching.requests import (
     PromptRows,
     RequestMaker,
     check_chain,
+    describe_clash,
 )
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.files import hash_json
@@ -246,7 +247,7 @@ class BatchJob:
             return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task, self.defaults)
         return PromptRows(
             self.prompt, self.system, self.messages_column, self.option_columns, options, is_greedy, self.input_type,
-            self.pair,
+            self.pair, self.defaults,
         )  # fmt: skip
 
 
@@ -499,7 +500,7 @@ def describe_models(job: BatchJob, models: Sequence[Model], served_names: Sequen
     """Return a job with what is known of its models before they are looked at.
 
     Raises:
-        BatchError: If a model is not for what is asked for.
+        BatchError: If a model is not for what is asked for, or its options do not go with those of the batch.
     """
     for model in models:
         task = getattr(model, "task", None)
@@ -512,7 +513,13 @@ def describe_models(job: BatchJob, models: Sequence[Model], served_names: Sequen
     given = GenerationOptions(**job.options)
 
     def is_greedy(number: int, own: Mapping[str, Any] | None) -> bool:
-        merged = models[number].options.merged(given).merged(GenerationOptions(**own) if own else None)
+        try:
+            merged = models[number].options.merged(given).merged(GenerationOptions(**own) if own else None)
+        except ValidationError as exc:
+            raise BatchError(
+                f"The options of the batch do not go with those of the model {models[number].model_id!r}, over which "
+                f"they are put. {describe_clash(exc)} Correct one of them."
+            ) from None
         return not merged.do_sample and "do_sample" not in job.option_columns
 
     steps = [(step["engine"], step.get("options")) for step in job.steps]
