@@ -36,6 +36,8 @@ WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 16 * 2**20
 OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
 UNFINISHED = ("skipped", "deadline")  # statuses of answers that have no error and are not whole
+TRANSIENT = {"deadline", "out_of_cache", "rate_limited", "unavailable", "bad_answer"}  # may do better the next time
+MAX_TRIES = 3  # of equal prompts one after the other, before the failure is that of all
 PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
 
 FeedChunk = tuple[Chunk, list[ResultRow]]
@@ -249,7 +251,8 @@ class RowFeed:
         self._following: list[RowRequest] = []  # next steps of rows, which go first
         self._values: dict[int, dict[str, Any]] = {}  # columns and outputs of the rows of a chain that have begun
         self._digests: dict[int, bytes] = {}  # hash of the prompt of each request in flight that others may share
-        self._waiting: dict[bytes, list[int]] = {}  # by that hash, the further requests that wait for its result
+        self._waiting: dict[bytes, list[RowRequest]] = {}  # by that hash, those that wait for its result
+        self._tries: Counter[bytes] = Counter()  # by that hash, how often it did not come to a result
         self._waiters = 0
 
     def take(self, count: int) -> list[RowRequest]:
@@ -285,11 +288,16 @@ class RowFeed:
             result = _to_result(completion, *divmod(number, self._steps), digest)
             waiting = self._waiting.pop(digest) if digest is not None else []
             self._waiters -= len(waiting)
+            self._settle(result, results)
             if digest is not None and _is_sharable(result):
                 learnt.append(result)
-            self._settle(result, results)
+            elif digest is not None and result.status in TRANSIENT and waiting:
+                self._tries[digest] += 1
+                if self._tries[digest] < MAX_TRIES:  # the first of them is asked, and the others wait for it
+                    self._following += waiting
+                    continue
             for other in waiting:
-                self._share(result, other, results)
+                self._share(result, other.number, results)
         if self._index is not None:
             self._index.add(learnt)
         self._commit(results)
@@ -380,7 +388,7 @@ class RowFeed:
             if (found := known.get(digest)) is not None:
                 self._share(found, number, results)
             elif digest in self._waiting:
-                self._waiting[digest].append(number)
+                self._waiting[digest].append(each)
                 self._waiters += 1
             else:
                 self._waiting[digest], self._digests[number] = [], digest

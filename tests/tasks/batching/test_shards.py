@@ -18,7 +18,7 @@ import pytest
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.output import plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shard import RowFeed, ShardResult, process_shard
+from prefect_huggingface.tasks.batching.shard import MAX_TRIES, RowFeed, ShardResult, process_shard
 from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.records import Completion
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
@@ -108,6 +108,43 @@ def test_rows_that_wait_for_their_like_are_bounded(tmp_path: Path) -> None:
             feed.finish([Completion("A town", "stop", 5, 3, request_id=each.number) for each in asked])
             asked = feed.take(64)
     assert sorted(result.row for result in results) == list(range(60_000))
+
+
+class FailingEngine(InstantEngine):
+    """Fails with a code at its first requests."""
+
+    def __init__(self, code: str, failures: int) -> None:
+        super().__init__()
+        self.prompts, self._code, self._failures = [], code, failures
+
+    def _answer(self, future: Any, request: Any) -> None:
+        if len(self.prompts or ()) >= self._failures:
+            super()._answer(future, request)
+            return
+        reason: Any = "deadline" if self._code == "deadline" else "error"
+        error = None if reason == "deadline" else "It failed."
+        self.prompts = [*(self.prompts or ()), request.prompt]
+        future.set_result(Completion("", reason, 5, 0, error=error, error_code=self._code, request_id=request.id))
+
+
+@pytest.mark.parametrize("code", ["rate_limited", "unavailable", "out_of_cache", "deadline"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_moment_of_failure_is_not_that_of_all_equal_prompts(tmp_path: Path, code: str, steps: int) -> None:
+    batch, engine = Batch(tmp_path, countries(4000, repeat=4000)), FailingEngine(code, 1)
+    if steps:
+        chain = [{"name": "a", "prompt": "{country}"}, {"name": "b", "prompt": "{a}"}]
+        batch.job = plan_job(str(batch.source), None, more=BatchOptions(steps=chain))
+    assert batch.run(engine)[0].complete
+    assert [row["status"] for row in batch.publish()] == [code, *["ok"] * 3999]
+    assert len(engine.prompts or ()) == 2 + (steps > 1)
+
+
+@pytest.mark.parametrize(("code", "asked"), [("rate_limited", MAX_TRIES), ("too_long", 1), ("unauthorized", 1)])
+def test_a_failure_that_stays_is_that_of_all_equal_prompts(tmp_path: Path, code: str, asked: int) -> None:
+    batch, engine = Batch(tmp_path, countries(4000, repeat=4000)), FailingEngine(code, 10_000)
+    assert batch.run(engine)[0].complete
+    assert [row["status"] for row in batch.publish()] == [code] * 4000
+    assert len(engine.prompts or ()) == asked
 
 
 def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
