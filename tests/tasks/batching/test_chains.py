@@ -239,6 +239,40 @@ def test_a_journal_with_an_output_that_is_refused_now_goes_on(tmp_path: Path) ->
     assert [each["status"] for each in batch.publish()] == ["ok", "ok"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_row_with_a_step_that_was_damaged_is_generated_again(tmp_path: Path, lost: int, fails: bool) -> None:
+    batch = Batch(tmp_path, ["Ann", "Bob"])
+    open_run(claim_journal(batch.journal), batch.job)
+    texts = ['{"name": "old"}', "old, older", "the old end"]
+    names = [
+        batch.journal.append(
+            1, "00000000", step, batch.job.key,
+            [ResultRow(row, step, text, "ok", "stop", 1, 1, is_last=step == 2) for row in range(2)],
+        )
+        for step, text in enumerate(texts)
+    ]  # fmt: skip
+    place = batch.journal.segments.child(str(names[lost]))
+    place.write(place.read()[:-1] + b"x")
+    model = engine()
+    if fails:
+        model._answer = lambda future, request: future.set_result(  # type: ignore[method-assign]
+            Completion("", "error", 1, 0, error="It broke.", error_code="engine_error", request_id=request.id)
+        )
+    assert batch.run(model)[0].complete
+    rows = batch.publish()
+    assert get_status(str(batch.destination)).finished == 2
+    if fails:
+        assert [row["status"] for row in rows] == ["engine_error"] * 2
+        assert [row[name] for row in rows for name in ("person", "words", "end")][lost::3] == [None] * 2
+        batch.run(engine(), retry_failed=True)
+        rows = batch.publish()
+    assert [row["status"] for row in rows] == ["ok"] * 2
+    assert [row["person"]["name"] == "old" for row in rows] == [lost > 0] * 2
+    assert [row["words"] == ["old", "older"] for row in rows] == [lost > 1] * 2
+    assert [row["end"].split()[-1] for row in rows] == ["0", "1"]
+
+
 def test_equal_steps_of_rows_are_asked_once(tmp_path: Path) -> None:
     batch, model = Batch(tmp_path, ["Ann"] * 1000, STEPS[:2]), engine()
     batch.run(model)
