@@ -97,9 +97,9 @@ class BatchOptions(BaseModel):
     shards: int = Field(default=1, ge=1, le=10_000, title="Number of shards")
     """Number of parts that free workers take one by one. Several times the number of workers is good."""
     max_concurrency: int | None = Field(default=None, ge=1, title="Rows at once")
-    """Number of rows that are in the engine at once. The engine's own number when left empty."""
+    """Number of rows that are in the engine at once, in each process. The engine's own number when left empty."""
     deduplicate: bool = Field(default=True, title="Answer equal prompts once")
-    """Generate equal prompts once."""
+    """Generate equal prompts once, in each shard."""
     group_by_prefix: bool = Field(default=True, title="Group by shared prefix")
     """Generate rows with a shared prefix together, so that it is computed once."""
     max_failures: float | None = Field(default=None, gt=0, title="Failures before giving up")

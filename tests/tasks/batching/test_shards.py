@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,33 @@ def test_a_shard_of_an_older_run_gives_way(tmp_path: Path) -> None:
     old = open_run(claim_journal(batch.journal), batch.job).shards[0]
     open_run(claim_journal(batch.journal), batch.job)
     assert process_shard([InstantEngine()], old).finished == 0
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_shards_of_a_process_have_so_many_rows_in_the_engine_together(tmp_path: Path, limit: int) -> None:
+    class CountingEngine(InstantEngine):
+        now = most = 0
+
+        def submit(self, *arguments: Any) -> Any:
+            with lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            return super().submit(*arguments)
+
+        def _answer(self, future: Any, request: Any) -> None:
+            with lock:
+                self.now -= 1
+            super()._answer(future, request)
+
+    lock, engine = threading.Lock(), CountingEngine(seconds=0.002)
+    batch = Batch(tmp_path, countries(200))
+    run = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=8, max_concurrency=limit))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda shard: process_shard([engine], shard), run.shards))
+    assert len(results) == 8
+    assert all(result.complete for result in results)
+    assert engine.most == limit
+    assert len(batch.publish()) == 200
 
 
 def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
