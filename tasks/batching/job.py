@@ -38,6 +38,7 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     Table,
     TableFormat,
     find_duplicates,
+    find_formats,
     inspect_table,
 )
 
@@ -382,7 +383,8 @@ def _remedy(columns: Sequence[str]) -> str:
 
 def _plan_openai_job(source: str, system: str | None, options: dict[str, Any], more: BatchOptions) -> BatchJob:
     """Plan a batch whose lines are whole requests."""
-    if more.source_format not in (None, "jsonl", "openai"):
+    formats = {more.source_format} if more.source_format else find_formats(source) - {"json"}
+    if formats - {"jsonl", "openai"}:
         raise BatchError(f"The rows of {source!r} say nothing to ask. Give a `prompt`, `steps` or a `messages_column`.")
     if system is not None or more.option_columns:
         raise BatchError("`system` and `option_columns` do not go with requests in the OpenAI format. Leave them out.")

@@ -177,6 +177,11 @@ def get_format(name: str) -> tuple[TableFormat, str | None]:
     )
 
 
+def find_formats(source: str) -> set[TableFormat]:
+    """Return the formats that the names of the files of an input tell."""
+    return {SUFFIXES[found[1]] for place in find_places(source) if (found := _SUFFIX.search(place.name.lower()))}
+
+
 def inspect_table(
     source: str, format: TableFormat | None = None, options: SourceOptions | Mapping[str, Any] | None = None
 ) -> Table:

@@ -161,6 +161,14 @@ def test_a_table_without_a_prompt_is_refused(tmp_path: Path) -> None:
         plan_job(str(path), None)
     with pytest.raises(BatchError, match="Only one of `prompt`"):
         plan_job(str(path), "{a}", more=BatchOptions(source_format="openai"))
+    for name in ("rows.csv", "rows.parquet", "rows.tsv.gz", "part/rows.arrow", "part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name != "part":
+            (tmp_path / name).write_text("PAR1")
+        with pytest.raises(BatchError, match="say nothing to ask. Give a `prompt`"):
+            plan_job(str(tmp_path / name), None)
+    with pytest.raises(BatchError, match="say nothing to ask. Give a `prompt`"):
+        plan_job(str(tmp_path / "*.parquet"), None)
 
 
 # Lines as the documentation of OpenAI and the samples of vLLM have them, for models of their own names.
