@@ -104,7 +104,7 @@ class Table:
     """An input that was looked at: its files in order, their format, all columns, and the number of rows.
 
     Attributes:
-        types: The `pyarrow` schema that all rows fit, in base64, where the files do not tell it (JSON).
+        types: The `pyarrow` schema that all rows fit, in base64; CSV has none.
     """
 
     source: str
@@ -199,31 +199,33 @@ def inspect_table(
 
     options = SourceOptions.model_validate(options or {})
     places = _choose_files(source, format)
-    formats = {format or get_format(place.name)[0] for place in places}
-    if not formats - {"json", "jsonl"}:  # which of them a file is, its content tells
-        found: TableFormat = "jsonl"
-    elif len(formats) > 1:
-        raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
-    else:
-        (found,) = formats
+    found = _choose_format(source, {format or get_format(place.name)[0] for place in places})
     # The files of a pattern lie below the folder before its first wildcard.
     root = Place.of(source).url
     root = re.split(r"[*?\[]", root)[0].rpartition("/")[0] if is_pattern(source) else root
-    types, readers, files = ColumnTypes(), [], []
+    types, first, files = ColumnTypes(), None, []
     for place in places:
         layout = find_layout(place, format or get_format(place.name)[0], options, guess=format is None)
         layout |= {"partition": partition} if (partition := _partition_of(root, place)) else {}
-        readers.append(open_reader(place, found, layout))
+        reader = open_reader(place, found, layout)
         try:
             version = place.version()
-            files.append(replace(readers[-1].inspect(types), version=version))
+            file = replace(reader.inspect(types), version=version)
         except TableError:
             raise
         except Exception as exc:
             raise TableError(f"{place.url!r} cannot be read as {found}: {exc}. Check the file.") from None
-        _check_same(readers[0], readers[-1])
-    text = base64.b64encode(types.schema().serialize()).decode() if found == "jsonl" else ""
-    table = Table(source, found, tuple(files), readers[0].columns or tuple(types.types), text)
+        if found in ("csv", "tsv") and not reader.columns:
+            run_log().info("%r is empty and is left out.", place.name)
+            continue
+        files.append(file)
+        first = first or reader
+        _check_same(first, reader)
+    if first is None:
+        raise TableError(f"{source!r} is empty. Give a file with a header and at least one row.")
+    schema = types.schema() if found == "jsonl" else first.schema
+    text = "" if schema is None else base64.b64encode(schema.serialize()).decode()
+    table = Table(source, found, tuple(files), first.columns or tuple(types.types), text)
     if table.rows == 0:
         raise TableError(f"{source!r} has no rows. Give a file with at least one row.")
     return table
@@ -248,6 +250,14 @@ def _choose_files(source: str, format: TableFormat | None) -> list[Place]:
     return known or places
 
 
+def _choose_format(source: str, formats: set[TableFormat]) -> TableFormat:
+    if not formats - {"json", "jsonl"}:  # which of them a file is, its content tells
+        return "jsonl"
+    if len(formats) > 1:
+        raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
+    return formats.pop()
+
+
 def _partition_of(root: str, place: Place) -> dict[str, str | None]:
     """Return the columns that the folders between an input and its file tell, as Hive and Spark write them."""
     parts = [part.partition("=") for part in place.url[len(root) :].split("/")[:-1] if "=" in part]
@@ -256,31 +266,34 @@ def _partition_of(root: str, place: Place) -> dict[str, str | None]:
 
 
 def _check_same(first: Any, other: Any) -> None:
-    """Check that the files of two readers go together. Rows of JSONL need not have the same columns."""
+    """Check that the files of two readers go together. Rows of JSONL need not have the same columns.
+
+    A column without a value has no type in its file. The first reader gets that of another file for it.
+    """
+    import pyarrow as pa
+
     if first.columns != other.columns:
         different = sorted({*first.columns} ^ {*other.columns}) or list(other.columns)
         raise TableError(
             f"{other.place.url!r} has other columns than {first.place.url!r}: {different!r} differ. "
             "Give all files the same columns in the same order."
         )
-    if first.kinds != other.kinds:
-        raise TableError(
-            f"{other.place.url!r} has other column types than {first.place.url!r}: {other.kinds!r}, not "
-            f"{first.kinds!r}. Convert the file."
-        )
+    for index, (known, found) in enumerate(zip(first.schema or (), other.schema or (), strict=True)):
+        if pa.types.is_null(known.type):
+            first.schema = first.schema.set(index, found)
+        elif not pa.types.is_null(found.type) and str(known.type) != str(found.type):
+            raise TableError(
+                f"{other.place.url!r} has other column types than {first.place.url!r}: {known.name!r} is {found.type}, "
+                f"not {known.type}. Convert the file."
+            )
 
 
 def get_schema(table: Table) -> Any:
     """Return the `pyarrow` types of all columns of a table. CSV columns are text."""
     import pyarrow as pa
 
-    from prefect_huggingface.tasks.storage.tables.readers import open_reader
-
     if table.types:
         return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(table.types)))
-    if table.format in ("parquet", "arrow"):
-        first = table.files[0]
-        return open_reader(Place(first.url), table.format, first.layout).schema()
     return pa.schema([(name, pa.string()) for name in table.columns])
 
 
@@ -382,6 +395,8 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
     """
     if options.delimiter and format not in ("csv", "tsv"):
         raise TableError(f"`delimiter` {options.delimiter!r} is for CSV files, but {place.url!r} is {format}. Drop it.")
+    if options.encoding and format in ("parquet", "arrow"):
+        raise TableError(f"`encoding` {options.encoding!r} is for text files, but {place.url!r} is {format}. Drop it.")
     head, packed = _read_head(place, format)
     layout: dict[str, Any] = {"compression": packed} if packed else {}
     if format in ("parquet", "arrow"):
