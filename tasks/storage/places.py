@@ -22,7 +22,7 @@ from typing import IO, Any
 from prefect_huggingface.tasks.artifacts import shorten
 from prefect_huggingface.tasks.errors import TableError
 from prefect_huggingface.tasks.run_logs import redact
-from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
+from prefect_huggingface.tasks.storage.files import move_file, scratch_file, write_file
 
 AHEAD_BYTES = 2**20  # read from a file at once
 HTTP_VERSIONS = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
@@ -138,8 +138,8 @@ class Place:
     def create(self, content: bytes) -> bool:
         """Write the whole content unless there is a file already, and return whether it was written.
 
-        Of several processes that do so at once one succeeds, on local file systems and where fsspec has conditional
-        writes (S3, GCS, Azure, memory). Elsewhere fsspec looks first and then writes.
+        Of several processes that do so at once one succeeds, on local file systems with links and where fsspec has
+        conditional writes (S3, GCS, Azure, memory). Elsewhere it is looked first and then written.
         """
         try:
             self._put(content, replace=False)
@@ -151,13 +151,7 @@ class Place:
         if not self.is_local:
             self._ask("pipe_file", content, mode="overwrite" if replace else "create")
             return
-        temporary = Path(f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            _move(temporary, self.url, replace)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(Path(self.url), content, replace)
 
     def names(self) -> list[str]:
         """Return the sorted names in this folder; a folder that does not exist has none."""
@@ -206,7 +200,7 @@ class Place:
                 system, path = _file_system(self.url, is_fresh=True)
                 _reach(self.url, system.put_file, str(temporary), path, mode=mode)
                 return
-            _move(temporary, self.url, replace)
+            move_file(temporary, Path(self.url), replace)
         except FileExistsError:
             raise TableError(
                 f"{self.url!r} exists already. Choose another destination, or move the file away."
@@ -216,31 +210,6 @@ class Place:
         """Return what the file system answers to one of its operations on the place."""
         system, path = _file_system(self.url, is_fresh)
         return _reach(self.url, getattr(system, operation), path, *arguments, **options)
-
-
-def _move(temporary: Path, target: str, replace: bool) -> None:
-    """Make a local file durable and give it its name, for good.
-
-    Raises:
-        FileExistsError: If somebody has the name and is not to be replaced.
-    """
-    sync_path(temporary)
-    if replace:
-        os.replace(temporary, target)
-    else:
-        _link_alone(temporary, target)
-    sync_path(os.path.dirname(target))
-
-
-def _link_alone(source: Path, target: str) -> None:
-    """Give a file another name that nobody has yet."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        with open(target, "xb") as file:
-            file.write(source.read_bytes())
 
 
 def find_places(source: str) -> list[Place]:
