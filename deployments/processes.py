@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from prefect_huggingface.tasks.storage.files import write_text
+from prefect_huggingface.tasks.storage.files import write_file
 
 # Clocks are corrected while processes run, and start times are computed from the time of the last boot.
 START_TOLERANCE_SECONDS = 2.0
@@ -132,7 +132,7 @@ class ProcessRecord:
 
     def write(self, services: Mapping[str, ServiceProcess]) -> None:
         """Replace the file."""
-        write_text(self.path, json.dumps([asdict(service) for service in services.values()], indent=2))
+        write_file(self.path, json.dumps([asdict(service) for service in services.values()], indent=2).encode())
 
     def remove(self) -> None:
         """Remove the file."""

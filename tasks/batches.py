@@ -52,7 +52,7 @@ from prefect_huggingface.tasks.batching.run import (
 )
 from prefect_huggingface.tasks.batching.shard import Shard, ShardResult, process_shard
 from prefect_huggingface.tasks.downloads import HUB_RETRIES
-from prefect_huggingface.tasks.errors import BatchError
+from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.progress import ProgressBar, describe
 from prefect_huggingface.tasks.run_logs import library_logs, run_log
 from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
@@ -312,7 +312,8 @@ def run_shards(
                 watch.check()
                 check_failures(tell(), more.max_failures, more.min_valid)
         except BaseException as exc:
-            run.owner.request_stop(type(exc).__name__)
+            with suppress(TableError, OSError):  # who cannot reach the journal any more ends as well
+                run.owner.request_stop(type(exc).__name__)
             for future in futures:  # they commit what is finished
                 future.wait()
             raise

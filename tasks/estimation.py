@@ -25,7 +25,7 @@ from prefect_huggingface.tasks.batching.job import (
     plan_job,
 )
 from prefect_huggingface.tasks.batching.requests import RowRequest
-from prefect_huggingface.tasks.batching.shard import FeedChunk, RowFeed, run_requests
+from prefect_huggingface.tasks.batching.shard import FeedChunk, Room, RowFeed, run_requests
 from prefect_huggingface.tasks.engines.base import OnText
 from prefect_huggingface.tasks.errors import BatchCancelledError
 from prefect_huggingface.tasks.progress import format_seconds
@@ -111,7 +111,7 @@ def measure_job(
     number = min(job.table.rows, MOST_ROWS, max(ROUNDS * limit, LEAST_ROWS))
     meter = _Meter([isinstance(each, LocalModel) for each in models])
     feed = RowFeed(job.make_requests(), _draw_rows(job, number), meter.results.extend, group_by_prefix=False)
-    with closing(run_requests(engines, feed, limit, should_stop, meter.listen)) as finished:
+    with closing(run_requests(engines, feed, Room(limit), should_stop, meter.listen)) as finished:
         for completions in finished:
             meter.finish(completions)
             feed.finish(completions)

@@ -26,7 +26,7 @@ from prefect_huggingface.tasks.storage.exports import exporter
 from prefect_huggingface.tasks.storage.exports.child import ChildProgram, run_child
 from prefect_huggingface.tasks.storage.exports.recipes import EXPORT_TASKS
 from prefect_huggingface.tasks.storage.exports.store import CARD, get_export, model_card
-from prefect_huggingface.tasks.storage.files import open_staging, write_text
+from prefect_huggingface.tasks.storage.files import open_staging, write_file
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder, measure_weights
 from prefect_huggingface.tasks.storage.hub.cache import known_licence
 from prefect_huggingface.tasks.storage.locks import hold_export
@@ -196,7 +196,7 @@ def compare_exports(
     qualities = tuple(_format_quality(export, found["exports"][export.key]) for export in exports)
     for export, one in zip(exports, qualities, strict=True):
         with suppress(OSError):
-            write_text(export.path / CARD, model_card(export, known_licence(snapshot.path), asdict(one)))
+            write_file(export.path / CARD, model_card(export, known_licence(snapshot.path), asdict(one)).encode())
     return ExportQuality(
         source=model.model_id,
         commit=snapshot.commit,
@@ -240,7 +240,7 @@ def _read_result(path: Path) -> dict[str, Any] | None:
 
 def _keep_result(path: Path, found: Mapping[str, Any]) -> None:
     with suppress(OSError):
-        write_text(path, json.dumps(found))
+        write_file(path, json.dumps(found).encode())
 
 
 def _publish(quality: ExportQuality) -> None:

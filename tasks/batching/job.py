@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.blocks.model import VECTOR_TASKS
@@ -28,6 +28,7 @@ from prefect_huggingface.tasks.batching.requests import (
     PromptRows,
     RequestMaker,
     check_chain,
+    describe_clash,
 )
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.storage.files import hash_json
@@ -37,6 +38,7 @@ from prefect_huggingface.tasks.storage.tables.inputs import (
     Table,
     TableFormat,
     find_duplicates,
+    find_formats,
     inspect_table,
 )
 
@@ -96,9 +98,9 @@ class BatchOptions(BaseModel):
     shards: int = Field(default=1, ge=1, le=10_000, title="Number of shards")
     """Number of parts that free workers take one by one. Several times the number of workers is good."""
     max_concurrency: int | None = Field(default=None, ge=1, title="Rows at once")
-    """Number of rows that are in the engine at once. The engine's own number when left empty."""
+    """Number of rows that are in the engine at once, in each process. The engine's own number when left empty."""
     deduplicate: bool = Field(default=True, title="Answer equal prompts once")
-    """Generate equal prompts once."""
+    """Generate equal prompts once, in each shard."""
     group_by_prefix: bool = Field(default=True, title="Group by shared prefix")
     """Generate rows with a shared prefix together, so that it is computed once."""
     max_failures: float | None = Field(default=None, gt=0, title="Failures before giving up")
@@ -211,7 +213,7 @@ class BatchJob:
     def call_key(self, output: Output) -> str:
         """Return the hash of a call: of what was asked for, before a model is looked at, and of the output's form."""
         asked = {**replace(self, models=(), versions={}).fingerprint(), "model": self.asked}
-        return hash_json({**asked, "output": asdict(output)})
+        return hash_json({**asked, "served names": self.served_names, "output": asdict(output)})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -246,7 +248,7 @@ class BatchJob:
             return OpenAIRows(options, self.served_names, self.duplicate_rows, is_greedy, task, self.defaults)
         return PromptRows(
             self.prompt, self.system, self.messages_column, self.option_columns, options, is_greedy, self.input_type,
-            self.pair,
+            self.pair, self.defaults,
         )  # fmt: skip
 
 
@@ -381,7 +383,8 @@ def _remedy(columns: Sequence[str]) -> str:
 
 def _plan_openai_job(source: str, system: str | None, options: dict[str, Any], more: BatchOptions) -> BatchJob:
     """Plan a batch whose lines are whole requests."""
-    if more.source_format not in (None, "jsonl", "openai"):
+    formats = {more.source_format} if more.source_format else find_formats(source) - {"json"}
+    if formats - {"jsonl", "openai"}:
         raise BatchError(f"The rows of {source!r} say nothing to ask. Give a `prompt`, `steps` or a `messages_column`.")
     if system is not None or more.option_columns:
         raise BatchError("`system` and `option_columns` do not go with requests in the OpenAI format. Leave them out.")
@@ -499,7 +502,7 @@ def describe_models(job: BatchJob, models: Sequence[Model], served_names: Sequen
     """Return a job with what is known of its models before they are looked at.
 
     Raises:
-        BatchError: If a model is not for what is asked for.
+        BatchError: If a model is not for what is asked for, or its options do not go with those of the batch.
     """
     for model in models:
         task = getattr(model, "task", None)
@@ -512,7 +515,13 @@ def describe_models(job: BatchJob, models: Sequence[Model], served_names: Sequen
     given = GenerationOptions(**job.options)
 
     def is_greedy(number: int, own: Mapping[str, Any] | None) -> bool:
-        merged = models[number].options.merged(given).merged(GenerationOptions(**own) if own else None)
+        try:
+            merged = models[number].options.merged(given).merged(GenerationOptions(**own) if own else None)
+        except ValidationError as exc:
+            raise BatchError(
+                f"The options of the batch do not go with those of the model {models[number].model_id!r}, over which "
+                f"they are put. {describe_clash(exc)} Correct one of them."
+            ) from None
         return not merged.do_sample and "do_sample" not in job.option_columns
 
     steps = [(step["engine"], step.get("options")) for step in job.steps]

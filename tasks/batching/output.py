@@ -262,12 +262,14 @@ class Publication:
 def _samples(chunk: Chunk, answers: Any, job: BatchJob) -> list[dict[str, Any]]:
     import pyarrow as pa
 
-    is_text = job.kind == "text"
-    texts = job.step_names or (OUTPUT_COLUMNS[:1] if is_text else ())
-    shown = answers.select(("row", *texts, "status", "generated_tokens" if is_text else "prompt_tokens", "error"))
+    tokens = "generated_tokens" if job.kind == "text" else "prompt_tokens"
+    # The number of the row comes last, in place of a step with that name.
+    names = [*_texts_of(job).items(), *((name, name) for name in ("status", tokens, "error", "row"))]
+    shown = {name: answers[source].to_pylist() for name, source in names}
     if job.kind == "scores":
-        shown = shown.append_column("score", _vector_column(answers, pa.float64()))
-    return [{**chunk.rows[answer["row"] - chunk.first], **answer} for answer in shown.to_pylist()]
+        shown["score"] = _vector_column(answers, pa.float64()).to_pylist()
+    samples = (dict(zip(shown, values, strict=True)) for values in zip(*shown.values(), strict=True))
+    return [{**chunk.rows[sample["row"] - chunk.first], **sample} for sample in samples]
 
 
 def place_beside(destination: str, word: str) -> str:
@@ -344,17 +346,24 @@ def _fold(table: Any, job: BatchJob) -> Any:
     for name, column in (*((name, f"{name}_sum") for name in sums), ("shared", "shared_min")):
         kind = last.schema.field(name).type
         last = last.set_column(last.schema.get_field_index(name), name, totals[column].take(places).cast(kind))
-    for number, step in enumerate(job.steps):
+    for number in range(len(job.steps)):
         own = table.filter(pc.and_(pc.equal(table["step"], number), pc.is_null(table["error"])))
         places = pc.index_in(last["row"], own["row"])
-        for column, kept in ((step["name"], "completion"), (_details_of(step["name"]), "details")):
+        for kept in ("completion", "details"):
             texts = own[kept].take(places)
-            last = last.append_column(column, pa.chunked_array(texts.chunks, pa.string()))
+            last = last.append_column(_source_of(job, number, kept), pa.chunked_array(texts.chunks, pa.string()))
     return last
 
 
-def _details_of(step: str) -> str:
-    return f"{step} details"
+def _source_of(job: BatchJob, step: int, column: str) -> str:
+    """Return the column of the folded rows that holds that of a step; no step can have its name."""
+    return f"{column} {step}" if job.steps else column
+
+
+def _texts_of(job: BatchJob) -> dict[str, str]:
+    """Return the columns of the output that hold texts of the model, each with the column of the folded rows."""
+    names = job.columns[: len(job.steps) or 1] if job.kind == "text" else ()
+    return {name: _source_of(job, step, "completion") for step, name in enumerate(names)}
 
 
 class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
@@ -397,13 +406,15 @@ class AnswerTableWriter(AbstractContextManager["AnswerTableWriter"]):
     def _added(self, answers: Any) -> dict[str, Any]:
         import pyarrow as pa
 
-        columns = {name: answers[name].combine_chunks() for name in self._job.columns if name in answers.column_names}
+        same = self._job.columns[len(self._job.steps) or 1 :]
+        sources = {**_texts_of(self._job), **dict(zip(same, same, strict=True))}
+        columns = {name: answers[source].combine_chunks() for name, source in sources.items()}
         if self._job.kind != "text":
             columns[self._job.columns[0]] = _vector_column(answers, self._kind)
         if not self._output.timings:
             columns["seconds"] = pa.nulls(answers.num_rows, pa.float64())
         for name, step in self._parsed.items():
-            values = [_parse(step, text) for text in answers[name].to_pylist()]
+            values = [_parse(step, text) for text in columns[name].to_pylist()]
             if self._output.format != "jsonl":
                 values = pa.array([None if value is None else to_json(value).decode() for value in values], pa.string())
             columns[name] = values
@@ -445,8 +456,8 @@ def _reasoning_columns(job: BatchJob, journal: Journal, output: Output, rows: Ro
     for step in sorted(found):
         prefix = f"{job.step_names[step]}_" if job.steps else ""
         names = (f"{prefix}reasoning", f"{prefix}completion_reasoning")
-        source = _details_of(job.step_names[step]) if job.steps else "details"
-        columns[next(name for name in names if output.prefix + name not in taken)] = source
+        column = next(name for name in names if output.prefix + name not in taken)
+        columns[column] = _source_of(job, step, "details")
     return columns
 
 

@@ -130,7 +130,8 @@ class PromptRows:
     """Makes requests of a template or of a column of messages.
 
     `greedy` says whether equal prompts have equal answers; each of the `option_columns` holds the generation option of
-    the same name, put over the `options` of the batch. `pair` is the template of a text that is scored for the prompt.
+    the same name, put over the `options` of the batch, and over those of the model, which `defaults` hold as well.
+    `pair` is the template of a text that is scored for the prompt.
     """
 
     def __init__(
@@ -143,12 +144,14 @@ class PromptRows:
         greedy: bool = True,
         input_type: Literal["query", "document"] | None = None,
         pair: str | None = None,
+        defaults: GenerationOptions | None = None,
     ) -> None:
         self._prompt = Template(prompt) if isinstance(prompt, str) else prompt
         self._pair = Template(pair) if pair is not None else None
         self._system = Template(system) if system is not None else None
         self._messages, self._option_columns, self._greedy = messages_column, option_columns, greedy
         self._options = options or GenerationOptions()
+        self._defaults = defaults or self._options
         self._values: dict[str, Any] = {"options": self._options, "input_type": input_type}
         self._row_options = lru_cache(MAX_KNOWN_OPTIONS)(self._read_options)
 
@@ -198,12 +201,22 @@ class PromptRows:
         return [*system, *given]
 
     def _read_options(self, given: str) -> GenerationOptions:
+        options = json.loads(given)
         try:
-            return self._options.merged(GenerationOptions(**json.loads(given)))
+            if "do_sample" in options:  # a text in CSV
+                options["do_sample"] = GenerationOptions(do_sample=options["do_sample"]).do_sample
+            if not self._defaults.model_fields_set:
+                return GenerationOptions(**options)
+            return self._defaults.merged(GenerationOptions.model_construct(set(options), **options))
         except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RowProblem("invalid_option", f"Option {where!r}: {first['msg']}. Correct the row.") from None
+            raise RowProblem("invalid_option", f"{describe_clash(exc)} Correct the row.") from None
+
+
+def describe_clash(error: ValidationError) -> str:
+    """Return which option is not valid, and why, in a sentence."""
+    first = error.errors(include_url=False)[0]
+    where, what = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    return f"Option {where!r}: {what}."
 
 
 def _read_messages(value: Any) -> list[Message] | None:

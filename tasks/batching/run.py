@@ -16,7 +16,7 @@ from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, Commi
 from prefect_huggingface.tasks.batching.shard import Shard
 from prefect_huggingface.tasks.errors import BatchCancelledError, BatchError
 from prefect_huggingface.tasks.storage.journals.journal import Journal, JournalCounts, JournalRows
-from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, is_held
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, StoreOutage, is_held
 from prefect_huggingface.tasks.storage.tables.inputs import Rows
 
 LEAST_SHARD_ROWS = 16
@@ -92,15 +92,16 @@ def open_run(
 ) -> BatchRun:
     """Take over a journal, or begin it, and cut the rows that are left, of all or of a trial, into shards.
 
+    The shards work as this call says: where the files lie, and the names of the model, may differ from an earlier one.
+
     Raises:
         BatchError: If the journal belongs to another job.
     """
     more, journal = more or BatchOptions(), owner.journal
     record = journal.read_job()
-    if record is None:
-        owner.write("job", {**job.as_dict(), "created": time.time()})
-    else:
+    if record is not None:
         check_same_job(job, record, journal.place.url)
+    owner.write("job", {**job.as_dict(), "created": (record or {}).get("created", time.time())})
     retry_before = owner.epoch if more.retry_failed else 0
     rows = range(job.table.rows) if chosen is None else chosen
     parts = cut_shards(rows, more.shards)
@@ -186,9 +187,15 @@ class BatchMonitor:
         self._recent: deque[tuple[float, int, int]] = deque([(0.0, before.rows, 0)])
         self.samples: list[tuple[float, int]] = [(0.0, before.rows)]
         self._sample_seconds = 1.0
+        self._outage, self._last = StoreOutage(), Progress(rows, before.rows, before.rows, before.failed)
 
     def measure(self) -> Progress:
-        """Look at the journal and return the progress."""
+        """Look at the journal and return the progress; the last one while its store is away for a moment."""
+        with self._outage:
+            self._last = self._measure()
+        return self._last
+
+    def _measure(self) -> Progress:
         now, new = time.monotonic() - self._began, self._journal.count()
         finished, failed, invalid, tokens = (
             before + there - old for before, there, old in zip(self._before, new, self._old, strict=True)

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import queue
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from operator import attrgetter
 from typing import Any
+from weakref import WeakValueDictionary
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.batching.job import BatchJob
@@ -28,7 +30,7 @@ from prefect_huggingface.tasks.errors import BatchError, ChainError, EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import JournalRows, JournalWriter, ResultRow
-from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner
+from prefect_huggingface.tasks.storage.journals.ownership import JournalOwner, StoreOutage
 from prefect_huggingface.tasks.storage.tables.inputs import Chunk, Rows, read_chunks
 
 STOP_CHECK_SECONDS = 0.5
@@ -36,6 +38,8 @@ WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 16 * 2**20
 OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
 UNFINISHED = ("skipped", "deadline")  # statuses of answers that have no error and are not whole
+TRANSIENT = {"deadline", "out_of_cache", "rate_limited", "unavailable", "bad_answer"}  # may do better the next time
+MAX_TRIES = 3  # of equal prompts one after the other, before the failure is that of all
 PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
 
 FeedChunk = tuple[Chunk, list[ResultRow]]
@@ -49,7 +53,8 @@ class Shard:
     Attributes:
         owner: Run that it belongs to.
         retry_before: Rows that failed in a run before this one are generated again.
-        max_concurrency: Upper limit of requests that are queued or running, or None for the engine's own.
+        max_concurrency: Upper limit of requests that the shards of a process have queued or running together, or None
+            for the engine's own, for each shard.
         deduplicate: Whether equal prompts are generated once.
         group_by_prefix: Whether rows with a shared prefix are generated together.
     """
@@ -98,15 +103,47 @@ def process_shard(engines: Sequence[Engine], shard: Shard) -> ShardResult:
     for engine in engines:
         check_template(engine, job)
     should_stop = _StopCheck(shard.owner)
-    limit = shard.max_concurrency or sum(engine.in_flight for engine in engines)
+    room = _share_room(shard) if shard.max_concurrency else Room(sum(engine.in_flight for engine in engines))
     with ExitStack() as stack:
         writer = stack.enter_context(JournalWriter(journal, job.key, shard.owner.epoch))
         index = stack.enter_context(ResultIndex()) if shard.deduplicate else None
         chunks = _read_unfinished(job, shard, should_stop)
         feed = RowFeed(job.make_requests(), chunks, writer.add, index, shard.group_by_prefix)
-        for completions in stack.enter_context(closing(run_requests(engines, feed, limit, should_stop))):
+        for completions in stack.enter_context(closing(run_requests(engines, feed, room, should_stop))):
             feed.finish(completions)
     return ShardResult(feed.finished, feed.finished == len(shard.rows), time.monotonic() - began)
+
+
+class Room:
+    """Room for so many requests, which the threads of several shards take and give back."""
+
+    def __init__(self, size: int) -> None:
+        self._free, self._changed = size, threading.Condition()
+
+    def take(self, seconds: float) -> int:
+        """Take all that is free, after a time at most in which something may become free."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free, seconds)
+            taken, self._free = self._free, 0
+            return taken
+
+    def give(self, count: int = 1) -> None:
+        """Give some back."""
+        with self._changed:
+            self._free += count
+            self._changed.notify()
+
+
+_rooms: WeakValueDictionary[str, Room] = WeakValueDictionary()  # by the run, as long as a shard of it is here
+_rooms_lock = threading.Lock()
+
+
+def _share_room(shard: Shard) -> Room:
+    """Return the room of a run in this process."""
+    with _rooms_lock:
+        room = _rooms.get(shard.owner.id) or Room(shard.max_concurrency or 1)
+        _rooms[shard.owner.id] = room
+    return room
 
 
 def check_template(engine: Engine, job: BatchJob) -> None:
@@ -128,14 +165,14 @@ def check_template(engine: Engine, job: BatchJob) -> None:
 def run_requests(
     engines: Sequence[Engine],
     feed: RowFeed,
-    limit: int,
+    room: Room,
     should_stop: Callable[[], bool],
     listen: Callable[[RowRequest], OnText | None] = lambda _: None,
 ) -> Generator[list[Completion], None, None]:
     """Yield what has finished until the feed has no more, or until it has to stop.
 
-    It looks for a stop also while every request takes long. Closing the iterator cancels those under way. `listen`
-    returns what is to get the text of a request as it comes.
+    It looks for a stop also while every request takes long. Closing the iterator cancels those under way. As many
+    requests are under way as find `room`. `listen` returns what is to get the text of a request as it comes.
 
     Raises:
         EngineError: If an engine was closed, or can be used no more.
@@ -150,16 +187,22 @@ def run_requests(
         except BaseException as exc:
             finished.put(exc)
         pending.discard(future)
+        room.give()
 
     try:
         while not should_stop():
-            for asked in feed.take(limit - len(pending)):
+            # With nothing to wait for but the room that other shards have, wait for that.
+            free = room.take(0 if pending or not finished.empty() else STOP_CHECK_SECONDS)
+            taken = feed.take(free)
+            room.give(free - len(taken))
+            for asked in taken:
                 future = engines[asked.engine].submit(asked.request, listen(asked))
                 pending.add(future)
                 future.add_done_callback(collect)
-            if not pending and finished.empty():
+            if pending or not finished.empty():
+                yield from _finished(engines, _wait_for(finished))
+            elif free:
                 return
-            yield from _finished(engines, _wait_for(finished))
     finally:
         for future in pending.copy():
             future.cancel()
@@ -192,20 +235,22 @@ class _StopCheck:
     """Asks the journal now and then."""
 
     def __init__(self, owner: JournalOwner) -> None:
-        self._owner, self._next = owner, 0.0
+        self._owner, self._next, self._outage = owner, 0.0, StoreOutage()
 
     def __call__(self) -> bool:
         now = time.monotonic()
         if now < self._next:
             return False
         self._next = now + self._owner.journal.poll_seconds
-        return self._owner.is_stopped()
+        with self._outage:
+            return self._owner.is_stopped()
+        return False
 
 
 def _read_unfinished(job: BatchJob, shard: Shard, should_stop: Callable[[], bool]) -> Iterator[FeedChunk]:
     """Yield the chunks of a shard with what earlier runs have finished of them."""
     sweep = JournalRows(shard.owner.journal, job.key)
-    for chunk in read_chunks(job.table, shard.rows):
+    for chunk in read_chunks(job.table, shard.rows, each=True):
         if should_stop():
             return
         known = []
@@ -247,7 +292,8 @@ class RowFeed:
         self._following: list[RowRequest] = []  # next steps of rows, which go first
         self._values: dict[int, dict[str, Any]] = {}  # columns and outputs of the rows of a chain that have begun
         self._digests: dict[int, bytes] = {}  # hash of the prompt of each request in flight that others may share
-        self._waiting: dict[bytes, list[int]] = {}  # by that hash, the further requests that wait for its result
+        self._waiting: dict[bytes, list[RowRequest]] = {}  # by that hash, those that wait for its result
+        self._tries: Counter[bytes] = Counter()  # by that hash, how often it did not come to a result
         self._waiters = 0
 
     def take(self, count: int) -> list[RowRequest]:
@@ -283,11 +329,16 @@ class RowFeed:
             result = _to_result(completion, *divmod(number, self._steps), digest)
             waiting = self._waiting.pop(digest) if digest is not None else []
             self._waiters -= len(waiting)
+            self._settle(result, results)
             if digest is not None and _is_sharable(result):
                 learnt.append(result)
-            self._settle(result, results)
+            elif digest is not None and result.status in TRANSIENT and waiting:
+                self._tries[digest] += 1
+                if self._tries[digest] < MAX_TRIES:  # the first of them is asked, and the others wait for it
+                    self._following += waiting
+                    continue
             for other in waiting:
-                self._share(result, other, results)
+                self._share(result, other.number, results)
         if self._index is not None:
             self._index.add(learnt)
         self._commit(results)
@@ -378,7 +429,7 @@ class RowFeed:
             if (found := known.get(digest)) is not None:
                 self._share(found, number, results)
             elif digest in self._waiting:
-                self._waiting[digest].append(number)
+                self._waiting[digest].append(each)
                 self._waiters += 1
             else:
                 self._waiting[digest], self._digests[number] = [], digest
@@ -459,6 +510,6 @@ def answer_row(engines: Sequence[Engine], chain: ChainRows, values: dict[str, An
     results: list[ResultRow] = []
     chunk = Chunk(0, 1, lambda: [values])
     feed = RowFeed(chain, [(chunk, [])], results.extend)
-    for completions in run_requests(engines, feed, limit=1, should_stop=lambda: False):
+    for completions in run_requests(engines, feed, Room(1), should_stop=lambda: False):
         feed.finish(completions)
     return results

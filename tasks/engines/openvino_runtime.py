@@ -28,7 +28,7 @@ from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter
-from prefect_huggingface.tasks.storage.files import write_text
+from prefect_huggingface.tasks.storage.files import write_file
 
 logger = get_logger(__name__)
 
@@ -396,7 +396,7 @@ def read_settings(model: LocalModel, folder: Path) -> dict[str, Any]:
 def write_settings(model: LocalModel, folder: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
     """Keep settings for this machine, with the facts that they rest on."""
     path = tuning_file(model, folder)
-    write_text(path, json.dumps({"settings": settings, **facts}, indent=2) + "\n")
+    write_file(path, (json.dumps({"settings": settings, **facts}, indent=2) + "\n").encode())
     return path
 
 

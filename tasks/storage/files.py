@@ -88,24 +88,45 @@ def link_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def write_text(place: Path, text: str, folder: Path | None = None) -> None:
+def write_file(path: Path, content: bytes, replace: bool = True, folder: Path | None = None) -> None:
     """Write a small file so that a reader sees the old or the new one, never a part, also after a power cut.
 
     Args:
-        place: File to write. Its folder is made where it is missing.
-        text: Its content.
+        path: File to write. Its folder is made where it is missing.
+        content: Its content.
+        replace: Whether a file that is there is replaced.
         folder: Folder for the temporary file, on the same file system; when left out, that of the file.
+
+    Raises:
+        FileExistsError: If there is a file that is not to be replaced.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = (folder or place.parent) / f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = (folder or path.parent) / f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, place)
+        temporary.write_bytes(content)
+        move_file(temporary, path, replace)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move_file(temporary: Path, target: Path, replace: bool = True) -> None:
+    """Make a file durable and give it its name, for good. It may keep the old one besides.
+
+    Of several that must not replace a file one succeeds; where the file system has no links, who looks first.
+
+    Raises:
+        FileExistsError: If somebody has the name and is not to be replaced.
+    """
+    sync_path(temporary)
+    try:
+        (os.replace if replace else os.link)(temporary, target)
+    except OSError:
+        if replace:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(f"{str(target)!r} exists already.") from None
+        os.replace(temporary, target)
+    sync_path(target.parent)
 
 
 def free_disk(folder: Path) -> int:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from prefect_huggingface.tasks.artifacts import shorten
 from prefect_huggingface.tasks.errors import TableError
-from prefect_huggingface.tasks.storage.files import scratch_file, sync_path
+from prefect_huggingface.tasks.run_logs import redact
+from prefect_huggingface.tasks.storage.files import move_file, scratch_file, write_file
 
 AHEAD_BYTES = 2**20  # read from a file at once
 HTTP_VERSIONS = ("size", "ETag", "Last-Modified", "Content-MD5", "Digest")
@@ -78,18 +81,15 @@ class Place:
         """Return whether there is a file or folder."""
         if self.is_local:
             return os.path.lexists(self.url)
-        system, path = _file_system(self.url, is_fresh=True)
-        return bool(system.exists(path))
+        return bool(self._ask("exists", is_fresh=True))
 
     def is_folder(self) -> bool:
         """Return whether there is a folder."""
-        system, path = _file_system(self.url)
-        return bool(system.isdir(path))
+        return bool(self._ask("isdir"))
 
     def info(self) -> dict[str, Any]:
         """Return what the file system says about the file, at least its size in bytes."""
-        system, path = _file_system(self.url)
-        return dict(system.info(path))
+        return dict(self._ask("info"))
 
     def open(self, ahead: bool = False) -> IO[bytes]:
         """Open the file for reading bytes.
@@ -100,16 +100,14 @@ class Place:
         """
         if self.is_local:
             return open(self.url, "rb", buffering=AHEAD_BYTES if ahead else -1)
-        system, path = _file_system(self.url)
         options = {"block_size": BLOCK_BYTES, "cache_type": "background"} if ahead else {"block_size": AHEAD_BYTES}
-        opened: IO[bytes] = system.open(path, "rb", **options)
         # Without a buffer, each line would be a request to the file system's own cache.
-        return io.BufferedReader(opened, AHEAD_BYTES) if ahead else opened  # type: ignore[type-var]
+        file: Any = _RemoteFile(self.url, self._ask("open", "rb", **options))
+        return io.BufferedReader(file, AHEAD_BYTES)
 
     def read(self) -> bytes:
         """Return the whole content. A remote file that is being replaced is read as it was or as it will be."""
-        system, path = _file_system(self.url)
-        return bytes(system.cat_file(path))
+        return bytes(self._ask("cat_file"))
 
     def digest(self) -> str:
         """Return the sha256 of the content as it lies there."""
@@ -117,14 +115,18 @@ class Place:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def version(self) -> str:
-        """Return what a remote store says of the content, such as an ETag; nothing for a local file."""
+        """Return what a store says of the content, such as an ETag; of a local file its size and its time.
+
+        Raises:
+            FileNotFoundError: If there is no file.
+        """
         if self.is_local:
-            return ""
-        system, path = _file_system(self.url, is_fresh=True)
+            found = os.stat(self.url)  # the inode is not the same on all machines that share a folder
+            return f"{found.st_size} bytes, {found.st_mtime_ns // 1000}"
         if self.url.startswith(("http://", "https://")):  # fsspec takes what is there for unchangeable
-            found = system.info(path)
+            found = self._ask("info", is_fresh=True)
             return str({name: found.get(name) for name in HTTP_VERSIONS})
-        return str(system.ukey(path))
+        return str(self._ask("ukey", is_fresh=True))
 
     def write(self, content: bytes) -> None:
         """Write the whole content at once: a reader sees all of it or nothing.
@@ -136,8 +138,8 @@ class Place:
     def create(self, content: bytes) -> bool:
         """Write the whole content unless there is a file already, and return whether it was written.
 
-        Of several processes that do so at once one succeeds, on local file systems and where fsspec has conditional
-        writes (S3, GCS, Azure, memory). Elsewhere fsspec looks first and then writes.
+        Of several processes that do so at once one succeeds, on local file systems with links and where fsspec has
+        conditional writes (S3, GCS, Azure, memory). Elsewhere it is looked first and then written.
         """
         try:
             self._put(content, replace=False)
@@ -147,28 +149,21 @@ class Place:
 
     def _put(self, content: bytes, replace: bool) -> None:
         if not self.is_local:
-            system, path = _file_system(self.url)
-            system.pipe_file(path, content, mode="overwrite" if replace else "create")
+            self._ask("pipe_file", content, mode="overwrite" if replace else "create")
             return
-        temporary = Path(f"{self.url}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            _move(temporary, self.url, replace)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(Path(self.url), content, replace)
 
     def names(self) -> list[str]:
         """Return the sorted names in this folder; a folder that does not exist has none."""
         if self.is_local:
             return sorted(os.listdir(self.url)) if os.path.isdir(self.url) else []
-        system, path = _file_system(self.url, is_fresh=True)
         try:
-            found = [str(name).strip("/") for name in system.ls(path, detail=False)]
+            found = [str(name).strip("/") for name in self._ask("ls", detail=False, is_fresh=True)]
         except FileNotFoundError:
             return []
         # S3 lists the marker of a folder, made by its console for instance, within the folder.
-        return sorted(name.rpartition("/")[2] for name in found if name != path.strip("/"))
+        own = _file_system(self.url)[1].strip("/")
+        return sorted(name.rpartition("/")[2] for name in found if name != own)
 
     def remove(self) -> None:
         """Remove the file, or the folder with all that is in it, if it is there."""
@@ -178,9 +173,8 @@ class Place:
             else:
                 Path(self.url).unlink(missing_ok=True)
             return
-        system, path = _file_system(self.url)
         if self.exists():
-            system.rm(path, recursive=True)
+            self._ask("rm", recursive=True)
 
     @contextmanager
     def published(self, replace: bool = False) -> Iterator[Path]:
@@ -202,39 +196,20 @@ class Place:
     def _publish(self, temporary: Path, replace: bool) -> None:
         try:
             if not self.is_local:  # in parts, and as a whole for those who read
+                mode = "overwrite" if replace else "create"
                 system, path = _file_system(self.url, is_fresh=True)
-                system.put_file(str(temporary), path, mode="overwrite" if replace else "create")
+                _reach(self.url, system.put_file, str(temporary), path, mode=mode)
                 return
-            _move(temporary, self.url, replace)
+            move_file(temporary, Path(self.url), replace)
         except FileExistsError:
             raise TableError(
                 f"{self.url!r} exists already. Choose another destination, or move the file away."
             ) from None
 
-
-def _move(temporary: Path, target: str, replace: bool) -> None:
-    """Make a local file durable and give it its name, for good.
-
-    Raises:
-        FileExistsError: If somebody has the name and is not to be replaced.
-    """
-    sync_path(temporary)
-    if replace:
-        os.replace(temporary, target)
-    else:
-        _link_alone(temporary, target)
-    sync_path(os.path.dirname(target))
-
-
-def _link_alone(source: Path, target: str) -> None:
-    """Give a file another name that nobody has yet."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        with open(target, "xb") as file:
-            file.write(source.read_bytes())
+    def _ask(self, operation: str, *arguments: Any, is_fresh: bool = False, **options: Any) -> Any:
+        """Return what the file system answers to one of its operations on the place."""
+        system, path = _file_system(self.url, is_fresh)
+        return _reach(self.url, getattr(system, operation), path, *arguments, **options)
 
 
 def find_places(source: str) -> list[Place]:
@@ -247,7 +222,7 @@ def find_places(source: str) -> list[Place]:
     if not is_pattern(source):
         return list(_files_in(place)) if place.is_folder() else [place]
     system, path = _file_system(place.url)
-    found = sorted(map(str, system.glob(path)))
+    found = sorted(map(str, _reach(place.url, system.glob, path)))
     places = [Place(name if place.is_local else str(system.unstrip_protocol(name))) for name in found]
     return [each for each in places if _is_data(each) and not each.is_folder()]
 
@@ -281,6 +256,50 @@ def reach_hub(endpoint: str, token: str | None) -> Iterator[None]:
         yield
     finally:
         _hub.reset(used)
+
+
+class _RemoteFile:
+    """A file of a store, whose errors are those of `_reach` when it is read."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url, self._file = url, file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def readinto(self, buffer: Any) -> Any:
+        return _reach(self._url, self._file.readinto, buffer)
+
+
+def _reach(url: str, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Return what a file system answers.
+
+    What the client of a store raises never goes on, nor stays behind an error: its request may hold a token.
+
+    Raises:
+        FileExistsError: If there is a file already.
+        FileNotFoundError: If there is none.
+        TableError: If the store does not answer as it should.
+    """
+    if "://" not in url:
+        return operation(*arguments, **options)
+    try:
+        return operation(*arguments, **options)
+    except FileExistsError:
+        error: Exception = FileExistsError(f"{url!r} exists already.")
+    except FileNotFoundError as exc:
+        error = FileNotFoundError(f"{url!r} is not there: {shorten(redact(str(exc)))}")
+    except Exception as exc:
+        error = _explain(url, exc)
+    raise error
+
+
+def _explain(url: str, exc: Exception) -> TableError:
+    kind, status = type(exc).__name__, getattr(getattr(exc, "response", exc), "status_code", getattr(exc, "status", 0))
+    remedy = "Check the URL, the network and the store, then start it again."
+    if re.search("Credential|Auth|Permission", kind) or status in (401, 403):
+        remedy = "Give credentials that its store accepts, in the block or as its client reads them."
+    return TableError(f"{url!r} cannot be reached ({shorten(redact(f'{kind}: {exc}'))}). {remedy}")
 
 
 def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import ModelSourceError
 from prefect_huggingface.tasks.hub_errors import PickleOnlyError, UnusableRepositoryError
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
-from prefect_huggingface.tasks.storage.files import hash_file, write_text
+from prefect_huggingface.tasks.storage.files import hash_file, write_file
 from prefect_huggingface.tasks.storage.folders import find_pointer, is_openvino_folder, list_files
 from prefect_huggingface.tasks.storage.hub.cache import Selection
 from prefect_huggingface.tasks.storage.hub.client import RepositoryFile
@@ -157,4 +157,4 @@ def _read_cache(path: Path) -> dict[str, tuple[FileState, str]]:
 def _write_cache(path: Path, hashes: dict[str, tuple[FileState, str]]) -> None:
     # Without the cache the files are read again; a store that cannot be written to is not an error here.
     with suppress(OSError):
-        write_text(path, json.dumps(hashes))
+        write_file(path, json.dumps(hashes).encode())

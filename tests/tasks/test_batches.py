@@ -20,6 +20,7 @@ from prefect_huggingface.tasks.errors import BatchError, HuggingFaceTaskError, M
 from prefect_huggingface.tasks.storage.journals import ownership
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.ownership import hold_journal, is_held
+from prefect_huggingface.tasks.storage.tables.inputs import read_chunks
 
 # A model that is not there: whatever is refused before it is looked at costs nothing.
 NO_MODEL = LocalModel(model_id="/no/such/model", backend="torch")
@@ -59,6 +60,34 @@ def test_settings_that_do_not_fit_the_table(
     with pytest.raises(BatchError, match=message):
         check(source, tmp_path / "out.csv", **settings)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "openai"])
+@pytest.mark.parametrize("in_step", [True, False])
+def test_options_that_clash_are_found_in_the_plan(tmp_path: Path, source: Path, format: str, in_step: bool) -> None:
+    model = NO_MODEL.model_copy(update={"options": GenerationOptions(num_beams=4)})
+    more, prompt, options = BatchOptions(columns=["country"]), "{country}", GenerationOptions(do_sample=True)
+    if format == "openai":
+        source.write_text(json.dumps({"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}) + "\n")
+        more, prompt = BatchOptions(), None  # type: ignore[assignment]
+    elif in_step:
+        step = {"name": "a", "prompt": prompt, "options": options}
+        more, prompt, options = BatchOptions(columns=["country"], steps=[step]), None, None  # type: ignore[assignment]
+    with pytest.raises(BatchError, match="'/no/such/model'.*Option 'num_beams': .*must be 1 with `do_sample=True`"):
+        check_batch(model, str(source), str(tmp_path / "out.jsonl"), prompt, options, more=more)
+
+
+def test_a_column_of_temperatures_goes_with_a_model_that_samples(tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("country,temperature\nPeru,0.5\nChile,\n")
+    model = NO_MODEL.model_copy(update={"options": GenerationOptions(do_sample=True, top_p=0.9)})
+    more = BatchOptions(option_columns=["temperature"])
+    job = check_batch(model, str(source), str(tmp_path / "out.csv"), "{country}", more=more).job
+    make, (chunk,) = job.make_requests(), read_chunks(job.table)
+    made = [make(number, row) for number, row in enumerate(chunk.rows)]
+    merged = [model.options.merged(each.request.options) for each in made]
+    assert [(each.do_sample, each.temperature, each.top_p) for each in merged] == [(True, 0.5, 0.9), (True, None, 0.9)]
+    assert not any(each.shareable for each in made)
 
 
 @pytest.mark.parametrize("prefix", ["", "new_"])

@@ -58,7 +58,7 @@ from prefect_huggingface.tasks.storage.files import (
     open_staging,
     publish,
     sweep_staging,
-    write_text,
+    write_file,
 )
 from prefect_huggingface.tasks.storage.folders import is_openvino_folder
 from prefect_huggingface.tasks.storage.hub.cache import known_licence
@@ -364,7 +364,7 @@ def make_export(store: Path, snapshot: Snapshot, recipe: Recipe, plan: ExportPla
         )  # fmt: skip
         write_manifest(output, manifest)
         card = model_card(manifest.export(output, reused=False), known_licence(snapshot.path))
-        write_text(output / CARD, card)
+        write_file(output / CARD, card.encode())
         folder = exports_folder(store) / export_name(source, recipe.weight_format, plan.key)
         old = find_export_folder(store, plan.key)
         if old is not None:

@@ -45,7 +45,7 @@ from prefect_huggingface.tasks.hub_errors import (
     UnusableRepositoryError,
 )
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
-from prefect_huggingface.tasks.storage.files import has_content, write_text
+from prefect_huggingface.tasks.storage.files import has_content, write_file
 from prefect_huggingface.tasks.storage.hub.client import COMMIT, ETAG, DownloadStopped, RepositoryFile
 from prefect_huggingface.tasks.storage.locks import LEASE, last_used, lease_path, note_use, take_free
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
@@ -210,7 +210,7 @@ class RepositoryFolder:
         """Write a small file atomically. The temporary file must not lie among the references."""
         partials = self.path / "partials"
         partials.mkdir(exist_ok=True)
-        write_text(place, text, partials)
+        write_file(place, text.encode(), folder=partials)
 
 
 @dataclass(frozen=True, slots=True)

@@ -338,8 +338,8 @@ class JournalRows:
     def take(self, start: int, stop: int) -> Any:
         """Return what is finished of the rows from `start` up to, and without, `stop`, as a `pyarrow.Table`.
 
-        It has the columns of `ResultRow` and the epoch, and is sorted by row and step. Rows before `stop` cannot be
-        taken any more.
+        It has the columns of `ResultRow` and the epoch, and is sorted by row and step. Steps that were made of an
+        earlier one that is lost, or was asked again since, are not there. Rows before `stop` cannot be taken any more.
 
         Raises:
             BatchError: If a segment cannot be trusted any more.
@@ -360,7 +360,7 @@ class JournalRows:
         self._open = kept
         if not taken:
             return segment_schema().append(pa.field("epoch", pa.int32())).empty_table()
-        return _latest(pa.concat_tables(taken).combine_chunks())
+        return _without_gaps(_latest(pa.concat_tables(taken).combine_chunks()))
 
     def sweep(self, start: int, stop: int) -> Iterator[Any]:
         """Yield what is finished of a range of rows, some rows at a time."""
@@ -398,6 +398,21 @@ def _latest(table: Any) -> Any:
         if not pc.all(is_first).as_py():
             table = table.filter(pa.concat_arrays([pa.array([True]), is_first]))
     return table
+
+
+def _without_gaps(table: Any) -> Any:
+    """Keep of each row, sorted by steps, those from 0 on to the first that is missing, newer than the next, or last."""
+    import numpy as np
+    import pyarrow as pa
+
+    row, step, epoch, is_last = (table[name].to_numpy() for name in ("row", "step", "epoch", "is_last"))
+    begins = np.append(True, row[1:] != row[:-1])
+    follows = np.append(False, (step[1:] == step[:-1] + 1) & (epoch[1:] >= epoch[:-1]) & ~is_last[:-1])
+    is_gap = ~np.where(begins, step == 0, follows)
+    gaps = np.cumsum(is_gap)
+    before = (gaps - is_gap)[begins]  # gaps in the rows before that of an entry
+    fits = gaps == before[np.cumsum(begins) - 1]
+    return table if fits.all() else table.filter(pa.array(fits))
 
 
 class JournalWriter(AbstractContextManager["JournalWriter"]):

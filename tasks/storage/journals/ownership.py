@@ -21,12 +21,14 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect_huggingface.tasks.errors import BatchError
+from typing_extensions import override
+
+from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.journals.journal import Journal, encode_record
 from prefect_huggingface.tasks.storage.locks import Lease, is_taken, take_alone
@@ -125,6 +127,22 @@ class JournalOwner:
     @property
     def _alive(self) -> Place:
         return self.journal.place.child(f"alive-{self.epoch:06}-{self.id}.json")
+
+
+class StoreOutage(AbstractContextManager["StoreOutage"]):
+    """Forgives, block after block, what a store or a disk says while it is away, for the time of a lease."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    @override
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> bool:
+        if not isinstance(error, (TableError, OSError)):
+            self._since = None
+            return False
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return now - self._since < LEASE_SECONDS
 
 
 @contextmanager

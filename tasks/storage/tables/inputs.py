@@ -87,7 +87,7 @@ class TableFile:
         layout: How it is read where that is not the usual way: compression, encoding, delimiter, partition and so on.
         marks: Row number, line number and byte offset of some rows, to start reading there.
         bad_rows: Number of rows that cannot be read.
-        version: What a remote store says of the content, such as its ETag.
+        version: What its store says of the content, see `Place.version`.
     """
 
     url: str
@@ -104,7 +104,7 @@ class Table:
     """An input that was looked at: its files in order, their format, all columns, and the number of rows.
 
     Attributes:
-        types: The `pyarrow` schema that all rows fit, in base64, where the files do not tell it (JSON).
+        types: The `pyarrow` schema that all rows fit, in base64; CSV has none.
     """
 
     source: str
@@ -177,6 +177,11 @@ def get_format(name: str) -> tuple[TableFormat, str | None]:
     )
 
 
+def find_formats(source: str) -> set[TableFormat]:
+    """Return the formats that the names of the files of an input tell."""
+    return {SUFFIXES[found[1]] for place in find_places(source) if (found := _SUFFIX.search(place.name.lower()))}
+
+
 def inspect_table(
     source: str, format: TableFormat | None = None, options: SourceOptions | Mapping[str, Any] | None = None
 ) -> Table:
@@ -194,30 +199,33 @@ def inspect_table(
 
     options = SourceOptions.model_validate(options or {})
     places = _choose_files(source, format)
-    formats = {format or get_format(place.name)[0] for place in places}
-    if not formats - {"json", "jsonl"}:  # which of them a file is, its content tells
-        found: TableFormat = "jsonl"
-    elif len(formats) > 1:
-        raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
-    else:
-        (found,) = formats
+    found = _choose_format(source, {format or get_format(place.name)[0] for place in places})
     # The files of a pattern lie below the folder before its first wildcard.
     root = Place.of(source).url
     root = re.split(r"[*?\[]", root)[0].rpartition("/")[0] if is_pattern(source) else root
-    types, readers, files = ColumnTypes(), [], []
+    types, first, files = ColumnTypes(), None, []
     for place in places:
         layout = find_layout(place, format or get_format(place.name)[0], options, guess=format is None)
         layout |= {"partition": partition} if (partition := _partition_of(root, place)) else {}
-        readers.append(open_reader(place, found, layout))
+        reader = open_reader(place, found, layout)
         try:
-            files.append(replace(readers[-1].inspect(types), version=place.version()))
+            version = place.version()
+            file = replace(reader.inspect(types), version=version)
         except TableError:
             raise
         except Exception as exc:
             raise TableError(f"{place.url!r} cannot be read as {found}: {exc}. Check the file.") from None
-        _check_same(readers[0], readers[-1])
-    text = base64.b64encode(types.schema().serialize()).decode() if found == "jsonl" else ""
-    table = Table(source, found, tuple(files), readers[0].columns or tuple(types.types), text)
+        if found in ("csv", "tsv") and not reader.columns:
+            run_log().info("%r is empty and is left out.", place.name)
+            continue
+        files.append(file)
+        first = first or reader
+        _check_same(first, reader)
+    if first is None:
+        raise TableError(f"{source!r} is empty. Give a file with a header and at least one row.")
+    schema = types.schema() if found == "jsonl" else first.schema
+    text = "" if schema is None else base64.b64encode(schema.serialize()).decode()
+    table = Table(source, found, tuple(files), first.columns or tuple(types.types), text)
     if table.rows == 0:
         raise TableError(f"{source!r} has no rows. Give a file with at least one row.")
     return table
@@ -242,6 +250,14 @@ def _choose_files(source: str, format: TableFormat | None) -> list[Place]:
     return known or places
 
 
+def _choose_format(source: str, formats: set[TableFormat]) -> TableFormat:
+    if not formats - {"json", "jsonl"}:  # which of them a file is, its content tells
+        return "jsonl"
+    if len(formats) > 1:
+        raise TableError(f"{source!r} holds files of several formats: {sorted(formats)!r}. Keep one of them.")
+    return formats.pop()
+
+
 def _partition_of(root: str, place: Place) -> dict[str, str | None]:
     """Return the columns that the folders between an input and its file tell, as Hive and Spark write them."""
     parts = [part.partition("=") for part in place.url[len(root) :].split("/")[:-1] if "=" in part]
@@ -250,31 +266,34 @@ def _partition_of(root: str, place: Place) -> dict[str, str | None]:
 
 
 def _check_same(first: Any, other: Any) -> None:
-    """Check that the files of two readers go together. Rows of JSONL need not have the same columns."""
+    """Check that the files of two readers go together. Rows of JSONL need not have the same columns.
+
+    A column without a value has no type in its file. The first reader gets that of another file for it.
+    """
+    import pyarrow as pa
+
     if first.columns != other.columns:
         different = sorted({*first.columns} ^ {*other.columns}) or list(other.columns)
         raise TableError(
             f"{other.place.url!r} has other columns than {first.place.url!r}: {different!r} differ. "
             "Give all files the same columns in the same order."
         )
-    if first.kinds != other.kinds:
-        raise TableError(
-            f"{other.place.url!r} has other column types than {first.place.url!r}: {other.kinds!r}, not "
-            f"{first.kinds!r}. Convert the file."
-        )
+    for index, (known, found) in enumerate(zip(first.schema or (), other.schema or (), strict=True)):
+        if pa.types.is_null(known.type):
+            first.schema = first.schema.set(index, found)
+        elif not pa.types.is_null(found.type) and str(known.type) != str(found.type):
+            raise TableError(
+                f"{other.place.url!r} has other column types than {first.place.url!r}: {known.name!r} is {found.type}, "
+                f"not {known.type}. Convert the file."
+            )
 
 
 def get_schema(table: Table) -> Any:
     """Return the `pyarrow` types of all columns of a table. CSV columns are text."""
     import pyarrow as pa
 
-    from prefect_huggingface.tasks.storage.tables.readers import open_reader
-
     if table.types:
         return pa.ipc.read_schema(pa.BufferReader(base64.b64decode(table.types)))
-    if table.format in ("parquet", "arrow"):
-        first = table.files[0]
-        return open_reader(Place(first.url), table.format, first.layout).schema()
     return pa.schema([(name, pa.string()) for name in table.columns])
 
 
@@ -287,27 +306,43 @@ def check_unchanged(table: Table) -> None:
         TableError: If one has changed.
     """
     for file in table.files:
-        place = Place(file.url)
-        if (place.digest() != file.digest) if place.is_local else (place.version() != file.version):
-            raise TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
+        _check_version(file)
+        if (place := Place(file.url)).is_local and place.digest() != file.digest:
+            raise _changed(file)
 
 
-def read_chunks(table: Table, rows: Rows | None = None) -> Iterator[Chunk]:
+def _check_version(file: TableFile) -> None:
+    try:
+        is_same = Place(file.url).version() == file.version
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
+        raise _changed(file)
+
+
+def _changed(file: TableFile) -> TableError:
+    return TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
+
+
+def read_chunks(table: Table, rows: Rows | None = None, each: bool = False) -> Iterator[Chunk]:
     """Yield the rows of a table: all, those of a range, or some that were drawn, of which each is a chunk.
+
+    That a file has not changed is checked at its end, or with `each` before each chunk is yielded, so that no row is
+    ever of another content than that which was looked at.
 
     Raises:
         TableError: If a file has changed since it was looked at.
     """
     rows = range(table.rows) if rows is None else rows
     if isinstance(rows, range):
-        yield from _read_range(table, rows)
+        yield from _read_range(table, rows, each)
         return
-    for chunk in _read_range(table, range(rows[0], rows[-1] + 1)):
+    for chunk in _read_range(table, range(rows[0], rows[-1] + 1), each):
         for row in rows[bisect_left(rows, chunk.first) : bisect_left(rows, chunk.first + len(chunk))]:
             yield chunk.part(row, row + 1)
 
 
-def _read_range(table: Table, rows: range) -> Iterator[Chunk]:
+def _read_range(table: Table, rows: range, each: bool) -> Iterator[Chunk]:
     from prefect_huggingface.tasks.storage.tables.readers import open_reader
 
     offset = 0
@@ -315,12 +350,19 @@ def _read_range(table: Table, rows: range) -> Iterator[Chunk]:
         low, high = max(rows.start - offset, 0), min(rows.stop - offset, file.rows)
         if low < high:
             expected = low
-            for chunk in open_reader(Place(file.url), table.format, file.layout).read(file, low, high):
-                expected = chunk.first + len(chunk)
-                chunk.first += offset
-                yield chunk
+            try:
+                for chunk in open_reader(Place(file.url), table.format, file.layout).read(file, low, high):
+                    if each:
+                        _check_version(file)
+                    expected = chunk.first + len(chunk)
+                    chunk.first += offset
+                    yield chunk
+            except Exception:  # that of a reader who finds another file
+                _check_version(file)
+                raise
+            _check_version(file)
             if expected != high:
-                raise TableError(f"{file.url!r} has changed while it was read. Start again with a file that stays.")
+                raise _changed(file)
         offset += file.rows
 
 
@@ -353,16 +395,10 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
     """
     if options.delimiter and format not in ("csv", "tsv"):
         raise TableError(f"`delimiter` {options.delimiter!r} is for CSV files, but {place.url!r} is {format}. Drop it.")
-    with place.open() as file:
-        head = file.read(16)
-    layout: dict[str, Any] = {}
-    if packed := next((name for magic, name in PACKED.items() if head.startswith(magic)), None):
-        layout["compression"] = packed
-    try:
-        with open_bytes(place, layout, ahead=False) as stream:
-            head = stream.read(SAMPLE_BYTES)
-    except Exception as exc:  # each kind of compression has its own errors
-        raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
+    if options.encoding and format in ("parquet", "arrow"):
+        raise TableError(f"`encoding` {options.encoding!r} is for text files, but {place.url!r} is {format}. Drop it.")
+    head, packed = _read_head(place, format)
+    layout: dict[str, Any] = {"compression": packed} if packed else {}
     if format in ("parquet", "arrow"):
         what = _describe(head) or packed
         if what and what.split()[1:2] != [format.title()]:
@@ -378,6 +414,21 @@ def find_layout(place: Place, format: TableFormat, options: SourceOptions, guess
     layout |= _find_form(place, format, text, whole, options, guess)
     _log_guesses(place, layout, options)
     return layout
+
+
+def _read_head(place: Place, format: TableFormat) -> tuple[bytes, str | None]:
+    """Return the first bytes of a file, unpacked, and how it is packed."""
+    packed = None
+    try:
+        with place.open() as file:
+            head = file.read(16)
+        packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
+        with open_bytes(place, {"compression": packed}, ahead=False) as stream:
+            return stream.read(SAMPLE_BYTES), packed
+    except TableError:
+        raise
+    except Exception as exc:  # each kind of compression has its own errors
+        raise TableError(f"{place.url!r} cannot be read as {packed or format}: {exc}. Check the file.") from None
 
 
 def _find_form(

@@ -50,11 +50,11 @@ class Reader:
 
     Attributes:
         columns: Columns of the file, once it was looked at; empty where each row has its own.
-        kinds: What must be the same in all files of a table.
+        schema: Types of the columns, where the file has types.
     """
 
     columns: tuple[str, ...] = ()
-    kinds: Any = None
+    schema: Any = None
 
     def __init__(self, place: Place, layout: Mapping[str, Any]) -> None:
         self.place, self.layout = place, layout
@@ -159,7 +159,8 @@ class JsonReader(TextReader):
         if self.partition or b"NaN" in block or b"Infinity" in block:
             return None
         texts = list(map(bytes.strip, part))
-        texts[0] = texts[0].removeprefix(BOM)
+        if BOM in block:  # at the beginning of each of several files that were put together
+            texts = [text.removeprefix(BOM) for text in texts]
         return Chunk(row, len(part), lambda: _parse_lines(part)[0], lines=lines, texts=texts)
 
     def _chunk(self, row: int, rows: list[Any], problems: Problems, lines: Sequence[int]) -> Chunk:
@@ -369,8 +370,8 @@ class CsvReader(TextReader):
             header = next((tuple(cells) for cells in records if len(cells) > 1 or "".join(cells).strip()), None)
         except csv.Error:
             raise self._unclosed(skipped + 1, skipped + records.line_num) from None
-        if header is None:
-            raise TableError(f"{self.place.url!r} is empty. Give a file with a header and at least one row.")
+        if header is None:  # an empty part of a table
+            return
         _check_names(self.place, header)
         if not all(map(_is_unicode, header)):
             raise TableError(
@@ -415,20 +416,14 @@ class ColumnarReader(Reader):
         super().__init__(place, layout)
         self.format = format
 
-    def schema(self) -> Any:
-        """Return the types of the columns; dictionaries are those of their values."""
-        with self.place.open() as file:
-            return self._plain_schema(self._open(file)[0])
-
     def inspect(self, types: ColumnTypes) -> TableFile:
         """Read the whole file. Return its rows and hash."""
         with self.place.open() as file:
             schema, batches = self._open(file)
             _check_names(self.place, schema.names)
             rows = sum(batch.num_rows for _, batch in batches(0))
-        schema = self._plain_schema(schema)
-        self.columns = tuple(schema.names)
-        self.kinds = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+        self.schema = self._plain_schema(schema)
+        self.columns = tuple(self.schema.names)
         return TableFile(self.place.url, rows, self.place.digest(), dict(self.layout))
 
     def read(self, file: TableFile, start: int, stop: int) -> Iterator[Chunk]:

@@ -157,7 +157,7 @@ class ColumnarWriter(TableWriter):
         import pyarrow as pa
 
         if chunk.batch is not None:
-            columns = [chunk.batch.column(name) for name in self._input.names]
+            columns = [_as_type(chunk.batch.column(field.name), field.type) for field in self._input]
         else:
             columns = [_to_array([row.get(field.name) for row in chunk.rows], field.type) for field in self._input]
         self._pending.append(pa.table([*columns, *(further[name] for name in self.added)], schema=self._schema))
@@ -175,6 +175,13 @@ class ColumnarWriter(TableWriter):
         if self._pending:
             self._writer.write_table(pa.concat_tables(self._pending))
         self._pending = []
+
+
+def _as_type(column: Any, kind: Any) -> Any:
+    """Return a column of a file, which has no type where it has no value, with that of the other files."""
+    import pyarrow as pa
+
+    return pa.nulls(len(column), kind) if pa.types.is_null(column.type) else column
 
 
 def _open_columnar(target: Any, schema: Any, format: TableFormat) -> Any:

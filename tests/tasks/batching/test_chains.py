@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
-from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, describe_models, list_models, plan_job
+from prefect_huggingface.tasks.batching.job import (
+    OUTPUT_COLUMNS,
+    BatchJob,
+    BatchOptions,
+    describe_models,
+    list_models,
+    plan_job,
+)
 from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import get_status, open_run
 from prefect_huggingface.tasks.batching.shard import ShardResult, process_shard
@@ -90,6 +97,21 @@ def test_each_row_goes_through_the_chain_without_waiting_for_others(tmp_path: Pa
     ]  # fmt: skip
     assert (rows[0]["prompt_tokens"], rows[0]["generated_tokens"], rows[0]["status"]) == (15, 9, "ok")
     assert get_status(str(batch.destination)).finished == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_steps_may_be_named_as_what_the_journal_keeps(tmp_path: Path, suffix: str) -> None:
+    names = [name for name in (*ResultRow._fields, "epoch", "completion_0") if name not in OUTPUT_COLUMNS[1:]]
+    steps = [{"name": name, "prompt": f"{name} of {{text}}"} for name in names]
+    batch = Batch(tmp_path, ["Ann", "broken"], steps, suffix)
+    batch.run(engine())
+    rows = batch.publish()
+    assert [rows[0][name] for name in names] == [f"{name} of Ann" for name in names]
+    assert not any(rows[1][name] for name in names)
+    publication = publish_output(batch.job, claim_journal(batch.journal), batch.output, replaceable=True)
+    assert [sample["row"] for sample in publication.samples] == [0, 1]
+    assert publication.samples[0]["details"] == "details of Ann"
+    assert [(failure["row"], failure["status"]) for failure in publication.failures] == [(1, "engine_error")]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -215,6 +237,40 @@ def test_a_journal_with_an_output_that_is_refused_now_goes_on(tmp_path: Path) ->
     batch.run(model)
     assert model.prompts[0] == "Extract from Ann"
     assert [each["status"] for each in batch.publish()] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_row_with_a_step_that_was_damaged_is_generated_again(tmp_path: Path, lost: int, fails: bool) -> None:
+    batch = Batch(tmp_path, ["Ann", "Bob"])
+    open_run(claim_journal(batch.journal), batch.job)
+    texts = ['{"name": "old"}', "old, older", "the old end"]
+    names = [
+        batch.journal.append(
+            1, "00000000", step, batch.job.key,
+            [ResultRow(row, step, text, "ok", "stop", 1, 1, is_last=step == 2) for row in range(2)],
+        )
+        for step, text in enumerate(texts)
+    ]  # fmt: skip
+    place = batch.journal.segments.child(str(names[lost]))
+    place.write(place.read()[:-1] + b"x")
+    model = engine()
+    if fails:
+        model._answer = lambda future, request: future.set_result(  # type: ignore[method-assign]
+            Completion("", "error", 1, 0, error="It broke.", error_code="engine_error", request_id=request.id)
+        )
+    assert batch.run(model)[0].complete
+    rows = batch.publish()
+    assert get_status(str(batch.destination)).finished == 2
+    if fails:
+        assert [row["status"] for row in rows] == ["engine_error"] * 2
+        assert [row[name] for row in rows for name in ("person", "words", "end")][lost::3] == [None] * 2
+        batch.run(engine(), retry_failed=True)
+        rows = batch.publish()
+    assert [row["status"] for row in rows] == ["ok"] * 2
+    assert [row["person"]["name"] == "old" for row in rows] == [lost > 0] * 2
+    assert [row["words"] == ["old", "older"] for row in rows] == [lost > 1] * 2
+    assert [row["end"].split()[-1] for row in rows] == ["0", "1"]
 
 
 def test_equal_steps_of_rows_are_asked_once(tmp_path: Path) -> None:

@@ -12,11 +12,15 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.tasks.batching.job import BatchOptions, describe_models, plan_job
-from prefect_huggingface.tasks.batching.output import choose_columns, plan_output
+from prefect_huggingface.tasks.batching.output import choose_columns, plan_output, publish_output
 from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem
+from prefect_huggingface.tasks.batching.run import open_run
+from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
 from prefect_huggingface.tasks.openai_protocol import BodyError, read_options
 from prefect_huggingface.tasks.records import Completion, Request
+from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
 from support.instant_engines import InstantEngine
 from support.table_batches import answer_job
 
@@ -102,6 +106,21 @@ def test_what_is_set_to_its_default_is_another_line_than_what_is_left_out(tmp_pa
     assert [each.request.options.max_new_tokens for each in made] == [64, 256, 64, 64, 64]
 
 
+def test_names_of_the_model_are_those_of_the_present_call(tmp_path: Path) -> None:
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a", messages=USER) + "\n" + line("b", messages=USER, model="gpt-4o") + "\n")
+    model, output = LocalModel(model_id="/models/small", backend="torch"), plan_output(str(source), str(destination))
+    plain = plan_job(str(source), None)
+    before, after = (describe_models(plain, [model], names) for names in ((), ("gpt-4o",)))
+    assert before.key == after.key  # so that the journal is continued,
+    assert before.call_key(output) != after.call_key(output)  # and is not taken for finished
+    assert answer_job(before, output, InstantEngine()).statuses == {"ok": 1, "unknown_model": 1}
+    with hold_journal(Journal.beside(str(destination))) as owner:
+        for shard in open_run(owner, after, BatchOptions(retry_failed=True)).shards:
+            process_shard([InstantEngine()], shard)
+        assert publish_output(after, owner, output, replaceable=True).statuses == {"ok": 2}
+
+
 def test_what_a_line_leaves_out_is_that_of_the_model(tmp_path: Path) -> None:
     source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line("a", messages=USER, n=2, top_k=40) + "\n")
@@ -142,6 +161,14 @@ def test_a_table_without_a_prompt_is_refused(tmp_path: Path) -> None:
         plan_job(str(path), None)
     with pytest.raises(BatchError, match="Only one of `prompt`"):
         plan_job(str(path), "{a}", more=BatchOptions(source_format="openai"))
+    for name in ("rows.csv", "rows.parquet", "rows.tsv.gz", "part/rows.arrow", "part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name != "part":
+            (tmp_path / name).write_text("PAR1")
+        with pytest.raises(BatchError, match="say nothing to ask. Give a `prompt`"):
+            plan_job(str(tmp_path / name), None)
+    with pytest.raises(BatchError, match="say nothing to ask. Give a `prompt`"):
+        plan_job(str(tmp_path / "*.parquet"), None)
 
 
 # Lines as the documentation of OpenAI and the samples of vLLM have them, for models of their own names.

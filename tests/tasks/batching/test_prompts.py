@@ -100,3 +100,34 @@ def test_rows_have_options_of_their_own() -> None:
     with pytest.raises(RowProblem, match="'max_new_tokens'") as problem:
         ask({"country": "Peru", "max_new_tokens": "many"}, **fields)
     assert problem.value.status == "invalid_option"
+
+
+@pytest.mark.parametrize(
+    ("base", "row"),
+    [
+        ({"do_sample": True}, {"temperature": "0.5"}),
+        ({"do_sample": True, "temperature": 0.7}, {"top_p": 0.9, "top_k": "40", "min_p": 0.1}),
+        ({"max_new_tokens": 1000}, {"min_new_tokens": "500"}),
+        ({"do_sample": True, "temperature": 0.7}, {"do_sample": "false"}),
+        ({"num_beams": 4}, {"n": 3}),
+        ({"do_sample": True}, {"num_beams": "1", "n": "2"}),
+    ],
+)
+@pytest.mark.parametrize("place", ["options", "defaults"])
+def test_options_of_a_row_need_only_go_with_those_below(base: dict[str, Any], row: dict[str, Any], place: str) -> None:
+    fields: dict[str, Any] = {place: GenerationOptions(**base), "prompt": "{country}", "option_columns": tuple(row)}
+    found = ask({"country": "Peru", **row}, **fields).request.options
+    expected = GenerationOptions(**{**({} if "do_sample" in row else base), **row})
+    assert found == expected
+
+
+def test_options_of_a_row_that_go_with_nothing_below_say_why() -> None:
+    fields: dict[str, Any] = {"prompt": "{country}", "option_columns": ("temperature",)}
+    with pytest.raises(
+        RowProblem, match="Option 'temperature': .* has no effect on greedy decoding, got 0.5"
+    ) as problem:
+        ask({"country": "Peru", "temperature": "0.5"}, **fields)
+    assert problem.value.status == "invalid_option"
+    with pytest.raises(RowProblem, match="Option 'num_beams': .* must be 1 with `do_sample=True`"):
+        fields = {"prompt": "a", "option_columns": ("num_beams",), "options": GenerationOptions(do_sample=True)}
+        ask({"num_beams": 4}, **fields)

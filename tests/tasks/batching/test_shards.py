@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.output import plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shard import RowFeed, ShardResult, process_shard
+from prefect_huggingface.tasks.batching.shard import MAX_TRIES, RowFeed, ShardResult, process_shard
 from prefect_huggingface.tasks.errors import BatchError, TableError
 from prefect_huggingface.tasks.records import Completion
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
+from prefect_huggingface.tasks.storage.places import Place
 from prefect_huggingface.tasks.storage.tables.inputs import read_chunks
 from support.instant_engines import InstantEngine
 from support.journals import claim_journal
@@ -105,6 +111,43 @@ def test_rows_that_wait_for_their_like_are_bounded(tmp_path: Path) -> None:
     assert sorted(result.row for result in results) == list(range(60_000))
 
 
+class FailingEngine(InstantEngine):
+    """Fails with a code at its first requests."""
+
+    def __init__(self, code: str, failures: int) -> None:
+        super().__init__()
+        self.prompts, self._code, self._failures = [], code, failures
+
+    def _answer(self, future: Any, request: Any) -> None:
+        if len(self.prompts or ()) >= self._failures:
+            super()._answer(future, request)
+            return
+        reason: Any = "deadline" if self._code == "deadline" else "error"
+        error = None if reason == "deadline" else "It failed."
+        self.prompts = [*(self.prompts or ()), request.prompt]
+        future.set_result(Completion("", reason, 5, 0, error=error, error_code=self._code, request_id=request.id))
+
+
+@pytest.mark.parametrize("code", ["rate_limited", "unavailable", "out_of_cache", "deadline"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_moment_of_failure_is_not_that_of_all_equal_prompts(tmp_path: Path, code: str, steps: int) -> None:
+    batch, engine = Batch(tmp_path, countries(4000, repeat=4000)), FailingEngine(code, 1)
+    if steps:
+        chain = [{"name": "a", "prompt": "{country}"}, {"name": "b", "prompt": "{a}"}]
+        batch.job = plan_job(str(batch.source), None, more=BatchOptions(steps=chain))
+    assert batch.run(engine)[0].complete
+    assert [row["status"] for row in batch.publish()] == [code, *["ok"] * 3999]
+    assert len(engine.prompts or ()) == 2 + (steps > 1)
+
+
+@pytest.mark.parametrize(("code", "asked"), [("rate_limited", MAX_TRIES), ("too_long", 1), ("unauthorized", 1)])
+def test_a_failure_that_stays_is_that_of_all_equal_prompts(tmp_path: Path, code: str, asked: int) -> None:
+    batch, engine = Batch(tmp_path, countries(4000, repeat=4000)), FailingEngine(code, 10_000)
+    assert batch.run(engine)[0].complete
+    assert [row["status"] for row in batch.publish()] == [code] * 4000
+    assert len(engine.prompts or ()) == asked
+
+
 def test_sharing_goes_on_after_a_restart(tmp_path: Path) -> None:
     batch = Batch(tmp_path, [json.dumps({"country": f"Land {index % 50}"}) for index in range(5000)])
     first = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=2)).shards[0]
@@ -160,6 +203,33 @@ def test_a_shard_of_an_older_run_gives_way(tmp_path: Path) -> None:
     assert process_shard([InstantEngine()], old).finished == 0
 
 
+@pytest.mark.parametrize("limit", [1, 3])
+def test_shards_of_a_process_have_so_many_rows_in_the_engine_together(tmp_path: Path, limit: int) -> None:
+    class CountingEngine(InstantEngine):
+        now = most = 0
+
+        def submit(self, *arguments: Any) -> Any:
+            with lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            return super().submit(*arguments)
+
+        def _answer(self, future: Any, request: Any) -> None:
+            with lock:
+                self.now -= 1
+            super()._answer(future, request)
+
+    lock, engine = threading.Lock(), CountingEngine(seconds=0.002)
+    batch = Batch(tmp_path, countries(200))
+    run = open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=8, max_concurrency=limit))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda shard: process_shard([engine], shard), run.shards))
+    assert len(results) == 8
+    assert all(result.complete for result in results)
+    assert engine.most == limit
+    assert len(batch.publish()) == 200
+
+
 def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
     lines = [json.dumps({"country": "Land" if index % 10 else "  "}) + " " * index for index in range(200)]
     batch = Batch(tmp_path, lines, "{country}")
@@ -191,6 +261,23 @@ def test_the_journal_of_another_job_is_refused(tmp_path: Path) -> None:
         open_run(claim_journal(batch.journal), plan_job(str(batch.source), PROMPT))
 
 
+def test_an_input_that_was_moved_between_two_runs_is_read_where_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "before"
+    folder.mkdir()
+    batch = Batch(folder, countries(100))
+    process_shard(
+        [InstantEngine()], open_run(claim_journal(batch.journal), batch.job, BatchOptions(shards=2)).shards[0]
+    )
+    created = (batch.journal.read_job() or {})["created"]
+    folder.rename(tmp_path / "after")
+    moved = Batch(tmp_path / "after", countries(100))
+    engine = recording()
+    moved.run(engine)
+    assert len(engine.prompts or ()) == 50
+    assert len(moved.publish()) == 100
+    assert (moved.journal.read_job() or {})["created"] == created
+
+
 def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     batch = Batch(tmp_path, countries(20))
     batch.run(InstantEngine())
@@ -198,6 +285,47 @@ def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="has changed since the batch began"):
         batch.publish()
     assert not batch.destination.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "meanwhile"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "memory"])
+def test_no_row_is_asked_of_an_input_that_changed_meanwhile(tmp_path: Path, suffix: str, moment: str) -> None:
+    """Put back, as the error says, it gives what it would have given without the change."""
+    rows = 5000
+
+    def write(word: str) -> None:
+        table = pa.table({"country": [f"{word} {index}" for index in range(rows)]})
+        if suffix in ("jsonl", "memory"):
+            lines = "".join(f"{json.dumps(row)}\n" for row in table.to_pylist())
+            Place.of(source).write(lines.encode())
+        else:
+            (pa.csv.write_csv if suffix == "csv" else pa.parquet.write_table)(table, source)
+
+    class Writer(InstantEngine):
+        def submit(self, *arguments: Any) -> Any:
+            if not written:
+                written.append(write("City"))
+            return super().submit(*arguments)
+
+    source = f"memory://changes/{tmp_path.name}.jsonl" if suffix == "memory" else str(tmp_path / f"in.{suffix}")
+    write("Land")
+    written = [] if moment == "meanwhile" else [write]
+    output = plan_output(source, str(tmp_path / "out.jsonl"))
+    journal, job = Journal.beside(output.destination), plan_job(source, PROMPT)
+    run = open_run(claim_journal(journal), job)
+    if moment == "before":
+        write("City")
+    with pytest.raises(TableError, match="has changed since the batch began"):
+        process_shard([Writer()], run.shards[0])
+    write("Land")
+    job = plan_job(source, PROMPT)
+    process_shard([InstantEngine()], open_run(claim_journal(journal), job).shards[0])
+    publish_output(job, claim_journal(journal), output)
+    answers = [json.loads(line) for line in Path(output.destination).read_text().splitlines()]
+    prompts = [f"What is the capital of Land {index}?" for index in range(rows)]
+    assert [each["completion"] for each in answers] == [
+        hashlib.sha256(prompt.encode()).hexdigest()[:12] for prompt in prompts
+    ]
 
 
 def test_shards_cover_all_rows_and_none_is_tiny() -> None:

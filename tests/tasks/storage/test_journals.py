@@ -91,6 +91,31 @@ def test_steps_of_a_row_are_kept_apart_and_counted_once(journal: Journal) -> Non
     assert [ResultRow(*row.values()) for row in table.drop("epoch").to_pylist()][3].completion == "better"
 
 
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [
+        ([(0, 1), (1, 1), (2, 1, "last")], [0, 1, 2]),
+        ([(1, 1), (2, 1, "last")], []),  # the first is lost
+        ([(0, 1), (2, 1, "last")], [0]),
+        ([(0, 2), (1, 1), (2, 1, "last")], [0]),  # it was lost, and was asked again
+        ([(0, 1), (1, 2), (2, 3, "last")], [0, 1, 2]),
+        ([(0, 2, "last"), (1, 1), (2, 1, "last")], [0]),  # it failed when it was asked again
+        ([(0, 1), (1, 2, "last"), (2, 1, "last")], [0, 1]),
+    ],
+)
+def test_a_step_counts_with_those_that_it_was_made_of(
+    journal: Journal, steps: list[tuple[Any, ...]], kept: list[int]
+) -> None:
+    whole = [(0, 1), (1, 1), (2, 1, "last")]
+    for row, each in enumerate([whole, steps, whole]):
+        for step, epoch, *last in each:
+            append(journal, 10 * row + step, [answer(row, step=step, is_last=bool(last))], epoch)
+    table = JournalRows(journal, JOB).take(0, 10)
+    found = [step.as_py() for row, step in zip(table["row"], table["step"], strict=True) if row.as_py() == 1]
+    assert found == kept
+    assert table.num_rows == 6 + len(kept)
+
+
 def test_texts_that_are_not_unicode_do_not_end_a_batch(journal: Journal) -> None:
     append(journal, 0, [answer(0, error="not a number: '\udcff'")])
     assert JournalRows(journal, JOB).take(0, 1)["error"].to_pylist() == ["not a number: '?'"]

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from prefect_huggingface.tasks.batching.job import BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.output import plan_output
 from prefect_huggingface.tasks.errors import BatchError, TableError
-from prefect_huggingface.tasks.storage.tables.inputs import inspect_table, read_chunks
+from prefect_huggingface.tasks.storage.tables.inputs import get_schema, inspect_table, read_chunks
 from support.table_batches import answer_table
 
 FORMATS = ["jsonl", "csv", "tsv", "parquet", "arrow"]
@@ -505,6 +505,73 @@ def test_what_is_no_table_is_left_out_of_a_folder(tmp_path: Path, caplog: pytest
 
 
 # B12: lines, and the cells of malformed rows
+
+
+def test_byte_order_marks_of_parts_that_were_put_together_are_no_part_of_the_output(tmp_path: Path) -> None:
+    part = b"\xef\xbb\xbf" + b"".join(b'{"q": "\xc3\xa9 %d"}\n' % number for number in range(3))
+    source = write_bytes(tmp_path / "in.jsonl", part * 3)
+    answer_table(source, tmp_path / "out.jsonl", "Say {q}")
+    lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["q"] for line in lines] == [f"\u00e9 {number}" for number in range(3)] * 3
+
+
+@pytest.mark.parametrize("source_suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_column_without_a_value_in_some_parts_has_the_type_of_the_others(
+    tmp_path: Path, source_suffix: str, suffix: str
+) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    items = pa.array([[{"a": 1}], None], pa.list_(pa.struct([("a", pa.int64())])))
+    parts = [
+        {"q": ["a", "b"], "number": pa.nulls(2), "items": pa.nulls(2), "none": pa.nulls(2)},
+        {"q": ["c", "d"], "number": [3, None], "items": items, "none": pa.nulls(2)},
+        {"q": ["e"], "number": pa.nulls(1), "items": items[:1], "none": pa.nulls(1)},
+    ]
+    for number, columns in enumerate(parts):
+        write_table(folder / f"{number}.{source_suffix}", pa.table(columns))
+    answer_table(folder, tmp_path / f"out.{suffix}", "Say {q}")
+    rows = read_all(tmp_path / f"out.{suffix}")
+    expected: list[Any] = [None, None, 3, None, None]
+    if suffix in ("csv", "tsv"):
+        expected = ["", "", "3", "", ""]
+    assert [row["number"] for row in rows] == expected
+    assert [bool(row["items"]) for row in rows] == [False, False, True, False, True]
+    if suffix in ("parquet", "arrow"):
+        schema = get_schema(inspect_table(str(tmp_path / f"out.{suffix}")))
+        assert schema.field("number").type == pa.int64()
+        assert schema.field("items").type.equals(items.type)
+    write_table(folder / f"9.{source_suffix}", pa.table({**parts[2], "number": ["text"]}))
+    with pytest.raises(TableError, match="9.* has other column types than .*0.*: 'number' is string, not int64"):
+        inspect_table(str(folder))
+
+
+def write_table(path: Path, table: Any) -> None:
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("empty", ["", "\n\n"])
+def test_an_empty_part_of_a_table_is_left_out(tmp_path: Path, suffix: str, empty: str) -> None:
+    text = '{"q": "a"}\n' if suffix == "jsonl" else "q\na\n"
+    for name, content in (("0", empty), ("1", text), ("2", empty), ("3", text)):
+        write_bytes(tmp_path / "parts" / f"{name}.{suffix}", content)
+    assert read_all(tmp_path / "parts") == [{"q": "a"}] * 2
+    (tmp_path / "parts" / f"1.{suffix}").unlink()
+    (tmp_path / "parts" / f"3.{suffix}").unlink()
+    with pytest.raises(TableError, match="is empty|has no rows"):
+        inspect_table(str(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("options", [{"encoding": "cp1252"}, {"delimiter": ";"}])
+def test_options_of_text_files_are_refused_where_there_is_no_text(tmp_path: Path, options: dict[str, str]) -> None:
+    parquet.write_table(pa.table({"q": ["a"]}), tmp_path / "in.parquet")
+    with pytest.raises(TableError, match=f"`{next(iter(options))}` .* is parquet. Drop it"):
+        inspect_table(str(tmp_path / "in.parquet"), options=options)
 
 
 def test_messages_name_the_line_of_the_file(tmp_path: Path) -> None:

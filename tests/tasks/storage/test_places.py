@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,42 @@ def test_a_file_behind_http_that_was_rewritten_has_another_version(tmp_path: Pat
     assert place.version() != first
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_links_shows_whole_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """As SMB, exFAT and buckets behind FUSE have none. A process may be killed at any call to the system."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    target = Place.of(tmp_path / "out.txt")
+    monkeypatch.setattr(os, "link", refuse)
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", die)
+        killed.setattr(Path, "read_bytes", die)  # an output need not fit into the memory
+        for write in (lambda: target.create(b"a"), lambda: publish(target, b"a")):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+            assert not target.exists()
+    publish(target, b"whole")
+    assert target.read() == b"whole"
+    with pytest.raises(TableError, match="exists already"):
+        publish(target, b"other")
+    assert not target.create(b"other")
+    assert target.read() == b"whole"
+    assert target.parent.child("record").create(b"1")
+    assert sorted(os.listdir(tmp_path)) == ["out.txt", "record"]
+
+
+def publish(place: Place, content: bytes) -> None:
+    with place.published() as path:
+        path.write_bytes(content)
 
 
 def test_published_files_have_the_usual_permissions(tmp_path: Path) -> None:
