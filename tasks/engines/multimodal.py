@@ -10,10 +10,13 @@ import base64
 import binascii
 import importlib.util
 import io
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +24,7 @@ from urllib.request import url2pathname
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplateError
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_messages, check_prompt, refuse_options
 from prefect_huggingface.tasks.engines.request_state import RequestState
@@ -33,6 +37,7 @@ MAX_PIXELS = 50_000_000
 TIMEOUT_SECONDS = 30.0
 SHOWN_CHARACTERS = 120
 IMAGE = {"type": "image"}
+MARK_OF_IMAGE = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -103,6 +108,25 @@ class MultimodalInputProcessor(InputProcessor):
             else:
                 state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
+
+    @cached_property
+    def image_mark(self) -> str:
+        """What the template writes in the place of an image, "" where that is not known."""
+        if self.template is None:
+            return ""
+        text = {"type": "text", "text": "PROBE"}
+        try:
+            without, with_image = (
+                self.template.render([{"role": "user", "content": parts}]) for parts in ([text], [IMAGE, text])
+            )
+        except ChatTemplateError:
+            return ""
+        if "'type'" in with_image:  # a template for plain text shows the list as it is
+            return ""
+        start, length = len(os.path.commonprefix([without, with_image])), len(with_image) - len(without)
+        # Of the places that give the same text, that of a whole mark: what follows may begin as the mark does.
+        marks = (with_image[first : first + length].strip() for first in range(start, max(start - length, -1), -1))
+        return next((mark for mark in marks if MARK_OF_IMAGE.fullmatch(mark)), "")
 
     def place_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the messages with the places of images as the engine wants them."""

@@ -11,13 +11,11 @@ streamed. OpenVINO's own defaults round differently in different batches.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.chat_templates import read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
 from prefect_huggingface.tasks.engines.inputs import (
@@ -35,7 +33,7 @@ from prefect_huggingface.tasks.engines.inputs import (
     read_end_tokens,
     vocabulary_of,
 )
-from prefect_huggingface.tasks.engines.multimodal import IMAGE, MultimodalInputProcessor
+from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     NO_TOKEN,
     GenaiPipeline,
@@ -56,8 +54,6 @@ from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 from prefect_huggingface.tasks.storage.files import link_file
 
 logger = get_logger(__name__)
-
-MARK_OF_IMAGE = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 # The pipeline keeps the interpreter to itself during a step. After a request has ended, callers get this long to react.
 REACTION_SECONDS = 0.002
@@ -329,27 +325,8 @@ def _read_handle(handle: Any, sequences: list[Sequence]) -> None:
 class OpenVINOVisionInputs(MultimodalInputProcessor):
     """Prompts with the tags of OpenVINO GenAI in the places of the images."""
 
-    @cached_property
-    def _image_mark(self) -> str:
-        """What the template writes in the place of an image, "" where that is not known."""
-        if self.template is None:
-            return ""
-        text = {"type": "text", "text": "PROBE"}
-        try:
-            without, with_image = (
-                self.template.render([{"role": "user", "content": parts}]) for parts in ([text], [IMAGE, text])
-            )
-        except ChatTemplateError:
-            return ""
-        if "'type'" in with_image:  # a template for plain text shows the list as it is
-            return ""
-        start, length = len(os.path.commonprefix([without, with_image])), len(with_image) - len(without)
-        # Of the places that give the same text, that of a whole mark: what follows may begin as the mark does.
-        marks = (with_image[first : first + length].strip() for first in range(start, max(start - length, -1), -1))
-        return next((mark for mark in marks if MARK_OF_IMAGE.fullmatch(mark)), "")
-
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
-        images, text, mark = state.multimodal.images, prompt.text, self._image_mark
+        images, text, mark = state.multimodal.images, prompt.text, self.image_mark
         tags = [f"<ov_genai_image_{number}>" for number in range(len(images))]
         for number, tag in enumerate(tags):
             # A text that has been through the template has the template's own marks.

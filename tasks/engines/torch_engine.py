@@ -349,13 +349,15 @@ class TorchVisionInputs(MultimodalInputProcessor):
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         images = state.multimodal.images
-        place = getattr(self.processor, "image_token", None)
-        if place and prompt.text.count(place) != len(images):
+        # Processors count their own token or, as that of Gemma 3, what the template writes and they make tokens of.
+        marks = [mark for mark in (self.image_mark, getattr(self.processor, "image_token", None)) if mark]
+        places = [prompt.text.count(mark) for mark in marks]
+        if places and len(images) not in places:
             # The model would fail in the middle of its work.
             raise RequestError(
                 "invalid_prompt",
-                f"The prompt has {prompt.text.count(place)} places for images ({place!r}), and there are "
-                f"{len(images)} images. Give each a place, or send messages.",
+                f"The prompt has {places[0]} places for images ({marks[0]!r}), and there are {len(images)} images. "
+                "Give each a place, or send messages.",
             )
         try:
             inputs = self.processor(

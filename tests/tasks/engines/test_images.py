@@ -22,7 +22,7 @@ from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")
 
-from support.tiny_vision_model import draw_image, make_tiny_llava
+from support.tiny_vision_model import draw_image, make_tiny_gemma3, make_tiny_llava
 
 NEW_TOKENS = 12
 
@@ -80,15 +80,17 @@ def ask(engine: Engine, prompt: str | None = "What is this?", images=(), **optio
     return engine.submit(Request(prompt, images=[str(image) for image in images], options=chosen)).result(60)
 
 
-def test_text_is_that_of_transformers(folder, pictures):
+@pytest.mark.parametrize("make", [make_tiny_llava, make_tiny_gemma3])
+def test_text_is_that_of_transformers(session_folder, folder, pictures, make):
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    with TorchVisionEngine(folder, settings(folder, backend="torch")) as engine:
+    made = folder if make is make_tiny_llava else make(session_folder / "models" / make.__name__)
+    processor = AutoProcessor.from_pretrained(made)
+    model = AutoModelForImageTextToText.from_pretrained(made).eval()
+    with TorchVisionEngine(made, settings(made, backend="torch")) as engine:
         for count in (1, 2):
             parts = [{"type": "image"}] * count + [{"type": "text", "text": "What is this?"}]
             text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
@@ -98,6 +100,8 @@ def test_text_is_that_of_transformers(folder, pictures):
             completion = ask(engine, images=pictures[:count])
             assert completion.text == processor.decode(row, skip_special_tokens=True)
             assert completion.prompt_tokens == inputs.input_ids.shape[1]
+        without_place = engine.submit(Request("<|user|>What?<|end|><|assistant|>", images=[str(pictures[0])]))
+        assert without_place.result(60).error_code == "invalid_prompt"
 
 
 def test_every_engine_answers_as_the_one_of_transformers(engine, folder, pictures):
