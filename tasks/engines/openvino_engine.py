@@ -84,8 +84,7 @@ class OpenVINOTextEngine(EngineWorker):
             self._pipeline = self._load_pipeline(model.engine)
         self._scorer: GenaiPipeline | None = None
         inputs = self.read_inputs(path, model, self._pipeline.tokenizer, rust.result())
-        # GenAI 2026.4 takes tokens without a score for places in memory.
-        self._vocabulary = vocabulary_of(read_json(path / "config.json")) or NO_TOKEN
+        self._vocabulary = inputs.vocabulary or NO_TOKEN
         inputs.check = lambda options: check_options(options, model.engine, self._vocabulary)
         self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         self._scheduled: dict[RequestState, ScheduledRequest] = {}
@@ -108,7 +107,9 @@ class OpenVINOTextEngine(EngineWorker):
         settings = read_json(path / "config.json")
         # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
         length = longrope_border(settings) or context_length_of(settings)
-        inputs.bind(rust or GenaiTokenizer(genai), read_end_tokens(path, int(genai.get_eos_token_id())), length)
+        ends = read_end_tokens(path, int(genai.get_eos_token_id()))
+        # GenAI 2026.4 takes tokens without a score for places in memory.
+        inputs.bind(rust or GenaiTokenizer(genai), ends, length, vocabulary_of(settings))
         return inputs
 
     @property
