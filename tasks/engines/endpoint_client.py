@@ -438,8 +438,9 @@ async def _events_of(
                 return
             event = json.loads(content)
             if event.get("error"):
-                nested = event["error"].get("code") if isinstance(event["error"], dict) else None
-                status = nested if isinstance(nested, int) and nested >= 400 else 500
+                error = event["error"] if isinstance(event["error"], dict) else {}
+                nested, status = error.get("code"), 400 if error.get("type") == "invalid_request_error" else 500
+                status = nested if isinstance(nested, int) and nested >= 400 else status
                 status = STREAM_STATUSES.get(event.get("error_type"), status)
                 raise explain_status(status, content.decode(), trace, endpoint)
             yield event

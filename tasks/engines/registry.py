@@ -32,7 +32,7 @@ from prefect_huggingface.tasks.engines.inputs import TemplateUse, resolve_option
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.worker import EngineWorker
-from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
+from prefect_huggingface.tasks.errors import EngineBusyError, EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters, pin_adapters
@@ -406,7 +406,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
     """Close idle engines, the least recently used one first, until the memory is within the budget.
 
     Raises:
-        EngineError: If a model does not fit beside the engines that are in use.
+        EngineBusyError: If a model does not fit beside the engines that are in use.
     """
     while used_bytes() + needed > _budget():
         with _registry.lock:
@@ -425,7 +425,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
             (used_bytes() + needed) / GIB, _budget() / GIB,
         )  # fmt: skip
         return
-    raise EngineError(
+    raise EngineBusyError(
         f"{key.source!r} needs about {needed / GIB:.2f} GiB, and with it the process would take more than its "
         f"budget of {_budget() / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
         f"raise {BUDGET_VARIABLE}."
