@@ -30,6 +30,7 @@ from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
+from prefect_huggingface.tasks.engines.memory import give_back_memory
 from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.structured import GrammarCompiler
@@ -37,7 +38,6 @@ from prefect_huggingface.tasks.engines.torch_batch import (
     DenseBatch,
     EngineSizes,
     can_join,
-    free_cached_memory,
     is_out_of_memory,
     padded_inputs,
     prepare_model,
@@ -192,7 +192,7 @@ class TorchEngine(EngineWorker):
     def _blame(self, state: RequestState, error: Exception) -> None:
         """End a request by its own error; one of a device that answers nobody any more raises."""
         if is_out_of_memory(error):
-            free_cached_memory()
+            give_back_memory()
             state.fail("out_of_cache", OUT_OF_MEMORY)
         else:
             check_device(self._model)
@@ -256,7 +256,7 @@ class TorchEngine(EngineWorker):
             if not is_out_of_memory(exc):
                 self._recover(exc, sequences)
                 return
-            free_cached_memory()
+            give_back_memory()
             self._sizes.lower(len(sequences))
             for sequence in reversed(sequences):
                 if not sequence.is_running:
@@ -379,7 +379,7 @@ class TorchTextEngine(TorchEngine):
     def _make_room(self) -> None:
         """Go on with fewer sequences at once after the memory ran out; the others go on from where they are later."""
         sequences = self._batch.clear()
-        free_cached_memory()
+        give_back_memory()
         self._waiting.extendleft(reversed(sequences))
         at_once = len({*sequences, *self._computed})
         if at_once > 1:
