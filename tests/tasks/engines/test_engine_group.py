@@ -269,3 +269,31 @@ def test_a_request_that_cannot_travel_is_an_error_and_harms_no_other(group):
     assert "cannot be sent" in lost.result(60).error
     assert kept.result(60).error is None
     group.check_integrity()
+
+
+def test_a_request_that_cannot_be_read_in_a_process_is_an_error_and_harms_no_other(tiny_openvino, tmp_path):
+    """What is defined in the script that asks is unknown to the processes, though it can be sent."""
+    program = tmp_path / "script.py"
+    program.write_text(
+        "import enum, sys\n"
+        "from prefect_huggingface.blocks import EngineOptions, LocalModel\n"
+        "from prefect_huggingface.tasks import load_engine, unload_engines\n"
+        "from prefect_huggingface.tasks.records import Request\n"
+        "class Role(str, enum.Enum):\n"
+        "    USER = 'user'\n"
+        "engine = load_engine(LocalModel(model_id=sys.argv[1], engine=EngineOptions(instances=2)))\n"
+        "odd, plain = ([{'role': role, 'content': 'Hello'}] for role in (Role.USER, 'user'))\n"
+        "futures = [engine.submit(Request(messages=each, id=place)) for place, each in enumerate([odd, plain] * 4)]\n"
+        "for completion in [future.result(60) for future in futures]:\n"
+        "    print(completion.request_id, completion.error_code, (completion.error or '')[-25:])\n"
+        "print(engine.failure)\n"
+        "unload_engines()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program), str(tiny_openvino)], capture_output=True, text=True, timeout=120
+    )
+    found = done.stdout.splitlines()
+    expected = [f"{number} {None if number % 2 else 'invalid_prompt'}" for number in range(8)]
+    assert [" ".join(line.split()[:2]) for line in found[:-1]] == expected, done.stderr[-2000:]
+    assert all(line.endswith("Give it plain values.") for line in found[:-1:2])
+    assert found[-1] == "None"
