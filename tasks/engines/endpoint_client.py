@@ -111,12 +111,12 @@ class EndpointClient:
         url = f"{self._root}/v1/chat/completions" if chat else self._root
         async with self._traced() as trace:
             async with self._connect().stream("POST", url, json=body, extensions={TRACE: trace}) as response:
-                if not streamed:
-                    answer = json.loads(await response.aread())
-                    _read_chat(answer, state) if chat else _read_text(answer, state, trace)
-                else:
+                if streamed and trace.content_type != "application/json":  # of a server that does not stream
                     events = _events_of(response, trace, self._endpoint)
                     await (_read_chat_stream(events, state) if chat else _read_text_stream(events, state))
+                else:
+                    answer = json.loads(await response.aread())
+                    _read_chat(answer, state) if chat else _read_text(answer, state, trace)
             if not state.is_done:
                 raise self._explain_early_end(trace)
         if state.options.logprobs and not state.sequences[0].logprobs and state.generated_tokens:
@@ -512,7 +512,7 @@ def _read_chat(answer: Any, state: RequestState) -> None:
 
 async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: RequestState) -> None:
     """Read a streamed answer of the chat route, up to a stop string."""
-    sequence, calls, reason = state.sequences[0], dict[int, dict[str, str]](), None
+    sequence, calls, reason, has_text = state.sequences[0], dict[int, dict[str, str]](), None, False
     async for event in events:
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
@@ -521,12 +521,14 @@ async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: Reques
             sequence.append_reasoning(_reasoning_of(delta))
             reason = choice.get("finish_reason") or reason
             _add_text(sequence, delta.get("content"))
+            has_text = has_text or bool(delta.get("content"))
         usage = event.get("usage") or {}
         _count(state, usage.get("prompt_tokens"), usage.get("completion_tokens"))
         if sequence.finish_reason is not None:
             return
     if reason is not None:
-        _add_text(sequence, "\n".join(_tool_call_text(call["name"], call["arguments"]) for call in calls.values()))
+        written = [_tool_call_text(call["name"], call["arguments"]) for call in calls.values()]
+        _add_text(sequence, "\n".join(["", *written] if has_text and written else written))
         sequence.finish(_reason_of(reason))
 
 
