@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +31,15 @@ from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_messa
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS
 
 READERS = 4
+# How many requests `generate` has under way: each holds its images.
+IN_FLIGHT = 8
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
+# Of all images of one request, and of those of all requests that are read and not done, 600 MB in RGB.
+MAX_REQUEST_PIXELS = MAX_PIXELS_AHEAD = 200_000_000
 TIMEOUT_SECONDS = 30.0
 SHOWN_CHARACTERS = 120
 IMAGE = {"type": "image"}
@@ -45,7 +51,7 @@ class MultimodalInput:
     """What was read for one request.
 
     Attributes:
-        images: Images in RGB, in the order of their places.
+        images: Images in RGB, in the order of their places, until the engine has made something of them.
         prepared: What the engine made of text and images.
     """
 
@@ -72,6 +78,9 @@ class MultimodalInputProcessor(InputProcessor):
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="images")
         self._fetchers = ThreadPoolExecutor(READERS, thread_name_prefix="remote-images")
         self._closed = False
+        # It guards the number of pixels that are read and belong to requests that are not done.
+        self._room = threading.Condition()
+        self._pixels = 0
 
     def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
         """Read the images of a request and hand it over; one that fails is handed over with its error."""
@@ -82,6 +91,9 @@ class MultimodalInputProcessor(InputProcessor):
             hand_over(state)
             return
         state.multimodal = MultimodalInput()
+        if not sources:
+            hand_over(state)
+            return
         # A slow server keeps a thread for a while; nobody but those who ask one waits for these threads.
         readers = self._fetchers if any(map(_is_remote, sources)) else self._readers
         try:
@@ -101,13 +113,39 @@ class MultimodalInputProcessor(InputProcessor):
             if state.abort_reason is not None:
                 state.end(state.abort_reason)
             elif not self._closed:
-                state.multimodal.images = [read_image(source, state.seconds_left) for source in sources]
+                state.multimodal.images = self._read_all(state, sources)
         except Exception as exc:
             if state.abort_reason is not None:
                 state.end(state.abort_reason)
             else:
                 state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
+
+    def _read_all(self, state: RequestState, sources: list[str]) -> list[Any]:
+        """Return the images of a request, as soon as there is room for them beside those of other requests."""
+        images, pixels = [], 0
+        for source in sources:
+            images.append(read_image(source, state.seconds_left))
+            pixels += images[-1].width * images[-1].height
+            if pixels > MAX_REQUEST_PIXELS:
+                raise RequestError(
+                    "invalid_prompt",
+                    f"The images of a request may have {MAX_REQUEST_PIXELS:,} pixels together, got {pixels:,} in "
+                    f"{len(images)} of {len(sources)}. Send fewer, or smaller ones.",
+                )
+        with self._room:
+            while self._pixels and self._pixels + pixels > MAX_PIXELS_AHEAD:
+                if self._closed or state.abort_reason is not None:
+                    break
+                self._room.wait(WAKE_SECONDS)
+            self._pixels += pixels
+        state.future.add_done_callback(lambda _: self._make_room(pixels))
+        return images
+
+    def _make_room(self, pixels: int) -> None:
+        with self._room:
+            self._pixels -= pixels
+            self._room.notify_all()
 
     @cached_property
     def image_mark(self) -> str:

@@ -33,7 +33,7 @@ from prefect_huggingface.tasks.engines.inputs import (
     read_end_tokens,
     vocabulary_of,
 )
-from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
+from prefect_huggingface.tasks.engines.multimodal import IN_FLIGHT, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     NO_TOKEN,
     GenaiPipeline,
@@ -338,7 +338,7 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
                     f"The prompt has places for {number} of its {len(images)} images. Write {mark!r} where each "
                     "belongs, or give messages.",
                 )
-        state.multimodal.prepared = (text, [_tensor(image) for image in images])
+        state.multimodal.prepared, state.multimodal.images = (text, [_tensor(image) for image in images]), []
         for tag in tags:
             text = text.replace(tag, "", 1)
         return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
@@ -372,6 +372,7 @@ class OpenVINOVisionEngine(OpenVINOTextEngine):
         except BaseException:
             self._remove_view()
             raise
+        self.in_flight = IN_FLIGHT
 
     def release(self) -> None:
         """Let go of the model and of the folder of links."""

@@ -31,7 +31,7 @@ from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
 from prefect_huggingface.tasks.engines.memory import give_back_memory
-from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
+from prefect_huggingface.tasks.engines.multimodal import IN_FLIGHT, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.structured import GrammarCompiler
 from prefect_huggingface.tasks.engines.torch_batch import (
@@ -429,7 +429,7 @@ class TorchVisionInputs(MultimodalInputProcessor):
                 f"The processor of the model refuses the text with {len(images)} images: "
                 f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
             ) from exc
-        state.multimodal.prepared = dict(inputs.to(*self.place))
+        state.multimodal.prepared, state.multimodal.images = dict(inputs.to(*self.place)), []
         ids: list[int] = inputs["input_ids"][0].tolist()
         return ids
 
@@ -448,7 +448,7 @@ class TorchVisionEngine(TorchEngine):
         inputs.processor = tokenizer
         inputs.place = (input_device(loaded), loaded.dtype)
         super()._start(loaded, tokenizer, inputs, model)
-        self.in_flight = 8
+        self.in_flight = IN_FLIGHT
 
     def _next_group(self) -> list[Sequence]:
         return [self._waiting.popleft()]

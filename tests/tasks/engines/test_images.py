@@ -257,6 +257,38 @@ def test_conversations_of_a_model_with_images_are_asked(folder, pictures):
     unload_engines()
 
 
+def test_no_more_images_are_read_ahead_than_there_is_room_for(engine, pictures, monkeypatch):
+    from PIL import Image
+
+    one = Image.open(pictures[0])
+    monkeypatch.setattr(multimodal, "MAX_PIXELS_AHEAD", 3 * one.width * one.height)
+    expected = ask(engine, images=pictures[:1], max_new_tokens=40, ignore_eos=True).text
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True)
+    request = Request("What is this?", images=[str(pictures[0])], options=options)
+    futures, most = [engine.submit(request) for _ in range(24)], 0
+    while not futures[-1].done():
+        most = max(most, len(engine.active_requests))
+        time.sleep(0.001)
+    assert {future.result(60).text for future in futures} == {expected}
+    assert 0 < most <= 4  # one may be done and still counted
+    assert engine.in_flight == 8
+    # One that waits for room is ended as any other.
+    busy = [engine.submit(request) for _ in range(8)]
+    assert ask(engine, images=pictures[:1], deadline_seconds=0.001).finish_reason == "deadline"
+    assert {future.result(60).text for future in busy} == {expected}
+
+
+def test_images_that_are_too_large_together_are_the_error_of_their_request(engine, pictures, monkeypatch):
+    from PIL import Image
+
+    one = Image.open(pictures[0])
+    monkeypatch.setattr(multimodal, "MAX_REQUEST_PIXELS", 2 * one.width * one.height)
+    assert ask(engine, images=pictures[:2]).error is None
+    completion = ask(engine, images=pictures[:3])
+    assert completion.error_code == "invalid_prompt"
+    assert "6,720 in 3 of 3" in completion.error
+
+
 def test_a_server_that_drips_is_given_up(monkeypatch):
     """One that sends a little now and then is never silent for as long as a silence may take."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
