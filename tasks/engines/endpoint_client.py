@@ -56,7 +56,7 @@ EXTRA_NAMES = {
 }
 NOWHERE = (
     "num_beams", "no_repeat_ngram_size", "max_reasoning_tokens", "choice_probabilities", "src_lang", "tgt_lang",
-    "forced_bos_token_id",
+    "forced_bos_token_id", "trusted_text",
 )  # fmt: skip
 NO_SUCH_OPTION = ("does not exist at this endpoint", "Leave it out.")
 NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n", "min_p", "stop_token_ids", "template_options")
@@ -311,6 +311,8 @@ def chat_body(
     refuse_options(options, NOWHERE if server.dialect == "openai" else (*NOWHERE, "n"), *NO_SUCH_OPTION)
     if options.context_overflow not in ("error", "skip"):
         raise refusal("context_overflow", options.context_overflow, "cannot truncate a chat", "Use 'error' or 'skip'")
+    if request.template is not None:
+        raise refusal("tokenizer", "a template", "applies the chat template of its model itself", "Leave it out")
     if options.echo and request.messages is not None:
         raise refusal("echo", True, "returns no conversation", "Leave it out")
     body = {

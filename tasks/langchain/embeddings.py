@@ -97,6 +97,12 @@ class HuggingFaceEmbeddings(BaseModel, Embeddings):
         super().__init__(**kwargs)
         for given in (self.encode_kwargs, self.query_encode_kwargs):
             _read_encode_kwargs(given, {})
+            device = given.get("device")
+            if device is not None and str(device).lower() != str(self.local_model.device).lower():
+                raise SettingsError(
+                    f"The model runs on device {self.local_model.device!r}, and `encode_kwargs` names {device!r}. Put "
+                    "`device` into `model_kwargs`."
+                )
         assert self.local_model
 
     @cached_property

@@ -95,9 +95,15 @@ def test_more_processes_than_cores_are_refused(tiny_openvino):
 @pytest.mark.parametrize(
     "settings", [{"backend": "torch"}, {"task": "feature-extraction"}, {"task": "translation"}], ids=str
 )
-def test_what_does_not_run_in_several_processes_is_refused_in_the_block(tiny_llama, settings):
-    with pytest.raises(ValidationError, match="`instances` must be 1 with"):
-        LocalModel(model_id=str(tiny_llama), engine=EngineOptions(instances=2), **settings)
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({"instances": 2}, "`instances` must be 1 with"), ({"draft_model": "draft"}, "`draft_model` must be empty with"),
+     ({"prompt_lookup_tokens": 3}, "`prompt_lookup_tokens` must be empty with")],
+)  # fmt: skip
+def test_what_an_engine_does_not_do_is_refused_in_the_block(tiny_llama, settings, options, rule):
+    with pytest.raises(ValidationError, match=rule):
+        LocalModel(model_id=str(tiny_llama), engine=EngineOptions(**options), **settings)
+    LocalModel(model_id=str(tiny_llama), engine=EngineOptions(instances=1, prompt_lookup_tokens=0), **settings)
 
 
 def test_no_two_processes_have_a_core_in_common(group):

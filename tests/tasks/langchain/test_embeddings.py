@@ -86,7 +86,7 @@ def test_prompts_are_used_where_they_are_asked_for(embedder: Path) -> None:
     embeddings = HuggingFaceEmbeddings(
         model_name=str(embedder),
         model_kwargs={"device": "cpu"},
-        encode_kwargs={"normalize_embeddings": True, "batch_size": 8},
+        encode_kwargs={"normalize_embeddings": True, "batch_size": 8, "device": "CPU"},
         query_encode_kwargs={"prompt_name": "query"},
     )
 
@@ -118,7 +118,8 @@ def test_empty_and_long_texts_have_vectors_too(embedder: Path) -> None:
     "wrong",
     [
         {"model_kwargs": {"unknown": 1}}, {"encode_kwargs": {"unknown": 1}}, {"encode_kwargs": {"precision": "binary"}},
-        {"model_kwargs": {"backend": "onnx"}}, {"unknown": 1},
+        {"model_kwargs": {"backend": "onnx"}}, {"unknown": 1}, {"encode_kwargs": {"device": "cuda"}},
+        {"model_kwargs": {"device": "cpu"}, "query_encode_kwargs": {"device": "cuda:1"}},
     ],
 )  # fmt: skip
 def test_unknown_arguments_are_refused(embedder: Path, wrong: dict[str, Any]) -> None:
