@@ -23,7 +23,7 @@ from prefect.logging import get_logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_huggingface.blocks import ResponseFormat
-from prefect_huggingface.tasks.engines.base import Engine, RequestError
+from prefect_huggingface.tasks.engines.base import Engine, RequestError, checked
 from prefect_huggingface.tasks.engines.tool_calls import Tool, call_schema, choose_tools
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
 from prefect_huggingface.tasks.langchain.base_llm import (
@@ -34,7 +34,6 @@ from prefect_huggingface.tasks.langchain.base_llm import (
     Stop,
     acomplete,
     astream,
-    complete,
     concurrent_configs,
     llm_output,
 )
@@ -265,7 +264,8 @@ class ChatHuggingFace(BaseChatModel):
         self, messages: list[BaseMessage], stop: Stop = None, run_manager: Run = None, **kwargs: Any
     ) -> ChatResult:
         call = self._make_call(self.llm.get_engine(), messages, stop, kwargs)
-        return chat_result(complete(call.engine, [call.request])[0], call.tools, str(self.model_id), call.most_calls)
+        [completion] = call.engine.answer_all([call.request], check=checked)
+        return chat_result(completion, call.tools, str(self.model_id), call.most_calls)
 
     async def _agenerate(
         self, messages: list[BaseMessage], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any

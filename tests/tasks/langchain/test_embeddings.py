@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +26,9 @@ from prefect_huggingface.tasks.langchain import (
     HuggingFaceEmbeddings,
     HuggingFaceEndpointEmbeddings,
 )
+from prefect_huggingface.tasks.langchain.embeddings import _ask
+from prefect_huggingface.tasks.records import Request
+from support.instant_engines import InstantEngine
 from support.vector_models import TEXTS, make_embedder, make_ranker
 
 # Synchronous tests ignore the mark.
@@ -256,3 +261,25 @@ def test_a_token_under_a_wrong_name_is_not_shown(kind: Any) -> None:
     with pytest.raises(ValueError, match="token") as caught:
         kind(token=TOKEN)
     assert TOKEN not in str(caught.value)
+
+
+def test_an_interruption_ends_the_wait_for_vectors() -> None:
+    """Prefect ends a run that is late by an exception in its thread, which no blocking call notices."""
+
+    class Late(BaseException):
+        pass
+
+    ended: list[float] = []
+
+    def wait() -> None:
+        try:
+            _ask(InstantEngine(seconds=30), [Request("One")])
+        except Late:
+            ended.append(time.monotonic())
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Late))
+    thread.join(10)
+    assert ended
