@@ -143,7 +143,7 @@ class ServedModels:
         for model in self._models:
             if name in model.names:
                 return model
-        text = f"The model {name!r} is not served here. Use one of {self}."
+        text = f"The model {name!r} is not served here. Use one of {self}, or restart the server if it was saved since."
         raise BodyError("model_not_found", text, "model", status=404)
 
     def options_of(self, name: Any) -> GenerationOptions | None:

@@ -19,6 +19,7 @@ from prefect_huggingface.deployments.model_server.models import ServedModel, Ser
 from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments
 from prefect_huggingface.tasks.engines.endpoint_retry import HttpTrace, explain_status
 from prefect_huggingface.tasks.engines.registry import list_engines, unload_engines, unload_idle_engines
+from prefect_huggingface.tasks.openai_protocol import BodyError
 
 ENDPOINT = InferenceEndpoint(url="http://localhost:8000/v1")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -47,6 +48,8 @@ def test_blocks_are_served_under_their_names(tiny_llama: Path, bundled_model: Pa
     models = ServedModels(found)
     for name in ("served-one", "hugging-face-local-model/served-one", str(tiny_llama)):
         assert models.find(name) is found[1]
+    with pytest.raises(BodyError, match="Use one of 'served-two', 'served-one', or restart the server"):
+        models.find("saved-later")
     with pytest.raises(SystemExit, match="There is no valid block hugging-face-local-model/served-none"):
         list(load_blocks(["served-none"]))
 
