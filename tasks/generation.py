@@ -98,13 +98,14 @@ def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> 
 
 
 def _check_conversations(engine: Engine, requests: Sequence[Request]) -> None:
-    if engine.inputs is None or engine.inputs.template is None or engine.inputs.reads_parts:
+    if engine.inputs is None or engine.inputs.template is None:
         return
-    template = engine.inputs.template
+    template, in_parts = engine.inputs.template, engine.inputs.reads_parts
     conversations = [request.messages for request in requests if request.messages is not None]
     options = requests[0].options or GenerationOptions()
     try:
-        check_shapes(template, conversations, options=engine.inputs.defaults.merged(options).template_options)
+        chosen = engine.inputs.defaults.merged(options).template_options
+        check_shapes(template, conversations, options=chosen, in_parts=in_parts)
     except LostTextError as exc:
         raise GenerationError(str(exc), error_code="invalid_prompt") from None
 

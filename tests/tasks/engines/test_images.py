@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.server
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from prefect_huggingface.tasks import generate_chat, unload_engines
 from prefect_huggingface.tasks.engines import multimodal
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.engines.multimodal import READERS, read_conversation
+from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")
 
-from support.tiny_vision_model import draw_image, make_tiny_gemma3, make_tiny_llava
+from support.tiny_vision_model import CHAT_TEMPLATE, draw_image, make_tiny_gemma3, make_tiny_llava
 
 NEW_TOKENS = 12
 
@@ -254,6 +256,22 @@ def test_conversations_of_a_model_with_images_are_asked(folder, pictures):
     answers = generate_chat.fn(model, [plain, parts])
     assert [answer.error for answer in answers] == [None, None]
     assert answers[0].text != answers[1].text
+    unload_engines()
+
+
+def test_a_template_that_loses_messages_beside_images_is_found_before_the_first_conversation(
+    folder, pictures, tmp_path
+):
+    losing = Path(shutil.copytree(folder, tmp_path / "model"))
+    (losing / "chat_template.jinja").write_text("{% set messages = messages[-1:] %}" + CHAT_TEMPLATE)
+    model = settings(losing, backend="torch")
+    user = {
+        "role": "user",
+        "content": [{"type": "image", "path": str(pictures[0])}, {"type": "text", "text": "Is it?"}],
+    }
+    assert generate_chat.fn(model, [[user]])[0].error is None
+    with pytest.raises(GenerationError, match=r"^Conversation 1 cannot be asked.*leaves out a message"):
+        generate_chat.fn(model, [[user], [user, {"role": "assistant", "content": "No."}, user]])
     unload_engines()
 
 
