@@ -123,7 +123,8 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _read_all(self, state: RequestState, sources: list[str]) -> list[Any]:
         """Return the images of a request, as soon as there is room for them beside those of other requests."""
-        images, pixels = [], 0
+        images: list[Any] = []
+        pixels = 0
         for source in sources:
             images.append(read_image(source, state.seconds_left))
             pixels += images[-1].width * images[-1].height
