@@ -92,7 +92,7 @@ class InferenceEndpoint(ConfigurationBlock):
         default=120,
         gt=0,
         title="Timeout (seconds)",
-        description="Longest silence of the server. An answer that is not streamed comes after one silence.",
+        description="Longest silence of the server. Several answers at once (`n`) come after one silence.",
     )
     connect_timeout_seconds: float = Field(
         default=10, gt=0, title="Connection timeout (seconds)", description="Longest time to open a connection."

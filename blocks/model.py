@@ -27,6 +27,8 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 REPO_ID = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?$")
 PLACEMENT_KEYS = ("device", "device_map")
 TASKS: tuple[str, ...] = get_args(Task)
+# Options of an engine that guesses tokens before the model computes them.
+GUESSING = ("draft_model", "prompt_lookup_tokens")
 VECTOR_TASKS: tuple[str, ...] = ("feature-extraction", "text-ranking")
 
 
@@ -320,13 +322,15 @@ class LocalModel(ConfigurationBlock):
 
     @field_validator("engine")
     @classmethod
-    def _instances_fit(cls, value: EngineOptions, info: ValidationInfo) -> EngineOptions:
-        given = {name: info.data.get(name) for name in ("backend", "task")}
-        fits = given["backend"] == "openvino" and given["task"] in ("text-generation", "image-text-to-text")
-        if value.processes > 1 and not fits:
+    def _engine_fits(cls, value: EngineOptions, info: ValidationInfo) -> EngineOptions:
+        backend, task = info.data.get("backend"), info.data.get("task")
+        fits = backend == "openvino" and task in ("text-generation", "image-text-to-text")
+        asked = {"instances": value.processes > 1, **{name: getattr(value, name) for name in GUESSING}}
+        wrong = next((name for name, is_set in asked.items() if is_set), None)
+        if wrong is not None and not fits:
             raise ValueError(
-                f"`instances` must be 1 with backend {given['backend']!r} and task {given['task']!r}, "
-                f"got {value.instances}. Only text generation with OpenVINO runs in several processes."
+                f"`{wrong}` must be {'empty' if wrong in GUESSING else 1} with backend {backend!r} and task {task!r}, "
+                f"got {getattr(value, wrong)!r}. Only text generation with OpenVINO has it."
             )
         return value
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prefect import task
@@ -180,14 +179,11 @@ def _check(model: LocalModel, task_name: str, texts: Sequence[str]) -> None:
         )
 
 
-def _run(model: LocalModel, requests: Iterable[Request]) -> list[Completion]:
-    numbered = [replace(request, id=place) for place, request in enumerate(requests)]
-    found: dict[int, Completion] = {}
-    if numbered:
-        with library_logs(), closing(load_engine(model).generate(numbered)) as finished:
-            for completion in finished:
-                found[int(completion.request_id or 0)] = completion
-    return [found[place] for place in range(len(numbered))]
+def _run(model: LocalModel, requests: Sequence[Request]) -> list[Completion]:
+    if not requests:
+        return []
+    with library_logs():
+        return load_engine(model).answer_all(requests)
 
 
 embed_texts = task(name="embed-texts", cache_policy=NO_CACHE)(compute_vectors)

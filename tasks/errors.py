@@ -9,6 +9,7 @@ HuggingFaceTaskError
 │   ├── ExportOutOfMemoryError
 │   └── QualityError        an export that agrees too little with its source
 ├── EngineError            an engine that cannot be loaded or used
+│   ├── EngineBusyError    a model that does not fit beside those in use
 │   ├── GenerationError    one request that failed, where an exception is asked for
 │   └── EndpointError      a dedicated endpoint that cannot be managed, or does not get ready
 ├── ChainError             a prompt chain that cannot be filled in or parsed
@@ -68,6 +69,12 @@ class QualityError(ExportError):
 
 class EngineError(HuggingFaceTaskError):
     """An engine cannot be loaded or used."""
+
+
+class EngineBusyError(EngineError):
+    """A model does not fit beside the engines that are in use; it does once they are not."""
+
+    transient = True
 
 
 class GenerationError(EngineError):

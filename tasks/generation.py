@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -92,24 +91,21 @@ def stream_completion(
 def _run(model: LocalModel | InferenceEndpoint, requests: Sequence[Request]) -> list[Completion]:
     if not requests:
         return []
-    found: list[Completion | None] = [None] * len(requests)
-    numbered = (replace(request, id=place) for place, request in enumerate(requests))
     engine = load_engine(model)
     _check_conversations(engine, requests)
-    with library_logs(), closing(engine.generate(numbered)) as finished:
-        for completion in finished:
-            found[int(completion.request_id or 0)] = replace(completion, request_id=None)
-    return [completion for completion in found if completion is not None]
+    with library_logs():
+        return engine.answer_all(requests)
 
 
 def _check_conversations(engine: Engine, requests: Sequence[Request]) -> None:
-    if engine.inputs is None or engine.inputs.template is None or engine.inputs.reads_parts:
+    if engine.inputs is None or engine.inputs.template is None:
         return
-    template = engine.inputs.template
+    template, in_parts = engine.inputs.template, engine.inputs.reads_parts
     conversations = [request.messages for request in requests if request.messages is not None]
     options = requests[0].options or GenerationOptions()
     try:
-        check_shapes(template, conversations, options=engine.inputs.defaults.merged(options).template_options)
+        chosen = engine.inputs.defaults.merged(options).template_options
+        check_shapes(template, conversations, options=chosen, in_parts=in_parts)
     except LostTextError as exc:
         raise GenerationError(str(exc), error_code="invalid_prompt") from None
 

@@ -45,6 +45,7 @@ CALL_FIELDS = {
     "top_p",
     "stream",
     "stream_options",
+    "parallel_tool_calls",
 }
 OPTION_NAMES = {
     "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "stop": "stop", "seed": "seed",
@@ -55,7 +56,7 @@ OPTION_NAMES = {
 }  # fmt: skip
 # What does not change the answer.
 NO_EFFECT = {
-    "user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier", "parallel_tool_calls",
+    "user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier",
 }  # fmt: skip
 # Not supported; these values ask for nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -66,7 +67,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 # Status and code of the errors of completions and of rows. The others are faults of the request: 400.
 ERROR_STATUS = {
     "unknown_model": 404, "not_found": 404, "deadline": 408, "rate_limited": 429, "engine_error": 500,
-    "bad_answer": 502, "out_of_cache": 503, "cancelled": 503, "unavailable": 503,
+    "bad_answer": 502, "out_of_cache": 413, "cancelled": 503, "unavailable": 503,
 }  # fmt: skip
 ERROR_NAMES = {"unknown_model": "model_not_found", "too_long": "context_length_exceeded"}
 
@@ -117,6 +118,7 @@ class OpenAICall:
         model: Name of the model, or None.
         requests: One request for each prompt, with the options of the body.
         tools: Tools whose calls are looked for in the answers.
+        most_calls: Greatest number of calls of one answer, None for any number.
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with the token counts.
     """
@@ -125,6 +127,7 @@ class OpenAICall:
     model: str | None
     requests: tuple[Request, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    most_calls: int | None = None
     stream: bool = False
     include_usage: bool = False
 
@@ -192,9 +195,8 @@ def read_call(body: Mapping[str, Any], chat: bool, defaults: GenerationOptions |
         # This route is for text that is put before the model as it is.
         prompts = _read_prompts(body.get("prompt"))
         requests = [Request(prompt=prompt, options=options, chat_template="never") for prompt in prompts]
-    return OpenAICall(
-        chat, model, tuple(requests), tuple(tools), stream, stream and bool(stream_options.get("include_usage"))
-    )
+    with_usage = stream and bool(stream_options.get("include_usage"))
+    return OpenAICall(chat, model, tuple(requests), tuple(tools), _read_most_calls(body), stream, with_usage)
 
 
 def read_options(body: Mapping[str, Any], chat: bool, defaults: GenerationOptions | None = None) -> GenerationOptions:
@@ -279,6 +281,14 @@ def _read_tools(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(tools, list) or not all(_is_tool(tool) for tool in tools):
         raise BodyError("invalid_option", "`tools` must be a list of functions with names. Correct it.", "tools")
     return [] if body.get("tool_choice") == "none" else tools
+
+
+def _read_most_calls(body: Mapping[str, Any]) -> int | None:
+    parallel = body.get("parallel_tool_calls")
+    if parallel not in (None, True, False):
+        text = f"`parallel_tool_calls` must be true or false, got {parallel!r:.100}. Correct it."
+        raise BodyError("invalid_option", text, "parallel_tool_calls")
+    return 1 if parallel is False else None
 
 
 def _is_tool(tool: Any) -> bool:
@@ -477,7 +487,7 @@ class AnswerWriter:
         """Return the text beside the tool calls, and the calls. A call that cannot be read is text."""
         parser = ToolCallParser(self._call.tools)
         items = [*parser.feed(text), *parser.finish()]
-        calls = [item for item in items if isinstance(item, ToolCall)]
+        calls = [item for item in items if isinstance(item, ToolCall)][: self._call.most_calls]
         rest = "".join(text_of(item) for item in items if not isinstance(item, ToolCall))
         return rest, [self._call_of(index, number, call) for number, call in enumerate(calls)]
 
@@ -552,6 +562,8 @@ class AnswerStream:
 
     def _write(self, index: int, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
         for item in items:
+            if isinstance(item, ToolCall) and self._calls[index] == self._call.most_calls:
+                continue
             if isinstance(item, ToolCall):
                 yield self._writer.write_call(index, self._calls[index], item)
                 self._calls[index] += 1

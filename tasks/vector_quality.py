@@ -11,7 +11,7 @@ from prefect_huggingface.tasks.embedding import as_embeddings, as_score
 from prefect_huggingface.tasks.engines.registry import load_engine
 from prefect_huggingface.tasks.errors import QualityError
 from prefect_huggingface.tasks.quality import ExportQuality, FormatQuality
-from prefect_huggingface.tasks.records import Completion, Export, Request, Snapshot
+from prefect_huggingface.tasks.records import Export, Request, Snapshot
 
 # Of so many texts each is a query for a reranker; more would take long and say no more.
 QUERIES = 4
@@ -84,7 +84,7 @@ def _compute(model: LocalModel, texts: list[str]) -> tuple[Any, float]:
     else:
         requests = [Request(text, options=LENIENT, input_type="document") for text in texts]
     started = time.perf_counter()
-    completions: list[Completion] = [future.result() for future in [engine.submit(request) for request in requests]]
+    completions = engine.answer_all(requests)
     seconds = time.perf_counter() - started
     failed = next((one for one in completions if one.vector is None), None)
     if failed is not None:

@@ -13,7 +13,7 @@ from prefect.logging import get_logger
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.engines.registry import list_engines, load_engine, unload_idle_engines
-from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError
+from prefect_huggingface.tasks.errors import HuggingFaceTaskError
 from prefect_huggingface.tasks.openai_protocol import BodyError
 
 logger = get_logger(__name__)
@@ -82,8 +82,8 @@ class ServedModel:
             text = f"{self.name!r} is being loaded. Try again."
             raise BodyError("model_loading", text, status=503, retry_after=5) from None
         except HuggingFaceTaskError as exc:
-            passing = isinstance(exc, EngineError) or getattr(exc, "transient", False)
-            status, wait = (503, 10) if passing else (500, None)
+            # Another try would load the model again, for minutes maybe.
+            status, wait = (503, 10) if getattr(exc, "transient", False) else (500, None)
             text = f"{self.name!r} cannot be loaded: {exc}"
             raise BodyError("model_unavailable", text, status=status, retry_after=wait) from None
         finally:
@@ -143,7 +143,7 @@ class ServedModels:
         for model in self._models:
             if name in model.names:
                 return model
-        text = f"The model {name!r} is not served here. Use one of {self}."
+        text = f"The model {name!r} is not served here. Use one of {self}, or restart the server if it was saved since."
         raise BodyError("model_not_found", text, "model", status=404)
 
     def options_of(self, name: Any) -> GenerationOptions | None:

@@ -7,12 +7,13 @@ import itertools
 import queue
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.errors import GenerationError
@@ -135,6 +136,28 @@ class Engine(ABC):
         finally:
             for future in pending:
                 future.cancel()
+
+    def answer_all(
+        self,
+        requests: Sequence[Request],
+        in_flight: int | None = None,
+        check: Callable[[Completion], object] | None = None,
+    ) -> list[Completion]:
+        """Return the completions of requests, in their order.
+
+        Args:
+            requests: N requests.
+            in_flight: Upper limit of requests that are queued or running.
+            check: Called with each completion as it comes, whose id is its place. What it raises ends the others.
+        """
+        numbered = [replace(request, id=place) for place, request in enumerate(requests)]
+        found: dict[Any, Completion] = {}
+        with closing(self.generate(numbered, in_flight)) as finished:
+            for completion in finished:
+                if check is not None:
+                    check(completion)
+                found[completion.request_id] = completion
+        return [replace(found[place], request_id=request.id) for place, request in enumerate(requests)]
 
     def stream(self, request: Request) -> Generator[str, None, Completion]:
         """Yield the text of one request piece by piece as it is generated. Closing the iterator cancels the request.

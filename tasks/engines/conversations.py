@@ -104,12 +104,17 @@ def write_conversation(
 
 
 def check_shapes(
-    template: ChatTemplate, conversations: Iterable[Any], *, options: Mapping[str, Any] | None = None
+    template: ChatTemplate,
+    conversations: Iterable[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    in_parts: bool = False,
 ) -> None:
     """Refuse conversations of which a template loses text, before any of them is asked.
 
     What a template keeps depends on the roles of the messages, so that one conversation of each shape is written, with
-    texts of its own. A template that refuses a shape, and what is no conversation, are for the request to tell.
+    texts of its own, in parts where the template gets parts. A template that refuses a shape, and what is no
+    conversation, are for the request to tell.
 
     Raises:
         LostTextError: With the number of the first such conversation.
@@ -123,6 +128,8 @@ def check_shapes(
             {"role": role, "content": f"{USER}-{place}.", **({"tool_calls": [CALL]} if calls else {})}
             for place, (role, calls) in enumerate(shape)
         ]
+        if in_parts:
+            probes = [{**probe, "content": _parts_of(probe["content"])} for probe in probes]
         try:
             write_conversation(template, probes, options=options)
         except LostTextError as exc:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import bisect
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     Arrays = dict[str, np.ndarray]
+
+logger = get_logger(__name__)
 
 # Texts of which batches of similar length are made, and the most tokens, padding included, and rows of one batch.
 WINDOW = 2048
@@ -77,7 +82,11 @@ class OpenVINONetwork:
             rows, length = inputs["input_ids"].shape
             inputs = {**inputs, "position_ids": np.tile(np.arange(length, dtype=np.int64), (rows, 1))}
         request = self._idle.pop()
-        request.start_async({name: value for name, value in inputs.items() if name in self._names})
+        try:
+            request.start_async({name: value for name, value in inputs.items() if name in self._names})
+        except BaseException:
+            self._idle.append(request)
+            raise
 
         def wait() -> np.ndarray:
             try:
@@ -87,6 +96,9 @@ class OpenVINONetwork:
                 self._idle.append(request)
 
         return wait
+
+    def check(self) -> None:
+        """Raise where the device answers nobody any more."""
 
 
 class TorchNetwork:
@@ -113,6 +125,12 @@ class TorchNetwork:
         with torch.inference_mode():
             found: np.ndarray = self._model(**tensors)[0].float().cpu().numpy()
         return lambda: found
+
+    def check(self) -> None:
+        """Raise where the device answers nobody any more."""
+        from prefect_huggingface.tasks.engines.torch_loading import check_device
+
+        check_device(self._model)
 
 
 @dataclass(slots=True)
@@ -159,6 +177,8 @@ class EmbeddingEngine(EngineWorker):
         self._sorted: list[tuple[int, int, RequestState]] = []
         self._waiting: dict[RequestState, int] = {}
         self._batches: deque[Batch] = deque()
+        # Those of a batch that failed are computed alone.
+        self._suspects: set[RequestState] = set()
         self._number = 0
         super().__init__(inputs)
 
@@ -170,6 +190,7 @@ class EmbeddingEngine(EngineWorker):
 
     def remove(self, state: RequestState) -> None:
         """Take a request out, wherever it is."""
+        self._suspects.discard(state)
         number = self._waiting.pop(state, None)
         if number is not None:
             del self._sorted[bisect.bisect_left(self._sorted, (len(state.encoded.ids), number))]
@@ -188,10 +209,13 @@ class EmbeddingEngine(EngineWorker):
         """Wait for what is still computed for requests that are gone."""
         while self._batches:
             self._batches.popleft().wait()
+        self._network.check()
 
     def release(self) -> None:
         """Let go of the model."""
-        self.reset()
+        while self._batches:
+            with suppress(Exception):
+                self._batches.popleft().wait()
         del self._network
 
     def leftovers(self) -> list[str]:
@@ -205,7 +229,7 @@ class EmbeddingEngine(EngineWorker):
         place = bisect.bisect_left(self._sorted, (len(oldest.encoded.ids), number))
         first, last = place, place + 1
         # Shorter texts cost only their padding, longer ones make all rows longer.
-        while last - first < MAX_BATCH_ROWS:
+        while last - first < MAX_BATCH_ROWS and not self._suspects:
             below = first > 0 and (last - first + 1) * self._sorted[last - 1][0] <= MAX_BATCH_TOKENS
             above = last < len(self._sorted) and (last - first + 1) * self._sorted[last][0] <= MAX_BATCH_TOKENS
             if below and above:
@@ -234,12 +258,19 @@ class EmbeddingEngine(EngineWorker):
             size = len(encoded.ids)
             ids[row, :size], mask[row, :size], types[row, :size] = encoded.ids, 1, encoded.type_ids
         inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        self._batches.append(Batch(list(states), mask, self._network.start(inputs)))
+        try:
+            self._batches.append(Batch(list(states), mask, self._network.start(inputs)))
+        except Exception as exc:
+            self._recover(states, exc)
 
     def _finish(self, batch: Batch) -> None:
         import numpy as np
 
-        output = batch.wait()
+        try:
+            output = batch.wait()
+        except Exception as exc:
+            self._recover([state for state in batch.states if state is not None and not state.is_done], exc)
+            return
         for row, state in enumerate(batch.states):
             if state is None or state.is_done:
                 continue
@@ -251,8 +282,19 @@ class EmbeddingEngine(EngineWorker):
                     )
                 state.vector = vector
                 state.end("stop")
-            except RequestError as exc:
-                state.fail(exc.code, str(exc))
+            except Exception as exc:
+                state.fail_with(exc, "The vector cannot be made", "Report it.")
+
+    def _recover(self, states: list[RequestState], error: Exception) -> None:
+        """Let the requests of a failed batch run one by one, and fail the one that was alone in it."""
+        self._network.check()
+        if len(states) == 1:
+            states[0].fail_with(error, "The text makes the model fail", "Change it.")
+            return
+        logger.warning("A batch of %d texts failed; they are computed one by one: %s", len(states), error)
+        for state in states:
+            self._suspects.add(state)
+            self.add(state)
 
     def _vector(self, output: np.ndarray, length: int, options: Any) -> np.ndarray:
         """Return the vector of a text, or the score of a pair, float32.

@@ -25,6 +25,7 @@ from prefect_huggingface.tasks.engines.inputs import (
     context_length_of,
     fit_context,
     resolve_options,
+    vocabulary_of,
 )
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
@@ -192,7 +193,7 @@ class EmbeddingInputs(InputProcessor):
         super().__init__(ChatTemplate({}))
         self.files, self.is_ranker = files, is_ranker
         self.tokenizer, self._rust = tokenizer, tokenizer.rust
-        self.context_length = files.options.max_length
+        self.context_length, self.vocabulary = files.options.max_length, vocabulary_of(files.config)
         pad = read_special_tokens(folder).get("pad_token")
         found = None if pad is None else self._rust.token_to_id(pad)
         self.pad_id = int(files.config.get("pad_token_id") or 0) if found is None else found
@@ -224,6 +225,7 @@ class EmbeddingInputs(InputProcessor):
         if len(fitting) < len(encoded.ids):
             # Cut again, so that the special tokens around the text stay.
             encoded = encode(request, chosen, (len(fitting), options.context_overflow.removeprefix("truncate_")))
+        self.check_ids(encoded.ids)
         state.begin(options, encoded.ids, None)
         state.encoded = encoded
 

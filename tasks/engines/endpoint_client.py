@@ -56,7 +56,7 @@ EXTRA_NAMES = {
 }
 NOWHERE = (
     "num_beams", "no_repeat_ngram_size", "max_reasoning_tokens", "choice_probabilities", "src_lang", "tgt_lang",
-    "forced_bos_token_id",
+    "forced_bos_token_id", "trusted_text",
 )  # fmt: skip
 NO_SUCH_OPTION = ("does not exist at this endpoint", "Leave it out.")
 NOT_ON_TGI = ("min_new_tokens", "ignore_eos", "n", "min_p", "stop_token_ids", "template_options")
@@ -111,12 +111,12 @@ class EndpointClient:
         url = f"{self._root}/v1/chat/completions" if chat else self._root
         async with self._traced() as trace:
             async with self._connect().stream("POST", url, json=body, extensions={TRACE: trace}) as response:
-                if not streamed:
-                    answer = json.loads(await response.aread())
-                    _read_chat(answer, state) if chat else _read_text(answer, state, trace)
-                else:
+                if streamed and trace.content_type != "application/json":  # of a server that does not stream
                     events = _events_of(response, trace, self._endpoint)
                     await (_read_chat_stream(events, state) if chat else _read_text_stream(events, state))
+                else:
+                    answer = json.loads(await response.aread())
+                    _read_chat(answer, state) if chat else _read_text(answer, state, trace)
             if not state.is_done:
                 raise self._explain_early_end(trace)
         if state.options.logprobs and not state.sequences[0].logprobs and state.generated_tokens:
@@ -311,6 +311,8 @@ def chat_body(
     refuse_options(options, NOWHERE if server.dialect == "openai" else (*NOWHERE, "n"), *NO_SUCH_OPTION)
     if options.context_overflow not in ("error", "skip"):
         raise refusal("context_overflow", options.context_overflow, "cannot truncate a chat", "Use 'error' or 'skip'")
+    if request.template is not None:
+        raise refusal("tokenizer", "a template", "applies the chat template of its model itself", "Leave it out")
     if options.echo and request.messages is not None:
         raise refusal("echo", True, "returns no conversation", "Leave it out")
     body = {
@@ -438,8 +440,9 @@ async def _events_of(
                 return
             event = json.loads(content)
             if event.get("error"):
-                nested = event["error"].get("code") if isinstance(event["error"], dict) else None
-                status = nested if isinstance(nested, int) and nested >= 400 else 500
+                error = event["error"] if isinstance(event["error"], dict) else {}
+                nested, status = error.get("code"), 400 if error.get("type") == "invalid_request_error" else 500
+                status = nested if isinstance(nested, int) and nested >= 400 else status
                 status = STREAM_STATUSES.get(event.get("error_type"), status)
                 raise explain_status(status, content.decode(), trace, endpoint)
             yield event
@@ -511,7 +514,7 @@ def _read_chat(answer: Any, state: RequestState) -> None:
 
 async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: RequestState) -> None:
     """Read a streamed answer of the chat route, up to a stop string."""
-    sequence, calls, reason = state.sequences[0], dict[int, dict[str, str]](), None
+    sequence, calls, reason, has_text = state.sequences[0], dict[int, dict[str, str]](), None, False
     async for event in events:
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
@@ -520,12 +523,14 @@ async def _read_chat_stream(events: AsyncIterator[dict[str, Any]], state: Reques
             sequence.append_reasoning(_reasoning_of(delta))
             reason = choice.get("finish_reason") or reason
             _add_text(sequence, delta.get("content"))
+            has_text = has_text or bool(delta.get("content"))
         usage = event.get("usage") or {}
         _count(state, usage.get("prompt_tokens"), usage.get("completion_tokens"))
         if sequence.finish_reason is not None:
             return
     if reason is not None:
-        _add_text(sequence, "\n".join(_tool_call_text(call["name"], call["arguments"]) for call in calls.values()))
+        written = [_tool_call_text(call["name"], call["arguments"]) for call in calls.values()]
+        _add_text(sequence, "\n".join(["", *written] if has_text and written else written))
         sequence.finish(_reason_of(reason))
 
 

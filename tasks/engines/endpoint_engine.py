@@ -183,9 +183,10 @@ class EndpointEngine(Engine):
 
     async def _attempt(self, state: RequestState) -> None:
         options = state.options
-        # With a deadline, what came until then is the answer, so it has to come piece by piece.
+        # Piece by piece, silence is no long answer but a server that is gone, and with a deadline, what came until then
+        # is the answer. Not every server streams log probabilities.
         listens = state.on_text is not None or state.on_reasoning is not None
-        streamed = options.n == 1 and (listens or options.deadline_seconds is not None)
+        streamed = options.n == 1 and (listens or options.deadline_seconds is not None or not options.logprobs)
         while True:
             await self._circuit.ready()
             async with self._slots:

@@ -33,8 +33,12 @@ TOO_LONG = re.compile(
     r"|too many (?:input )?tokens|longer than|max_(?:completion_)?tokens.{0,40}(?:is|are) too large",
     re.IGNORECASE,
 )
+TOO_LONG_CODE = re.compile("context_length_exceeded|out_of_cache")
+# What the model server of this library says of a model that will not load, however often it is asked for.
+UNLOADABLE_CODE = "model_unavailable"
 TRANSIENT_STATUSES = (408, 424, 425, 429, 500)
 
+Kind = Literal["final", "transient", "down", "asleep"]
 FAILURES_TO_OPEN = 5
 BACKOFF = wait_exponential(multiplier=0.25) + wait_random(0, 0.1)
 FIRST_PROBE_SECONDS = 0.1
@@ -56,7 +60,7 @@ class EndpointFailure(RequestError):
         self,
         code: ErrorCode,
         message: str,
-        kind: Literal["final", "transient", "down", "asleep"] = "final",
+        kind: Kind = "final",
         wait_seconds: float | None = None,
     ) -> None:
         super().__init__(code, message)
@@ -250,13 +254,14 @@ def explain_status(status: int, body: str, trace: HttpTrace, endpoint: Inference
     if status in (429, 408, 425):
         text = f"{place} limits the rate of requests{said}. Lower `max_concurrency`, or try again later."
         return EndpointFailure("rate_limited", text, "transient", wait)
-    if status in TRANSIENT_STATUSES:
+    if status in TRANSIENT_STATUSES and UNLOADABLE_CODE not in body:
         text = f"{place} failed with status {status}{said}. Try again; look at the server's log if it goes on."
         return EndpointFailure("engine_error", text, "transient", wait)
     if status >= 500 and status != 501:
         text = f"{place} is not ready, status {status}{said}. Start it, or raise `wake_timeout_seconds`."
-        return EndpointFailure("unavailable", text, "asleep" if status == 503 else "down", wait)
-    if status == 413 or "context_length_exceeded" in body or TOO_LONG.search(words):
+        kinds: dict[int, Kind] = {503: "asleep", 500: "final"}
+        return EndpointFailure("unavailable", text, kinds.get(status, "down"), wait)
+    if status == 413 or TOO_LONG_CODE.search(body) or TOO_LONG.search(words):
         text = f"The prompt with its new tokens is too long for {place}{said}. Shorten it, or lower `max_new_tokens`."
         return EndpointFailure("too_long", text)
     if status in (400, 422):

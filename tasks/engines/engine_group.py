@@ -314,11 +314,12 @@ class _Instance:
         self.cache_usage = cache_usage
         with self._lock:
             state = self.states.pop(number, None)
+        if failure is not None:
+            # First, so that who asks again because of the completion gets another engine.
+            self._group.fail(failure)
         if state is not None and completion is not None:
             # With the time that it waited here.
-            state.complete(replace(completion, seconds=state.seconds))
-        if failure is not None:
-            self._group.fail(failure)
+            state.complete(replace(completion, seconds=state.seconds, request_id=state.request.id))
         self._group.dispatch(self)
 
 
@@ -372,7 +373,12 @@ def _answer(engine: Engine, tell: Callable[..., None]) -> None:
             if (future := futures.get(number)) is not None:
                 future.cancel()
             continue
-        request, has_text, has_reasoning = pickle.loads(rest[0])
+        try:
+            request, has_text, has_reasoning = pickle.loads(rest[0])
+        except Exception as exc:  # a class of the script that asks, for instance, which is no module here
+            error = f"The request cannot be read in another process: {type(exc).__name__}: {exc}. Give it plain values."
+            tell("done", number, Completion("", "error", 0, 0, 0.0, error, "invalid_prompt"), 0.0, engine.failure)
+            continue
         on_text = partial(tell, "text", number) if has_text else None
         on_reasoning = partial(tell, "reasoning", number) if has_reasoning else None
         futures[number] = future = engine.submit(request, on_text, on_reasoning)

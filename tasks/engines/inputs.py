@@ -42,6 +42,7 @@ class InputProcessor:
         tokenizer: Tokenizer of the model, set by `bind`.
         end_ids: Tokens that end an answer, that of the tokenizer and what the template writes after a turn among them.
         context_length: Number of tokens of prompt and answer together, or None where it is not known.
+        vocabulary: Number of tokens that the model takes, or None where it is not known.
         reads_parts: Whether the template gets messages in parts, text and images.
         is_continued: Whether the answer goes on where the prompt ends. Otherwise the context counts the prompt alone.
         check: Refuses options that the backend cannot honour.
@@ -51,6 +52,7 @@ class InputProcessor:
     tokenizer: Tokenizer
     end_ids: frozenset[int] = frozenset()
     context_length: int | None = None
+    vocabulary: int | None = None
     is_continued: bool = True
     reads_parts: bool = False
     check: Callable[[GenerationOptions], None] | None = None
@@ -78,9 +80,11 @@ class InputProcessor:
         every = [token.content for token in added.values()]
         return cls(ChatTemplate(source, tokens, special, every), "never")
 
-    def bind(self, tokenizer: Tokenizer, end_ids: Collection[int], context_length: int | None) -> None:
+    def bind(
+        self, tokenizer: Tokenizer, end_ids: Collection[int], context_length: int | None, vocabulary: int | None = None
+    ) -> None:
         """Take the tokenizer of the model, the end tokens that its settings name, and the length of its context."""
-        self.tokenizer, self.context_length = tokenizer, context_length
+        self.tokenizer, self.context_length, self.vocabulary = tokenizer, context_length, vocabulary
         ends = (self._base.tokens.get("eos_token"), self.template and self.template.end_text)
         further = {tokenizer.special_id(text) for text in ends if text}
         self.end_ids = frozenset(end_ids) | {token for token in further if token is not None}
@@ -109,6 +113,7 @@ class InputProcessor:
         if fitting is None:
             state.skip(len(ids))
             return
+        self.check_ids(fitting)
         state.begin(
             options,
             fitting,
@@ -117,6 +122,15 @@ class InputProcessor:
             echo=prompt.text if options.echo else "",
             reasoning=self._reasoning_of(state, prompt),
         )
+
+    def check_ids(self, ids: Collection[int]) -> None:
+        """Refuse (`RequestError`) a prompt with a token that the model does not take."""
+        if self.vocabulary is not None and (token := max(ids, default=0)) >= self.vocabulary:
+            raise RequestError(
+                "invalid_prompt",
+                f"The prompt has the token {token} ({self.tokenizer.decode([token])!r}), and the model takes tokens "
+                f"below {self.vocabulary}: its tokenizer has more than it. Leave this text out, or correct the model.",
+            )
 
     def write(self, request: Request, options: GenerationOptions | None = None) -> Prompt:
         """Return the prompt of a request.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -72,8 +73,10 @@ def resident_bytes() -> int:
 
 
 def give_back_memory() -> None:
-    """Give memory that is free inside this process back to the system."""
+    """Give memory that is free inside this process back to the system, and to the GPU."""
     gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     # Only the C library of GNU keeps freed memory and has a call to release it.
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

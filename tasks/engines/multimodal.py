@@ -10,10 +10,14 @@ import base64
 import binascii
 import importlib.util
 import io
+import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,18 +25,25 @@ from urllib.request import url2pathname
 
 from prefect_huggingface.blocks import GenerationOptions
 from prefect_huggingface.tasks.engines.base import RequestError
+from prefect_huggingface.tasks.engines.chat_templates import ChatTemplateError
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, check_messages, check_prompt, refuse_options
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Request
+from prefect_huggingface.tasks.waiting import WAKE_SECONDS
 
 READERS = 4
+# How many requests `generate` has under way: each holds its images.
+IN_FLIGHT = 8
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
+# Of all images of one request, and of those of all requests that are read and not done, 600 MB in RGB.
+MAX_REQUEST_PIXELS = MAX_PIXELS_AHEAD = 200_000_000
 TIMEOUT_SECONDS = 30.0
 SHOWN_CHARACTERS = 120
 IMAGE = {"type": "image"}
+MARK_OF_IMAGE = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -40,7 +51,7 @@ class MultimodalInput:
     """What was read for one request.
 
     Attributes:
-        images: Images in RGB, in the order of their places.
+        images: Images in RGB, in the order of their places, until the engine has made something of them.
         prepared: What the engine made of text and images.
     """
 
@@ -67,6 +78,9 @@ class MultimodalInputProcessor(InputProcessor):
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="images")
         self._fetchers = ThreadPoolExecutor(READERS, thread_name_prefix="remote-images")
         self._closed = False
+        # It guards the number of pixels that are read and belong to requests that are not done.
+        self._room = threading.Condition()
+        self._pixels = 0
 
     def read_ahead(self, state: RequestState, hand_over: Callable[[RequestState], None]) -> None:
         """Read the images of a request and hand it over; one that fails is handed over with its error."""
@@ -77,6 +91,9 @@ class MultimodalInputProcessor(InputProcessor):
             hand_over(state)
             return
         state.multimodal = MultimodalInput()
+        if not sources:
+            hand_over(state)
+            return
         # A slow server keeps a thread for a while; nobody but those who ask one waits for these threads.
         readers = self._fetchers if any(map(_is_remote, sources)) else self._readers
         try:
@@ -96,13 +113,59 @@ class MultimodalInputProcessor(InputProcessor):
             if state.abort_reason is not None:
                 state.end(state.abort_reason)
             elif not self._closed:
-                state.multimodal.images = [read_image(source, state.seconds_left) for source in sources]
+                state.multimodal.images = self._read_all(state, sources)
         except Exception as exc:
             if state.abort_reason is not None:
                 state.end(state.abort_reason)
             else:
                 state.fail_with(exc, "The request failed", "Check its images.")
         hand_over(state)
+
+    def _read_all(self, state: RequestState, sources: list[str]) -> list[Any]:
+        """Return the images of a request, as soon as there is room for them beside those of other requests."""
+        images: list[Any] = []
+        pixels = 0
+        for source in sources:
+            images.append(read_image(source, state.seconds_left))
+            pixels += images[-1].width * images[-1].height
+            if pixels > MAX_REQUEST_PIXELS:
+                raise RequestError(
+                    "invalid_prompt",
+                    f"The images of a request may have {MAX_REQUEST_PIXELS:,} pixels together, got {pixels:,} in "
+                    f"{len(images)} of {len(sources)}. Send fewer, or smaller ones.",
+                )
+        with self._room:
+            while self._pixels and self._pixels + pixels > MAX_PIXELS_AHEAD:
+                if self._closed or state.abort_reason is not None:
+                    break
+                self._room.wait(WAKE_SECONDS)
+            self._pixels += pixels
+        state.future.add_done_callback(lambda _: self._make_room(pixels))
+        return images
+
+    def _make_room(self, pixels: int) -> None:
+        with self._room:
+            self._pixels -= pixels
+            self._room.notify_all()
+
+    @cached_property
+    def image_mark(self) -> str:
+        """What the template writes in the place of an image, "" where that is not known."""
+        if self.template is None:
+            return ""
+        text = {"type": "text", "text": "PROBE"}
+        try:
+            without, with_image = (
+                self.template.render([{"role": "user", "content": parts}]) for parts in ([text], [IMAGE, text])
+            )
+        except ChatTemplateError:
+            return ""
+        if "'type'" in with_image:  # a template for plain text shows the list as it is
+            return ""
+        start, length = len(os.path.commonprefix([without, with_image])), len(with_image) - len(without)
+        # Of the places that give the same text, that of a whole mark: what follows may begin as the mark does.
+        marks = (with_image[first : first + length].strip() for first in range(start, max(start - length, -1), -1))
+        return next((mark for mark in marks if MARK_OF_IMAGE.fullmatch(mark)), "")
 
     def place_images(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the messages with the places of images as the engine wants them."""

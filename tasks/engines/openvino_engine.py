@@ -11,13 +11,11 @@ streamed. OpenVINO's own defaults round differently in different batches.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
 from prefect_huggingface.tasks.engines.base import RequestError
-from prefect_huggingface.tasks.engines.chat_templates import ChatTemplateError, read_json
+from prefect_huggingface.tasks.engines.chat_templates import read_json
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import GenaiTokenizer, RustTokenizer, Tokenizer
 from prefect_huggingface.tasks.engines.inputs import (
@@ -35,7 +33,7 @@ from prefect_huggingface.tasks.engines.inputs import (
     read_end_tokens,
     vocabulary_of,
 )
-from prefect_huggingface.tasks.engines.multimodal import IMAGE, MultimodalInputProcessor
+from prefect_huggingface.tasks.engines.multimodal import IN_FLIGHT, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.openvino_runtime import (
     NO_TOKEN,
     GenaiPipeline,
@@ -56,8 +54,6 @@ from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters
 from prefect_huggingface.tasks.storage.files import link_file
 
 logger = get_logger(__name__)
-
-MARK_OF_IMAGE = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 # The pipeline keeps the interpreter to itself during a step. After a request has ended, callers get this long to react.
 REACTION_SECONDS = 0.002
@@ -88,8 +84,7 @@ class OpenVINOTextEngine(EngineWorker):
             self._pipeline = self._load_pipeline(model.engine)
         self._scorer: GenaiPipeline | None = None
         inputs = self.read_inputs(path, model, self._pipeline.tokenizer, rust.result())
-        # GenAI 2026.4 takes tokens without a score for places in memory.
-        self._vocabulary = vocabulary_of(read_json(path / "config.json")) or NO_TOKEN
+        self._vocabulary = inputs.vocabulary or NO_TOKEN
         inputs.check = lambda options: check_options(options, model.engine, self._vocabulary)
         self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         self._scheduled: dict[RequestState, ScheduledRequest] = {}
@@ -112,7 +107,9 @@ class OpenVINOTextEngine(EngineWorker):
         settings = read_json(path / "config.json")
         # Across the border of longrope, text would depend on the requests beside it and on the prefix cache.
         length = longrope_border(settings) or context_length_of(settings)
-        inputs.bind(rust or GenaiTokenizer(genai), read_end_tokens(path, int(genai.get_eos_token_id())), length)
+        ends = read_end_tokens(path, int(genai.get_eos_token_id()))
+        # GenAI 2026.4 takes tokens without a score for places in memory.
+        inputs.bind(rust or GenaiTokenizer(genai), ends, length, vocabulary_of(settings))
         return inputs
 
     @property
@@ -329,27 +326,8 @@ def _read_handle(handle: Any, sequences: list[Sequence]) -> None:
 class OpenVINOVisionInputs(MultimodalInputProcessor):
     """Prompts with the tags of OpenVINO GenAI in the places of the images."""
 
-    @cached_property
-    def _image_mark(self) -> str:
-        """What the template writes in the place of an image, "" where that is not known."""
-        if self.template is None:
-            return ""
-        text = {"type": "text", "text": "PROBE"}
-        try:
-            without, with_image = (
-                self.template.render([{"role": "user", "content": parts}]) for parts in ([text], [IMAGE, text])
-            )
-        except ChatTemplateError:
-            return ""
-        if "'type'" in with_image:  # a template for plain text shows the list as it is
-            return ""
-        start, length = len(os.path.commonprefix([without, with_image])), len(with_image) - len(without)
-        # Of the places that give the same text, that of a whole mark: what follows may begin as the mark does.
-        marks = (with_image[first : first + length].strip() for first in range(start, max(start - length, -1), -1))
-        return next((mark for mark in marks if MARK_OF_IMAGE.fullmatch(mark)), "")
-
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
-        images, text, mark = state.multimodal.images, prompt.text, self._image_mark
+        images, text, mark = state.multimodal.images, prompt.text, self.image_mark
         tags = [f"<ov_genai_image_{number}>" for number in range(len(images))]
         for number, tag in enumerate(tags):
             # A text that has been through the template has the template's own marks.
@@ -360,7 +338,7 @@ class OpenVINOVisionInputs(MultimodalInputProcessor):
                     f"The prompt has places for {number} of its {len(images)} images. Write {mark!r} where each "
                     "belongs, or give messages.",
                 )
-        state.multimodal.prepared = (text, [_tensor(image) for image in images])
+        state.multimodal.prepared, state.multimodal.images = (text, [_tensor(image) for image in images]), []
         for tag in tags:
             text = text.replace(tag, "", 1)
         return self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
@@ -394,6 +372,7 @@ class OpenVINOVisionEngine(OpenVINOTextEngine):
         except BaseException:
             self._remove_view()
             raise
+        self.in_flight = IN_FLIGHT
 
     def release(self) -> None:
         """Let go of the model and of the folder of links."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import sys
 import threading
 import time
 import weakref
@@ -33,7 +34,7 @@ from prefect_huggingface.tasks.engines.inputs import TemplateUse, resolve_option
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes, total_bytes
 from prefect_huggingface.tasks.engines.request_state import RequestState
 from prefect_huggingface.tasks.engines.worker import EngineWorker
-from prefect_huggingface.tasks.errors import EngineError, ModelSourceError
+from prefect_huggingface.tasks.errors import EngineBusyError, EngineError, ModelSourceError
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.run_logs import run_log
 from prefect_huggingface.tasks.storage.adapters import check_fit, get_adapters, pin_adapters
@@ -396,7 +397,7 @@ def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
         engine.on_close = lease.close
         return engine
 
-    entry = RegistryEntry(key, model.model_id, load, model.device)
+    entry = _entry_of(key, model, load)
     handle = entry.acquire(model.options, model.chat_template)
     with _registry.lock:
         _registry.entries[key] = entry
@@ -404,30 +405,64 @@ def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
     return handle
 
 
+def _entry_of(key: EngineKey, model: LocalModel, load: Callable[[], Engine]) -> RegistryEntry:
+    """Load an engine; where the GPU has no room for it, close idle engines, the least recently used one first.
+
+    Raises:
+        EngineError: If it cannot be loaded, also when none is idle any more.
+    """
+    while True:
+        try:
+            return RegistryEntry(key, model.model_id, load, model.device)
+        except EngineError as exc:
+            torch = sys.modules.get("torch")
+            if torch is None or not isinstance(exc.__cause__, torch.OutOfMemoryError):
+                raise
+            problem = str(exc)
+        # The exception, and with it what was loaded, is gone here.
+        if not _close_idle():
+            others = _others(key)
+            if not others:
+                raise EngineError(problem)
+            raise EngineBusyError(f"{problem} These models are in use: {others}. Let go of one of them.")
+
+
+def _others(key: EngineKey | None) -> str:
+    """Return the other models that are loaded."""
+    return ", ".join(sorted({other.source for other in list(_registry.entries) if other != key}))
+
+
+def _close_idle() -> bool:
+    """Close the idle engine that was not used for longest, and return whether there is one."""
+    with _registry.lock:
+        idle = next((entry for entry in list(_registry.entries.values()) if not entry.in_use), None)
+        if idle is None:
+            return False
+        del _registry.entries[idle.key]
+    logger.info("Closing the engine of %s to keep within the memory budget.", idle.key.source)
+    _close([idle])
+    return True
+
+
 def _make_room(needed: int, key: EngineKey | None) -> None:
     """Close idle engines, the least recently used one first, until the memory is within the budget.
 
     Raises:
-        EngineError: If a model does not fit beside the engines that are in use.
+        EngineBusyError: If a model does not fit beside the engines that are in use.
     """
     while used_bytes() + needed > _budget():
-        with _registry.lock:
-            idle = next((entry for entry in list(_registry.entries.values()) if not entry.in_use), None)
-            if idle is None:
-                break
-            del _registry.entries[idle.key]
-        logger.info("Closing the engine of %s to keep within the memory budget.", idle.key.source)
-        _close([idle])
+        if not _close_idle():
+            break
     else:
         return
-    in_use = ", ".join(sorted({other.source for other in list(_registry.entries) if other != key}))
+    in_use = _others(key)
     if key is None or not in_use:
         logger.warning(
             "The process uses %.1f GiB, more than the budget of %.1f GiB, and no engine is idle.",
             (used_bytes() + needed) / GIB, _budget() / GIB,
         )  # fmt: skip
         return
-    raise EngineError(
+    raise EngineBusyError(
         f"{key.source!r} needs about {needed / GIB:.2f} GiB, and with it the process would take more than its "
         f"budget of {_budget() / GIB:.2f} GiB while these are in use: {in_use}. Let go of one of them, or "
         f"raise {BUDGET_VARIABLE}."

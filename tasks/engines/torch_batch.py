@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -310,27 +310,18 @@ def run_beams(model: Any, state: RequestState, inputs: dict[str, Any], tokenizer
             **({} if options.forced_bos_token_id is None else {"forced_bos_token_id": options.forced_bos_token_id}),
             stopping_criteria=StoppingCriteriaList([_Interrupt(state, tokenizer, start)]),
         )
-        logprobs = [_beam_logprobs(model, inputs, row, start) if options.logprobs else [] for row in found]
-    for sequence, row, values in zip(state.sequences, found[:, start:].tolist(), logprobs, strict=True):
+    rows = found[:, start:].tolist()
+    logprobs: list[list[float]] = [[] for _ in rows]
+    if options.logprobs:
+        beams = [[max(token, 0) for token in row] for row in rows]
+        logprobs = score_continuations(model, found[0, :start].tolist(), beams, 1, inputs)
+    for sequence, row, values in zip(state.sequences, rows, logprobs, strict=True):
         for place, token in enumerate(row):
             if sequence.is_running and token >= 0:
                 sequence.append(token, values[place] if values else None)
     abort(state)
     for sequence in state.sequences:
         sequence.finish("length")
-
-
-def _beam_logprobs(model: Any, inputs: dict[str, Any], row: Tensor, start: int) -> list[float]:
-    """Return the log probability (nats) that the model gives to each token of a beam after its start."""
-    import torch
-
-    ids = row.clamp(min=0)[None]
-    if model.config.is_encoder_decoder:
-        logits = model(**inputs, decoder_input_ids=ids).logits
-    else:
-        logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
-    tokens = ids[0, start:].tolist()
-    return log_probabilities(logits[0, start - 1 : -1], range(len(tokens)), tokens)
 
 
 class _Interrupt:
@@ -372,25 +363,38 @@ def _padded(rows: Items[Items[int]], pad: int = 0, side: str = "left") -> tuple[
 
 
 def score_continuations(
-    model: Any, context: Items[int], continuations: Items[Items[int]], step_tokens: int
-) -> list[float]:
-    """Return the log probability (nats) of each continuation of a context: the sum over its tokens.
+    model: Any,
+    context: Items[int],
+    continuations: Items[Items[int]],
+    step_tokens: int,
+    inputs: Mapping[str, Any] | None = None,
+) -> list[list[float]]:
+    """Return the log probability (nats) of each token of each continuation of a context.
 
-    No more than `step_tokens` tokens, with padding, are computed at once where more than one row is.
+    Args:
+        model: Model that is asked.
+        context: Tokens to go on from, those of the decoder where there is an encoder.
+        continuations: Tokens of each continuation.
+        step_tokens: No more tokens, with padding, are computed at once where more than one continuation is.
+        inputs: Further inputs of one row: those of the encoder, or images. Continuations are computed alone then.
     """
     import torch
 
     rows = [[*context, *ids] for ids in continuations]
-    at_once = max(step_tokens // max(map(len, rows)), 1)
-    kept = max(map(len, continuations)) + 1
-    scores: list[float] = []
+    at_once = 1 if inputs else max(step_tokens // max(map(len, rows)), 1)
+    scores: list[list[float]] = []
     with torch.inference_mode():
         for start in range(0, len(rows), at_once):
-            inputs = padded_inputs(rows[start : start + at_once], model, left=False)
-            logits = model(**inputs, use_cache=False, return_dict=True).logits[:, len(context) - 1 :][:, :kept]
-            logprobs = logits.float().log_softmax(-1).cpu()
-            for row, ids in zip(logprobs, continuations[start : start + at_once], strict=True):
-                scores.append(float(row[torch.arange(len(ids)), torch.tensor(ids)].sum()))
+            given = padded_inputs(rows[start : start + at_once], model, left=False)
+            # Logits of a long context take more memory than all else.
+            kept = given["input_ids"].shape[1] - len(context) + 1
+            if model.config.is_encoder_decoder:
+                given = {"decoder_input_ids": given["input_ids"]}
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:
+                given["logits_to_keep"] = kept
+            logits = model(**{**(inputs or {}), **given}, use_cache=False, return_dict=True).logits[:, -kept:]
+            for row, ids in zip(logits, continuations[start : start + at_once], strict=True):
+                scores.append(log_probabilities(row, range(len(ids)), ids))
     return scores
 
 
@@ -455,16 +459,8 @@ def _final_columns(sequence: Sequence) -> int:
     return sequence.length + sequence.tokens_left
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error of torch says that the memory ran out. On a CPU it has no class of its own."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def free_cached_memory() -> None:
-    """Give the memory that torch keeps for later back to the GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

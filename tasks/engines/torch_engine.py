@@ -16,8 +16,10 @@ and on an H200 in bfloat16 0.48. It has no options, grammars, beams or seeds of 
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,14 +30,14 @@ from prefect_huggingface.tasks.engines.base import RequestError
 from prefect_huggingface.tasks.engines.conversations import Prompt
 from prefect_huggingface.tasks.engines.detokenizer import TransformersTokenizer
 from prefect_huggingface.tasks.engines.inputs import InputProcessor, context_length_of, longrope_border
-from prefect_huggingface.tasks.engines.multimodal import MultimodalInputProcessor
+from prefect_huggingface.tasks.engines.memory import give_back_memory
+from prefect_huggingface.tasks.engines.multimodal import IN_FLIGHT, MultimodalInputProcessor
 from prefect_huggingface.tasks.engines.request_state import RequestState, Sequence
 from prefect_huggingface.tasks.engines.structured import GrammarCompiler
 from prefect_huggingface.tasks.engines.torch_batch import (
     DenseBatch,
     EngineSizes,
     can_join,
-    free_cached_memory,
     is_out_of_memory,
     padded_inputs,
     prepare_model,
@@ -45,8 +47,10 @@ from prefect_huggingface.tasks.engines.torch_batch import (
 )
 from prefect_huggingface.tasks.engines.torch_loading import (
     avoid_attention_plans,
+    check_device,
     end_tokens,
     input_device,
+    input_tokens,
     load_tokenizer,
     load_torch_model,
     pad_token,
@@ -67,6 +71,8 @@ OUT_OF_MEMORY = (
 
 class TorchEngine(EngineWorker):
     """What the engines on Transformers have in common: sequences and beam searches that wait, and their samplers.
+
+    The requests of a computation that fails begin again with fewer others, until the one that makes it fail is alone.
 
     Attributes:
         auto_class: Class of Transformers that loads the model.
@@ -105,13 +111,16 @@ class TorchEngine(EngineWorker):
         text_tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         inputs.defaults = model.options
         self.tokenizer = TransformersTokenizer(text_tokenizer)
-        inputs.bind(self.tokenizer, end_tokens(loaded, text_tokenizer), context_length_of(loaded.config.to_dict()))
+        length = context_length_of(loaded.config.to_dict())
+        inputs.bind(self.tokenizer, end_tokens(loaded, text_tokenizer), length, input_tokens(loaded))
         vocabulary = loaded.config.get_text_config(decoder=True).vocab_size
         self._compiler = GrammarCompiler(text_tokenizer, vocabulary, inputs.end_ids)
         self._model = prepare_model(loaded, pad_token(text_tokenizer, inputs.end_ids))
         self._sizes = EngineSizes.of(loaded, model.engine)
         self._waiting: deque[Sequence] = deque()
         self._searches: deque[RequestState] = deque()
+        # In how many computations each of them was that failed.
+        self._suspects: Counter[RequestState] = Counter()
         self.in_flight = max(2 * self._sizes.sequences, 16)
         super().__init__(inputs)
 
@@ -125,14 +134,17 @@ class TorchEngine(EngineWorker):
 
     def remove(self, state: RequestState) -> None:
         """Take a request out of the queues."""
+        self._suspects.pop(state, None)
         if state in self._searches:
             self._searches.remove(state)
         self._waiting = deque(sequence for sequence in self._waiting if sequence.state is not state)
 
     def reset(self) -> None:
-        """Drop all that waits."""
+        """Drop all that waits. A device that answers nobody any more raises."""
         self._waiting.clear()
         self._searches.clear()
+        self._suspects.clear()
+        check_device(self._model)
 
     def release(self) -> None:
         """Let go of the model."""
@@ -144,20 +156,24 @@ class TorchEngine(EngineWorker):
         return [f"request {state.request.id!r}" for state in states]
 
     def _enqueue_sequence(self, sequence: Sequence) -> None:
-        """Let a sequence wait, from where it is, with a sampler for what comes next."""
+        """Let a sequence wait, from where it is, with a sampler for what comes next, or end its request."""
         sequence.must_resubmit = False
         state, form = sequence.state, sequence.response_format
-        sequence.sampler = Sampler(
-            state.options,
-            sequence.context_ids if self.inputs.is_continued else (),
-            state.end_ids,
-            seed=sequence.seed,
-            grammar=None if form is None else self._compiler.compile(form),
-            least_tokens=sequence.least_tokens_left,
-        )
-        if state.needs_choice_scores and sequence.phase == "answer":
-            self._score_choices(sequence)
-        self._waiting.append(sequence)
+        try:
+            sequence.sampler = Sampler(
+                state.options,
+                sequence.context_ids if self.inputs.is_continued else (),
+                state.end_ids,
+                seed=sequence.seed,
+                grammar=None if form is None else self._compiler.compile(form),
+                least_tokens=sequence.least_tokens_left,
+            )
+            if state.needs_choice_scores and sequence.phase == "answer":
+                self._score_choices(sequence)
+        except Exception as exc:
+            self._blame(state, exc)
+        else:
+            self._waiting.append(sequence)
 
     def _score_choices(self, sequence: Sequence) -> None:
         """Score the choices of a request where its answer begins, or refuse it (`RequestError`)."""
@@ -171,10 +187,42 @@ class TorchEngine(EngineWorker):
         """Let the sequences that begin another phase wait for it."""
         for sequence in sequences:
             if sequence.must_resubmit and sequence.finish_reason is None:
-                try:
-                    self._enqueue_sequence(sequence)
-                except RequestError as exc:
-                    sequence.state.fail(exc.code, str(exc))
+                self._enqueue_sequence(sequence)
+
+    def _blame(self, state: RequestState, error: Exception) -> None:
+        """End a request by its own error; one of a device that answers nobody any more raises."""
+        if is_out_of_memory(error):
+            give_back_memory()
+            state.fail("out_of_cache", OUT_OF_MEMORY)
+        else:
+            check_device(self._model)
+            state.fail_with(error, "The request makes the model fail", "Change it.")
+
+    def _recover(self, error: Exception, sequences: Collection[Sequence]) -> None:
+        """After a computation has failed, come closer to the request that makes it fail."""
+        states = [state for state in dict.fromkeys(one.state for one in sequences) if not state.is_done]
+        if len(states) == 1:
+            self._blame(states[0], error)
+            return
+        check_device(self._model)
+        if not states:
+            raise error
+        logger.warning("A step with %d requests failed; they begin again: %s", len(states), error)
+        for state in states:
+            failures = self._suspects[state] + 1
+            self.remove(state)
+            self._suspects[state] = failures
+            state.restart()
+            self.add(state)
+
+    def _first_waiting(self) -> Collection[Sequence]:
+        """Return the first of those that wait which may be computed together; a suspect is so with no other."""
+        if not self._suspects:
+            return self._waiting
+        first = self._waiting[0].state
+        if first in self._suspects:
+            return [*takewhile(lambda one: one.state is first, self._waiting)]
+        return [*takewhile(lambda one: one.state not in self._suspects, self._waiting)]
 
     def step(self) -> None:
         """Run the beam search that waits longest, and a whole batch of what waits."""
@@ -185,7 +233,7 @@ class TorchEngine(EngineWorker):
 
     def _next_group(self) -> list[Sequence]:
         """Take out the sequences that run next, side by side."""
-        return [self._waiting.popleft() for _ in range(self._sizes.room([], self._waiting))]
+        return [self._waiting.popleft() for _ in range(self._sizes.room([], self._first_waiting()))]
 
     def _inputs_of(self, sequences: list[Sequence]) -> dict[str, Any]:
         """Return the arguments of `generate`, one row for each sequence."""
@@ -197,23 +245,18 @@ class TorchEngine(EngineWorker):
         try:
             inputs = self._inputs_of(state.sequences[:1])
             run_beams(self._model, state, inputs, self.tokenizer, self.abort_if_due)
-        except Exception as exc:  # it runs alone, so that what goes wrong is its own
-            if isinstance(exc, RuntimeError) and is_out_of_memory(exc):
-                free_cached_memory()
-                state.fail("out_of_cache", OUT_OF_MEMORY)
-            elif "CUDA" in str(exc):  # after which a GPU answers nobody
-                raise
-            else:
-                state.fail_with(exc, "The beams cannot be searched", "Change its options.")
+        except Exception as exc:
+            self._blame(state, exc)
 
     def _run_whole(self, sequences: list[Sequence]) -> None:
         """Run sequences to their ends; after the memory ran out, those that have no token yet run with fewer others."""
         try:
             run_whole_batch(self._model, sequences, self._inputs_of(sequences), self.abort_if_due)
-        except RuntimeError as exc:
+        except Exception as exc:
             if not is_out_of_memory(exc):
-                raise
-            free_cached_memory()
+                self._recover(exc, sequences)
+                return
+            give_back_memory()
             self._sizes.lower(len(sequences))
             for sequence in reversed(sequences):
                 if not sequence.is_running:
@@ -235,7 +278,8 @@ class TorchTextEngine(TorchEngine):
         self._batch = DenseBatch(loaded)
         self._joinable = can_join(loaded)
         self._border = longrope_border(loaded.config.to_dict())
-        self._at_once = 0
+        # What is computed now.
+        self._computed: list[Sequence] = []
         super()._start(loaded, tokenizer, inputs, model)
 
     def remove(self, state: RequestState) -> None:
@@ -264,21 +308,30 @@ class TorchTextEngine(TorchEngine):
         with torch.inference_mode():
             if self._searches:
                 self._search()
-            try:
-                self._admit()
-                self._at_once = len(self._batch.sequences)
-                if self._batch.sequences:
-                    advance(self._batch.sequences, self._batch.step())
-                    self._leave()
-            except RuntimeError as exc:
-                if not is_out_of_memory(exc):
-                    raise
+            self._isolated(self._admit)
+            self._isolated(self._generate)
+
+    def _isolated(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as exc:
+            if is_out_of_memory(exc):
                 self._make_room()
+            else:
+                self._recover(exc, self._computed)
+
+    def _generate(self) -> None:
+        """Give every sequence of the batch its next token."""
+        self._computed = [*self._batch.sequences]
+        if self._computed:
+            advance(self._computed, self._batch.step())
+            self._leave()
 
     def _score_choices(self, sequence: Sequence) -> None:
-        sequence.state.set_choice_scores(
-            score_continuations(self._model, sequence.context_ids, sequence.state.choice_ids, self._sizes.step_tokens)
+        found = score_continuations(
+            self._model, sequence.context_ids, sequence.state.choice_ids, self._sizes.step_tokens
         )
+        sequence.state.set_choice_scores(map(sum, found))
 
     def _admit(self) -> None:
         """Let as many sequences join as there is room for."""
@@ -287,11 +340,10 @@ class TorchTextEngine(TorchEngine):
                 self._run_whole(self._next_group())
                 return  # those that have ended are completed, and the inbox is read
             self._sizes.bytes_per_token = self._batch.bytes_per_token or self._sizes.bytes_per_token
-            room = self._sizes.room(self._batch.sequences, self._waiting)
+            room = self._sizes.room(self._batch.sequences, self._first_waiting()) if self._may_join() else 0
             if not room:
                 return
-            sequences = [self._waiting.popleft() for _ in range(room)]
-            self._at_once = len(self._batch.sequences) + room
+            self._computed = sequences = [self._waiting.popleft() for _ in range(room)]
             try:
                 scores = self._batch.join(sequences)
             except BaseException:
@@ -299,6 +351,11 @@ class TorchTextEngine(TorchEngine):
                 raise
             advance(sequences, scores)
             self._leave()
+
+    def _may_join(self) -> bool:
+        """Return whether the first request that waits may run beside the others. One that failed twice is alone."""
+        states = {one.state for one in (self._waiting[0], *self._batch.sequences)} if self._suspects else ()
+        return len(states) < 2 or all(self._suspects[state] < 2 for state in states)
 
     def _leave(self) -> None:
         """Take out the sequences that have ended, or go on in another phase."""
@@ -308,9 +365,8 @@ class TorchTextEngine(TorchEngine):
 
     def _next_group(self) -> list[Sequence]:
         side = self._side_of(self._waiting[0])
-        group = [one for one in self._waiting if self._side_of(one) == side]
+        group = [one for one in self._first_waiting() if self._side_of(one) == side]
         group = group[: self._sizes.room([], group)]
-        self._at_once = len(group)
         self._waiting = deque(one for one in self._waiting if one not in group)
         return group
 
@@ -323,11 +379,12 @@ class TorchTextEngine(TorchEngine):
     def _make_room(self) -> None:
         """Go on with fewer sequences at once after the memory ran out; the others go on from where they are later."""
         sequences = self._batch.clear()
-        free_cached_memory()
+        give_back_memory()
         self._waiting.extendleft(reversed(sequences))
-        if self._at_once > 1:
-            self._sizes.lower(self._at_once)
-            logger.warning("The memory ran out with %d sequences at once; going on with fewer.", self._at_once)
+        at_once = len({*sequences, *self._computed})
+        if at_once > 1:
+            self._sizes.lower(at_once)
+            logger.warning("The memory ran out with %d sequences at once; going on with fewer.", at_once)
         elif self._waiting:
             self._waiting[0].state.fail(
                 "out_of_cache",
@@ -349,13 +406,15 @@ class TorchVisionInputs(MultimodalInputProcessor):
 
     def _tokenize(self, state: RequestState, prompt: Prompt) -> list[int]:
         images = state.multimodal.images
-        place = getattr(self.processor, "image_token", None)
-        if place and prompt.text.count(place) != len(images):
+        # Processors count their own token or, as that of Gemma 3, what the template writes and they make tokens of.
+        marks = [mark for mark in (self.image_mark, getattr(self.processor, "image_token", None)) if mark]
+        places = [prompt.text.count(mark) for mark in marks]
+        if places and len(images) not in places:
             # The model would fail in the middle of its work.
             raise RequestError(
                 "invalid_prompt",
-                f"The prompt has {prompt.text.count(place)} places for images ({place!r}), and there are "
-                f"{len(images)} images. Give each a place, or send messages.",
+                f"The prompt has {places[0]} places for images ({marks[0]!r}), and there are {len(images)} images. "
+                "Give each a place, or send messages.",
             )
         try:
             inputs = self.processor(
@@ -370,9 +429,12 @@ class TorchVisionInputs(MultimodalInputProcessor):
                 f"The processor of the model refuses the text with {len(images)} images: "
                 f"{type(exc).__name__}: {exc}. Check that the prompt has a place for each image.",
             ) from exc
-        state.multimodal.prepared = dict(inputs.to(*self.place))
+        state.multimodal.prepared, state.multimodal.images = dict(inputs.to(*self.place)), []
         ids: list[int] = inputs["input_ids"][0].tolist()
         return ids
+
+    def check_ids(self, ids: Collection[int]) -> None:
+        """Check nothing: tokens of images need have no input of their own."""
 
 
 class TorchVisionEngine(TorchEngine):
@@ -386,7 +448,7 @@ class TorchVisionEngine(TorchEngine):
         inputs.processor = tokenizer
         inputs.place = (input_device(loaded), loaded.dtype)
         super()._start(loaded, tokenizer, inputs, model)
-        self.in_flight = 8
+        self.in_flight = IN_FLIGHT
 
     def _next_group(self) -> list[Sequence]:
         return [self._waiting.popleft()]

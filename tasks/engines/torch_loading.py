@@ -10,6 +10,7 @@ from typing import Any
 from prefect.logging import get_logger
 
 from prefect_huggingface.blocks import LocalModel
+from prefect_huggingface.tasks.engines.inputs import vocabulary_of
 from prefect_huggingface.tasks.errors import EngineError, HuggingFaceTaskError, ModelSourceError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter, check_fit, get_adapters
 from prefect_huggingface.tasks.storage.exports.child import find_conflict
@@ -132,6 +133,22 @@ def input_device(loaded: Any) -> Any:
 
         return torch.device(device)
     return loaded.device if embeddings is None else embeddings.weight.device
+
+
+def input_tokens(loaded: Any) -> int | None:
+    """Return how many tokens a model takes, or None where it does not say."""
+    try:
+        return int(loaded.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):  # models of Optimum
+        return vocabulary_of(loaded.config.to_dict())
+
+
+def check_device(loaded: Any) -> None:
+    """Raise the error of a GPU that answers nobody any more, as after a failed assertion on it."""
+    if (device := input_device(loaded)).type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def avoid_attention_plans(loaded: Any) -> None:

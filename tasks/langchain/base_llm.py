@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -166,11 +166,12 @@ class EngineLLM(BaseLLM):
         return await Runnable.abatch(self, inputs, configs, return_exceptions=True, **kwargs)
 
     def _requests(self, engine: Engine, prompts: list[str], stop: Any, kwargs: Mapping[str, Any]) -> list[Request]:
-        return [self.make_request(engine, prompt, kwargs, stop, id=row) for row, prompt in enumerate(prompts)]
+        return [self.make_request(engine, prompt, kwargs, stop) for prompt in prompts]
 
     def _generate(self, prompts: list[str], stop: Stop = None, run_manager: Run = None, **kwargs: Any) -> LLMResult:
         engine = self.get_engine()
-        return self._to_result(complete(engine, self._requests(engine, prompts, stop, kwargs), self.batch_size))
+        requests = self._requests(engine, prompts, stop, kwargs)
+        return self._to_result(engine.answer_all(requests, self.batch_size, checked))
 
     async def _agenerate(
         self, prompts: list[str], stop: Stop = None, run_manager: AsyncRun = None, **kwargs: Any
@@ -237,22 +238,6 @@ async def astream(engine: Engine, request: Request) -> AsyncIterator[Piece]:
                 yield piece
     finally:
         future.cancel()
-
-
-def complete(engine: Engine, requests: Sequence[Request], in_flight: int | None = None) -> list[Completion]:
-    """Return the completions of requests with ids 0, 1, ..., in their order.
-
-    Raises:
-        GenerationError: If a request fails. The others are cancelled.
-    """
-    finished = engine.generate(requests, in_flight)
-    try:
-        completions = {completion.request_id: checked(completion) for completion in finished}
-    finally:
-        # The traceback of an error would keep the generator, and with it the other requests, alive.
-        if isinstance(finished, Generator):
-            finished.close()
-    return [completions[request.id] for request in requests]
 
 
 async def acomplete(engine: Engine, request: Request) -> Completion:

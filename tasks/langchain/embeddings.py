@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, Self
 
@@ -97,6 +96,12 @@ class HuggingFaceEmbeddings(BaseModel, Embeddings):
         super().__init__(**kwargs)
         for given in (self.encode_kwargs, self.query_encode_kwargs):
             _read_encode_kwargs(given, {})
+            device = given.get("device")
+            if device is not None and str(device).lower() != str(self.local_model.device).lower():
+                raise SettingsError(
+                    f"The model runs on device {self.local_model.device!r}, and `encode_kwargs` names {device!r}. Put "
+                    "`device` into `model_kwargs`."
+                )
         assert self.local_model
 
     @cached_property
@@ -361,26 +366,20 @@ def _ask(engine: Engine, requests: Sequence[Request], show_progress: bool = Fals
     Raises:
         GenerationError: If one of them fails; the others are cancelled.
     """
-    futures: list[Future[Completion]] = [engine.submit(request) for request in requests]
-    waiting: Iterable[Future[Completion]] = futures
-    if show_progress:
-        from rich.progress import track
+    from rich.progress import Progress
 
-        waiting = track(futures, description="Batches")
-    found = []
-    try:
-        for place, future in enumerate(waiting):
-            completion = future.result()
+    with Progress(disable=not show_progress) as bar:
+        batches = bar.add_task("Batches", total=len(requests))
+
+        def check(completion: Completion) -> None:
             if completion.vector is None:
                 raise GenerationError(
-                    f"Text {place} has no vector: {completion.error or completion.finish_reason}",
+                    f"Text {completion.request_id} has no vector: {completion.error or completion.finish_reason}",
                     error_code=completion.error_code,
                 )
-            found.append(completion)
-    finally:
-        for future in futures:
-            future.cancel()
-    return found
+            bar.advance(batches)
+
+        return engine.answer_all(requests, check=check)
 
 
 def _status_of(error: BaseException) -> int | None:

@@ -244,11 +244,11 @@ class LoadedPipeline:
         """Where the model runs."""
         import torch
 
+        from prefect_huggingface.tasks.engines.torch_loading import resolve_device
+
         block = self._llm.model
-        device = block.device if block is not None and block.backend == "torch" else "cpu"
-        if isinstance(device, int):
-            return torch.device("cpu" if device < 0 else f"cuda:{device}")
-        return torch.device(device or "cpu")
+        assert block is not None
+        return torch.device(resolve_device(block.device) if block.backend == "torch" else "cpu")
 
     @property
     def model(self) -> LoadedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.blocks import EngineOptions, GenerationOptions, InferenceEndpoint, LocalModel
 from prefect_huggingface.deployments.model_server.__main__ import load_blocks, load_models, main
 from prefect_huggingface.deployments.model_server.app import create_app
 from prefect_huggingface.deployments.model_server.models import ServedModel, ServedModels
 from prefect_huggingface.deployments.model_server.settings import ServerSettings, parse_arguments
+from prefect_huggingface.tasks.engines.endpoint_retry import HttpTrace, explain_status
 from prefect_huggingface.tasks.engines.registry import list_engines, unload_engines, unload_idle_engines
+from prefect_huggingface.tasks.openai_protocol import BodyError
 
+ENDPOINT = InferenceEndpoint(url="http://localhost:8000/v1")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
 
@@ -44,6 +48,8 @@ def test_blocks_are_served_under_their_names(tiny_llama: Path, bundled_model: Pa
     models = ServedModels(found)
     for name in ("served-one", "hugging-face-local-model/served-one", str(tiny_llama)):
         assert models.find(name) is found[1]
+    with pytest.raises(BodyError, match="Use one of 'served-two', 'served-one', or restart the server"):
+        models.find("saved-later")
     with pytest.raises(SystemExit, match="There is no valid block hugging-face-local-model/served-none"):
         list(load_blocks(["served-none"]))
 
@@ -140,16 +146,34 @@ def test_a_prompt_that_the_block_would_skip_is_refused(tiny_llama: Path, stream:
     unload_engines()
 
 
-def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tmp_path: Path) -> None:
-    with client_of(LocalModel(model_id=str(tmp_path / "nowhere"), backend="torch"), preload=True) as client:
+@pytest.mark.parametrize("name", ["nowhere", "broken"])
+def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x00" * 64)
+    with client_of(LocalModel(model_id=str(tmp_path / name), backend="torch"), preload=True) as client:
         end = time.monotonic() + 60
         while client.get("/health").json()["status"] == "loading" and time.monotonic() < end:
             time.sleep(0.05)
         health = client.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")
-        assert "nowhere" in health.json()["errors"][0]
+        assert name in health.json()["errors"][0]
         for _ in range(2):
             answer = client.post("/v1/chat/completions", json=CHAT)
-            assert answer.status_code in (500, 503)
+            assert (answer.status_code, answer.headers.get("retry-after")) == (500, None)
+            failure = explain_status(answer.status_code, answer.text, HttpTrace(), ENDPOINT)
+            assert (failure.code, failure.kind) == ("unavailable", "final")
             assert answer.json()["error"]["code"] == "model_unavailable"
             assert "'model' cannot be loaded" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_the_cache_never_holds_is_no_outage(tiny_openvino: Path, stream: bool) -> None:
+    with client_of(LocalModel(model_id=str(tiny_openvino), engine=EngineOptions(cache_size_gb=1e-5))) as client:
+        answer = client.post("/v1/completions", json={"prompt": "One, two. " * 30, "max_tokens": 9, "stream": stream})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "out_of_cache")
+        assert "retry-after" not in answer.headers
+        # In the middle of a stream there is no status any more.
+        for status in (413, 400):
+            failure = explain_status(status, answer.text, HttpTrace(), ENDPOINT)
+            assert (failure.code, failure.kind) == ("too_long", "final")
+    unload_engines()

@@ -27,8 +27,9 @@ class FailingForward:
     """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, family: str, must_fail: Callable[[int, int], bool], error: BaseException
-    ) -> None:
+        self, monkeypatch: pytest.MonkeyPatch, family: str, must_fail: Callable[[int, int], bool], error: BaseException,
+        longest: float = float("inf"),
+    ) -> None:  # fmt: skip
         """Put the fault in.
 
         Args:
@@ -36,6 +37,7 @@ class FailingForward:
             family: Name of the family.
             must_fail: Says by the number of the step and its number of sequences whether it fails.
             error: What is raised.
+            longest: Number of tokens above which a prompt makes a step fail.
         """
         module, name = MODEL_CLASSES[family]
         model_class = getattr(import_module(module), name)
@@ -46,7 +48,9 @@ class FailingForward:
             ids = kwargs.get("decoder_input_ids")
             ids = kwargs.get("input_ids") if ids is None else ids
             self.calls.append(len(ids if ids is not None else args[0]))
-            if must_fail(len(self.calls), self.calls[-1]):
+            encoded = kwargs.get("encoder_outputs")
+            seen = kwargs.get("attention_mask") if encoded is None else encoded[0][..., 0]
+            if must_fail(len(self.calls), self.calls[-1]) or (seen is not None and seen.shape[-1] > longest):
                 raise error
             return real(model, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""A tiny random LLaVA with its processor, and images for it."""
+"""A tiny random LLaVA and a tiny random Gemma 3 with their processors, and images for them."""
 
 from __future__ import annotations
 
@@ -55,6 +55,41 @@ def make_tiny_llava(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     return save_with_spread_weights(model, folder)
+
+
+def make_tiny_gemma3(folder: Path, seed: int = 0) -> Path:
+    """Save a random checkpoint, whose template writes another mark than the token of an image; return its folder."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3Processor,
+        Gemma3TextConfig,
+        SiglipVisionConfig,
+    )
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    template = CHAT_TEMPLATE.replace("<image>\n", "<start_of_image>")
+    make_tokenizer(folder, template)
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=names)
+    images = Gemma3ImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4).save_pretrained(folder)
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=IMAGE_SIZE,
+        patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    text = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16, max_position_embeddings=256, bos_token_id=0,
+        eos_token_id=1, pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
+    )  # fmt: skip
+    ids = {f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    config = Gemma3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4, **ids)
+    torch.manual_seed(seed)
+    return save_with_spread_weights(Gemma3ForConditionalGeneration(config), folder)
 
 
 def draw_image(path: Path, seed: int, width: int = 40, height: int = 56) -> Path:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.base import checked
 from prefect_huggingface.tasks.engines.registry import load_engine, unload_engines
 from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.generation import generate_chat, generate_text, stream_text
+from prefect_huggingface.tasks.records import Request
+from support.instant_engines import InstantEngine
 from support.openvino_engines import openvino_model
 from support.scripted_models import make_scripted_model
 
@@ -123,3 +126,17 @@ def test_the_tasks_run_in_a_flow(model, prefect_server):
         type(chat[0])(**{**generate_chat.fn(model, [CONVERSATION])[0].as_dict(), "seconds": chat[0].seconds})
     ]
     assert "".join(streamed) == generate_text.fn(model, ["A"])[0].text
+
+
+def test_answers_come_in_the_order_of_their_requests_with_their_ids_and_a_failed_check_ends_the_others():
+    engine = InstantEngine()
+    requests = [Request(f"prompt {number}", id=f"row {number}") for number in range(200)]
+    seen: list[int] = []
+    answers = engine.answer_all(requests, 7, lambda completion: seen.append(completion.request_id))
+    assert [answer.request_id for answer in answers] == [request.id for request in requests]
+    assert [answer.text for answer in answers] == [engine.submit(request).result().text for request in requests]
+    assert sorted(seen) == list(range(200))
+    engine.prompts = []
+    with pytest.raises(GenerationError, match="The prompt is empty"):
+        engine.answer_all([Request(""), *requests], 4, checked)
+    assert len(engine.prompts) < 10

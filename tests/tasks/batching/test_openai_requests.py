@@ -17,7 +17,7 @@ from prefect_huggingface.tasks.batching.requests import OpenAIRows, RowProblem
 from prefect_huggingface.tasks.batching.run import open_run
 from prefect_huggingface.tasks.batching.shard import process_shard
 from prefect_huggingface.tasks.errors import BatchError
-from prefect_huggingface.tasks.openai_protocol import BodyError, read_options
+from prefect_huggingface.tasks.openai_protocol import AnswerStream, BodyError, read_call, read_options
 from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.journals.ownership import hold_journal
@@ -309,3 +309,21 @@ def test_answers_go_into_json_lines_or_are_refused(tmp_path: Path, name: str) ->
     job = plan_job(str(source), None)
     with pytest.raises(BatchError, match=r"are JSON lines, got .*\.(parquet|csv)'. Give it the ending .jsonl"):
         choose_columns(job, plan_output(str(source), str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(("parallel", "count"), [(None, 2), (True, 2), (False, 1)])
+def test_one_call_of_a_tool_is_kept_where_several_are_not_wanted(parallel: bool | None, count: int) -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+    call = read_call({"messages": USER, "tools": [tool], "parallel_tool_calls": parallel}, chat=True)
+    calls = [json.dumps({"name": "get_weather", "arguments": {"city": city}}) for city in ("Lima", "Oslo")]
+    text = "Well.\n" + "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in calls)
+    writer, completion = call.writer("name", 0, None), Completion(text, "stop", 1, 1, 0.1)
+    [choice] = writer.write([completion])["choices"]
+    stream = AnswerStream(call, writer)
+    chunks = [*stream.write(0, text), *stream.write(0, completion)]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    streamed = [each["function"] for delta in deltas for each in delta.get("tool_calls", ())]
+    assert [each["function"] for each in choice["message"]["tool_calls"]] == streamed
+    assert [json.loads(each["arguments"])["city"] for each in streamed] == ["Lima", "Oslo"][:count]
+    with pytest.raises(BodyError, match="`parallel_tool_calls` must be true or false"):
+        read_call({"messages": USER, "parallel_tool_calls": "no"}, chat=True)

@@ -19,7 +19,7 @@ from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials
 from prefect_huggingface.tasks.engines import registry
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
 from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines, weight_bytes
-from prefect_huggingface.tasks.errors import EngineError
+from prefect_huggingface.tasks.errors import EngineBusyError, EngineError
 from prefect_huggingface.tasks.records import Request
 from support.openvino_engines import ask, openvino_model
 
@@ -135,6 +135,31 @@ def test_an_engine_with_a_request_under_way_stays(models):
     while models[0].model_id in map(str, loaded()) and time.monotonic() < deadline:
         load_engine(models[1])
     assert loaded() == [Path(models[1].model_id)]
+
+
+def test_where_a_gpu_is_full_idle_engines_are_closed(tiny_llama, tmp_path, monkeypatch):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    models = [
+        LocalModel(model_id=str(shutil.copytree(tiny_llama, tmp_path / name)), backend="torch", device="cpu")
+        for name in ("a", "b", "c")
+    ]
+    real = LlamaForCausalLM.to
+
+    def to(self, *arguments, **named):
+        if loaded():  # there is room for one model
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", to)
+    load_engine(models[0])
+    gc.collect()
+    held = load_engine(models[1])
+    assert loaded() == [Path(models[1].model_id)]
+    with pytest.raises(EngineBusyError, match=r"out of memory.*in use: .*b\. Let go"):
+        load_engine(models[2])
+    assert ask(held, "The capital of").error is None
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ import pytest
 
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, ResponseFormat
 from prefect_huggingface.tasks import generate_text, unload_engines
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
+from prefect_huggingface.tasks.records import Completion, Request
 from support.engine_families import PROMPTS, Family
+from support.scripted_models import make_scripted_model
 
 CHOICES = ["yes", "no", "I do not know", "no answer"]
 
@@ -70,6 +72,42 @@ def test_they_do_not_depend_on_neighbours_drawing_or_asking_again(models: list[L
             assert completion.choice_probabilities == pytest.approx(alone, abs=1e-5)
         drawn = ask(model, PROMPTS[:1], do_sample=True, temperature=2.0, seed=3, n=2)[0]
         assert drawn.choice_probabilities == pytest.approx(alone, abs=1e-5)
+
+
+def test_no_more_logits_are_computed_than_the_choices_need(tiny_llama: Path) -> None:
+    engine = TorchTextEngine(tiny_llama, LocalModel(model_id=str(tiny_llama), backend="torch", chat_template="never"))
+    widths: list[int] = []
+    engine._model.lm_head.register_forward_hook(lambda _, inputs, logits: widths.append(logits.shape[1]))
+    with engine:
+        for options in ({"response_format": ResponseFormat(choices=CHOICES), "choice_probabilities": True},
+                        {"num_beams": 2, "logprobs": True, "max_new_tokens": 5}):  # fmt: skip
+            prompt = " ".join(PROMPTS)
+            completion = engine.submit(Request(prompt, options=GenerationOptions(**options))).result(60)
+            assert completion.error is None
+    longest = max(len(engine.inputs.tokenizer.encode(choice, add_special_tokens=False)) for choice in CHOICES)
+    assert max(widths) == longest + 1 < completion.prompt_tokens
+
+
+def test_memory_that_runs_out_while_choices_are_scored_ends_the_request(tmp_path: Path) -> None:
+    """The scores are computed where the answer begins, which is in the middle of a step after reasoning."""
+    import torch
+
+    folder = make_scripted_model(tmp_path / "model", "<think>\nWell.\n</think>\n\nyes")
+    model = LocalModel(model_id=str(folder), backend="torch", dtype="float32", chat_template="always")
+    form = ResponseFormat(choices=["yes", "no"])
+    options = GenerationOptions(response_format=form, choice_probabilities=True, max_new_tokens=64)
+    engine = TorchTextEngine(folder, model)
+
+    def run_out(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("use_cache") is False:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with engine:
+        assert engine.submit(Request("Well?", options=options)).result(60).error is None
+        engine._model.register_forward_pre_hook(run_out, with_kwargs=True)
+        scored = engine.submit(Request("Well?", options=options))
+        assert scored.result(60).error_code == "out_of_cache"
+        assert engine.submit(Request("Well?")).result(60).error is None
 
 
 def test_one_choice_is_certain_and_nobody_else_pays(models: list[LocalModel]) -> None:

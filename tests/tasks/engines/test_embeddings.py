@@ -357,6 +357,53 @@ def test_a_cancelled_text_leaves_the_others_alone(tiny_models: Any) -> None:
     check_integrity()
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_a_text_that_makes_the_model_fail_takes_nobody_with_it(
+    tiny_models: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_models("bert")
+    model = torch_model(folder) if backend == "torch" else openvino_model(folder)
+    expected, engine = vectors(model), load_engine(model)
+    longest = max(embed_texts.fn(model, TEXTS).tokens)
+    if backend == "torch":
+        from transformers import BertModel
+
+        holder, name = BertModel, "forward"
+    else:
+        import openvino
+
+        holder, name = openvino.InferRequest, "start_async"
+    real = getattr(holder, name)
+
+    def fail(self: Any, *inputs: Any, **named: Any) -> Any:
+        ids = named["input_ids"] if named else inputs[0]["input_ids"]
+        if ids.shape[1] > longest:
+            raise RuntimeError("the device is lost")
+        return real(self, *inputs, **named)
+
+    monkeypatch.setattr(holder, name, fail)
+    for _ in range(4):
+        bad = f"{max(TEXTS, key=len)} One, two."
+        found = embed_texts.fn(model, [*TEXTS, bad, bad])
+        assert found.error_codes == (*[None] * len(TEXTS), "engine_error", "engine_error")
+        assert "device is lost" in str(found.errors[-1])
+        assert np.allclose(found.vectors[:-2], expected, atol=1e-5)
+    assert engine.failure is None
+    check_integrity()
+
+
+def test_a_token_that_the_model_does_not_take_is_the_error_of_its_text(tiny_models: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_models("bert"), tmp_path / "model"))
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": size, "content": "<new>", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found = embed_texts.fn(torch_model(folder), ["What is <new>?", TEXTS[0]])
+    assert found.error_codes == ("invalid_prompt", None)
+    assert f"the token {size}" in str(found.errors[0])
+
+
 def test_no_texts_give_no_vectors(tiny_models: Any) -> None:
     assert embed_texts.fn(torch_model(tiny_models("bert")), []).vectors.shape == (0, 0)
 

@@ -156,6 +156,7 @@ def test_extra_options_and_parameters_are_sent_where_the_block_says_so(tgi):
     [
         ({"num_beams": 2}, "invalid_option"),
         ({"no_repeat_ngram_size": 2}, "invalid_option"),
+        ({"trusted_text": True}, "invalid_option"),
         ({"min_new_tokens": 2}, "invalid_option"),
         ({"n": 2, "do_sample": True}, "invalid_option"),
         ({"context_overflow": "truncate_right"}, "invalid_option"),
@@ -168,6 +169,13 @@ def test_what_the_endpoint_cannot_honour_is_the_error_of_that_request(engine, fi
     assert (found.error_code, found.text, found.request_id) == (code, "", 7)
     assert found.error.endswith(".")
     assert answer(engine).error is None
+
+
+def test_a_template_of_the_caller_is_refused_where_the_server_has_its_own(engine, tgi):
+    request = Request(messages=[{"role": "user", "content": "Hello"}], template="{{ messages[0]['content'] }}")
+    found = engine.submit(request).result()
+    assert (found.error_code, tgi.posts()) == ("invalid_option", [])
+    assert "`tokenizer`" in found.error
 
 
 def test_bad_prompts_are_errors_of_their_own_and_are_not_sent(engine, tgi):

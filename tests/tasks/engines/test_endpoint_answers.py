@@ -14,6 +14,7 @@ from support.scripted_server import ScriptedServer
 
 CALL = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
 PLAIN = {"choices": [{"message": {"role": "assistant", "content": "Hi"}}]}
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 EVERY_EXTRA = ["top_k", "min_p", "repetition_penalty", "min_new_tokens", "ignore_eos", "stop_token_ids"]
 
 
@@ -71,6 +72,16 @@ def test_calls_of_tools_are_written_as_models_write_them():
     calls = find_calls(found.text, [{"function": {"name": "get_weather"}}]).calls
     assert [(call.name, call.arguments) for call in calls] == [("get_weather", {"city": "Paris"})]
     assert found.finish_reason == "stop"
+
+
+def test_text_before_the_calls_of_tools_is_the_same_whole_and_streamed():
+    call = {"index": 0, "id": "1", "type": "function", "function": CALL}
+    whole = {"choices": [{"message": {"content": "Let me see.", "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+    events = [delta(content="Let me "), delta(content="see."), delta(tool_calls=[call]), delta("tool_calls")]
+    told: list[str] = []
+    texts = [read(whole).text, read(events).text, read(events, told.append).text, "".join(told)]
+    assert set(texts) == {texts[0]}
+    assert texts[0].startswith("Let me see.\n<tool_call>")
 
 
 def test_calls_of_tools_come_together_from_the_pieces_of_a_stream():
@@ -177,7 +188,7 @@ def test_every_option_is_sent_under_the_name_that_servers_give_it():
         "messages": [{"role": "user", "content": "Hello"}], "model": "dummy", "max_tokens": 8, "stop": ["!"],
         "temperature": 0.5, "top_p": 0.9, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": -0.5, "top_k": 7,
         "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [5],
-        "chat_template_kwargs": {"enable_thinking": False}, "typical_p": 0.3,
+        "chat_template_kwargs": {"enable_thinking": False}, "typical_p": 0.3, **STREAMED,
     }  # fmt: skip
 
 
@@ -185,9 +196,8 @@ def test_every_option_is_sent_under_the_name_that_servers_give_it():
 def test_options_that_say_nothing_are_not_sent(given):
     with ScriptedServer(PLAIN) as server:
         assert ask(server, Request("Hello", options=GenerationOptions(max_new_tokens=8, **given))).error is None
-    assert server.bodies == [
-        {"messages": [{"role": "user", "content": "Hello"}], "model": "dummy", "max_tokens": 8, "temperature": 0.0}
-    ]
+    message = {"role": "user", "content": "Hello"}
+    assert server.bodies == [{"messages": [message], "model": "dummy", "max_tokens": 8, "temperature": 0.0, **STREAMED}]
 
 
 @pytest.mark.parametrize(

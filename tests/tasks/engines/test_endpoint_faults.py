@@ -104,7 +104,7 @@ def test_a_stream_that_breaks_goes_on_where_it_was(tgi, kind, chat):
         found = engine.submit(Request(**prompts), pieces.append).result(timeout=30)
     assert (found.text, found.error) == (whole, None)
     assert "".join(pieces) == whole
-    assert sum(entry.body.get("stream", False) for entry in tgi.posts()) == 2
+    assert sum(entry.body.get("stream", False) for entry in tgi.posts()) == 3
 
 
 def test_a_sampled_stream_that_breaks_and_comes_differently_is_an_error(tgi):
@@ -129,6 +129,17 @@ def test_silence_is_bounded(tgi):
     assert time.monotonic() - began < 6
     assert found.error_code == "unavailable"
     assert "was silent for 0.5 s" in found.error
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_answer_that_takes_longer_than_a_silence_may_is_no_outage(tgi, chat):
+    prompts = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
+    with make(tgi.url, timeout_seconds=1.0, outage_timeout_seconds=1, max_attempts=1) as engine:
+        whole = engine.submit(Request(**prompts)).result()
+        tgi.protocol.step_seconds = 2.0 / whole.generated_tokens
+        completions = [future.result(30) for future in [engine.submit(Request(**prompts)) for _ in range(8)]]
+    assert {(found.text, found.error) for found in completions} == {(whole.text, None)}
+    assert min(found.seconds for found in completions) > 1
 
 
 def test_a_sleeping_endpoint_is_waited_for_with_progress(tgi, whole, caplog):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -140,6 +142,45 @@ def test_a_step_that_fails_once_leaves_an_engine_that_works(family_of, monkeypat
         check_failures([completion])
         assert completion.error_code == "engine_error" or completion.text == text
     assert [family.text(prompt) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("name", MODEL_CLASSES)
+def test_a_request_that_makes_steps_fail_takes_nobody_with_it(family_of, monkeypatch, name):
+    family = family_of(name)
+    expected = [family.text(prompt) for prompt in PROMPTS]
+    unload_engines()
+    FailingForward(monkeypatch, name, lambda step, _: False, RuntimeError("the device is lost"), longest=60)
+    futures = [family.submit(prompt) for prompt in PROMPTS[:6]]
+    bad = [family.submit(" ".join(PROMPTS * 2)) for _ in range(2)]
+    futures += [family.submit(prompt) for prompt in PROMPTS[6:]]
+    assert texts_of(futures) == expected
+    completions = completed(bad, 60)
+    check_failures(completions)
+    assert {completion.error_code for completion in completions} == {"engine_error"}
+    assert all("device is lost" in completion.error for completion in completions)
+    assert family.text(PROMPTS[0]) == expected[0]
+
+
+@pytest.mark.parametrize("name", ["openvino-text", "torch-text", "torch-seq2seq", "openvino-seq2seq"])
+def test_a_token_that_the_model_does_not_take_is_the_error_of_its_request(family_of, tmp_path, name):
+    family = family_of(name)
+    expected = [family.text(prompt) for prompt in PROMPTS[:4]]
+    folder = tmp_path / "model"
+    shutil.copytree(family.model.model_id, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": size, "content": "<new>", **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    family = family.with_settings(model_id=str(folder))
+    futures = [family.submit(prompt) for prompt in PROMPTS[:2]]
+    bad = family.submit("What is <new>?")
+    futures += [family.submit(prompt) for prompt in PROMPTS[2:4]]
+    completion = bad.result(60)
+    check_failures([completion])
+    assert completion.error_code == "invalid_prompt"
+    assert f"{size} ('<new>')" in completion.error
+    assert texts_of(futures) == expected
 
 
 @pytest.mark.parametrize("name", STEPPED)

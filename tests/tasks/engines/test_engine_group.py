@@ -95,9 +95,15 @@ def test_more_processes_than_cores_are_refused(tiny_openvino):
 @pytest.mark.parametrize(
     "settings", [{"backend": "torch"}, {"task": "feature-extraction"}, {"task": "translation"}], ids=str
 )
-def test_what_does_not_run_in_several_processes_is_refused_in_the_block(tiny_llama, settings):
-    with pytest.raises(ValidationError, match="`instances` must be 1 with"):
-        LocalModel(model_id=str(tiny_llama), engine=EngineOptions(instances=2), **settings)
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({"instances": 2}, "`instances` must be 1 with"), ({"draft_model": "draft"}, "`draft_model` must be empty with"),
+     ({"prompt_lookup_tokens": 3}, "`prompt_lookup_tokens` must be empty with")],
+)  # fmt: skip
+def test_what_an_engine_does_not_do_is_refused_in_the_block(tiny_llama, settings, options, rule):
+    with pytest.raises(ValidationError, match=rule):
+        LocalModel(model_id=str(tiny_llama), engine=EngineOptions(**options), **settings)
+    LocalModel(model_id=str(tiny_llama), engine=EngineOptions(instances=1, prompt_lookup_tokens=0), **settings)
 
 
 def test_no_two_processes_have_a_core_in_common(group):
@@ -269,3 +275,31 @@ def test_a_request_that_cannot_travel_is_an_error_and_harms_no_other(group):
     assert "cannot be sent" in lost.result(60).error
     assert kept.result(60).error is None
     group.check_integrity()
+
+
+def test_a_request_that_cannot_be_read_in_a_process_is_an_error_and_harms_no_other(tiny_openvino, tmp_path):
+    """What is defined in the script that asks is unknown to the processes, though it can be sent."""
+    program = tmp_path / "script.py"
+    program.write_text(
+        "import enum, sys\n"
+        "from prefect_huggingface.blocks import EngineOptions, LocalModel\n"
+        "from prefect_huggingface.tasks import load_engine, unload_engines\n"
+        "from prefect_huggingface.tasks.records import Request\n"
+        "class Role(str, enum.Enum):\n"
+        "    USER = 'user'\n"
+        "engine = load_engine(LocalModel(model_id=sys.argv[1], engine=EngineOptions(instances=2)))\n"
+        "odd, plain = ([{'role': role, 'content': 'Hello'}] for role in (Role.USER, 'user'))\n"
+        "futures = [engine.submit(Request(messages=each, id=place)) for place, each in enumerate([odd, plain] * 4)]\n"
+        "for completion in [future.result(60) for future in futures]:\n"
+        "    print(completion.request_id, completion.error_code, (completion.error or '')[-25:])\n"
+        "print(engine.failure)\n"
+        "unload_engines()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(program), str(tiny_openvino)], capture_output=True, text=True, timeout=120
+    )
+    found = done.stdout.splitlines()
+    expected = [f"{number} {None if number % 2 else 'invalid_prompt'}" for number in range(8)]
+    assert [" ".join(line.split()[:2]) for line in found[:-1]] == expected, done.stderr[-2000:]
+    assert all(line.endswith("Give it plain values.") for line in found[:-1:2])
+    assert found[-1] == "None"

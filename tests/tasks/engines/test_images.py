@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.server
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from prefect_huggingface.tasks.engines import multimodal
 from prefect_huggingface.tasks.engines.base import Engine, RequestError
 from prefect_huggingface.tasks.engines.cores import allowed_cores
 from prefect_huggingface.tasks.engines.multimodal import READERS, read_conversation
+from prefect_huggingface.tasks.errors import GenerationError
 from prefect_huggingface.tasks.records import Completion, Request
 
 pytest.importorskip("PIL", reason="the extra `vision` is not installed")
 
-from support.tiny_vision_model import draw_image, make_tiny_llava
+from support.tiny_vision_model import CHAT_TEMPLATE, draw_image, make_tiny_gemma3, make_tiny_llava
 
 NEW_TOKENS = 12
 
@@ -90,15 +92,17 @@ def ask(engine: Engine, prompt: str | None = "What is this?", images=(), **optio
     return engine.submit(Request(prompt, images=[str(image) for image in images], options=chosen)).result(60)
 
 
-def test_text_is_that_of_transformers(folder, pictures):
+@pytest.mark.parametrize("make", [make_tiny_llava, make_tiny_gemma3])
+def test_text_is_that_of_transformers(session_folder, folder, pictures, make):
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from prefect_huggingface.tasks.engines.torch_engine import TorchVisionEngine
 
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    with TorchVisionEngine(folder, settings(folder, backend="torch")) as engine:
+    made = folder if make is make_tiny_llava else make(session_folder / "models" / make.__name__)
+    processor = AutoProcessor.from_pretrained(made)
+    model = AutoModelForImageTextToText.from_pretrained(made).eval()
+    with TorchVisionEngine(made, settings(made, backend="torch")) as engine:
         for count in (1, 2):
             parts = [{"type": "image"}] * count + [{"type": "text", "text": "What is this?"}]
             text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
@@ -108,6 +112,8 @@ def test_text_is_that_of_transformers(folder, pictures):
             completion = ask(engine, images=pictures[:count])
             assert completion.text == processor.decode(row, skip_special_tokens=True)
             assert completion.prompt_tokens == inputs.input_ids.shape[1]
+        without_place = engine.submit(Request("<|user|>What?<|end|><|assistant|>", images=[str(pictures[0])]))
+        assert without_place.result(60).error_code == "invalid_prompt"
 
 
 def test_every_engine_answers_as_the_one_of_transformers(engine, folder, pictures):
@@ -261,6 +267,54 @@ def test_conversations_of_a_model_with_images_are_asked(folder, pictures):
     assert [answer.error for answer in answers] == [None, None]
     assert answers[0].text != answers[1].text
     unload_engines()
+
+
+def test_a_template_that_loses_messages_beside_images_is_found_before_the_first_conversation(
+    folder, pictures, tmp_path
+):
+    losing = Path(shutil.copytree(folder, tmp_path / "model"))
+    (losing / "chat_template.jinja").write_text("{% set messages = messages[-1:] %}" + CHAT_TEMPLATE)
+    model = settings(losing, backend="torch")
+    user = {
+        "role": "user",
+        "content": [{"type": "image", "path": str(pictures[0])}, {"type": "text", "text": "Is it?"}],
+    }
+    assert generate_chat.fn(model, [[user]])[0].error is None
+    with pytest.raises(GenerationError, match=r"^Conversation 1 cannot be asked.*leaves out a message"):
+        generate_chat.fn(model, [[user], [user, {"role": "assistant", "content": "No."}, user]])
+    unload_engines()
+
+
+def test_no_more_images_are_read_ahead_than_there_is_room_for(engine, pictures, monkeypatch):
+    from PIL import Image
+
+    one = Image.open(pictures[0])
+    monkeypatch.setattr(multimodal, "MAX_PIXELS_AHEAD", 3 * one.width * one.height)
+    expected = ask(engine, images=pictures[:1], max_new_tokens=40, ignore_eos=True).text
+    options = GenerationOptions(max_new_tokens=40, ignore_eos=True)
+    request = Request("What is this?", images=[str(pictures[0])], options=options)
+    futures, most = [engine.submit(request) for _ in range(24)], 0
+    while not futures[-1].done():
+        most = max(most, len(engine.active_requests))
+        time.sleep(0.001)
+    assert {future.result(60).text for future in futures} == {expected}
+    assert 0 < most <= 4  # one may be done and still counted
+    assert engine.in_flight == 8
+    # One that waits for room is ended as any other.
+    busy = [engine.submit(request) for _ in range(8)]
+    assert ask(engine, images=pictures[:1], deadline_seconds=0.001).finish_reason == "deadline"
+    assert {future.result(60).text for future in busy} == {expected}
+
+
+def test_images_that_are_too_large_together_are_the_error_of_their_request(engine, pictures, monkeypatch):
+    from PIL import Image
+
+    one = Image.open(pictures[0])
+    monkeypatch.setattr(multimodal, "MAX_REQUEST_PIXELS", 2 * one.width * one.height)
+    assert ask(engine, images=pictures[:2]).error is None
+    completion = ask(engine, images=pictures[:3])
+    assert completion.error_code == "invalid_prompt"
+    assert "6,720 in 3 of 3" in completion.error
 
 
 def test_a_server_that_drips_is_given_up(monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +26,9 @@ from prefect_huggingface.tasks.langchain import (
     HuggingFaceEmbeddings,
     HuggingFaceEndpointEmbeddings,
 )
+from prefect_huggingface.tasks.langchain.embeddings import _ask
+from prefect_huggingface.tasks.records import Request
+from support.instant_engines import InstantEngine
 from support.vector_models import TEXTS, make_embedder, make_ranker
 
 # Synchronous tests ignore the mark.
@@ -86,7 +91,7 @@ def test_prompts_are_used_where_they_are_asked_for(embedder: Path) -> None:
     embeddings = HuggingFaceEmbeddings(
         model_name=str(embedder),
         model_kwargs={"device": "cpu"},
-        encode_kwargs={"normalize_embeddings": True, "batch_size": 8},
+        encode_kwargs={"normalize_embeddings": True, "batch_size": 8, "device": "CPU"},
         query_encode_kwargs={"prompt_name": "query"},
     )
 
@@ -118,7 +123,8 @@ def test_empty_and_long_texts_have_vectors_too(embedder: Path) -> None:
     "wrong",
     [
         {"model_kwargs": {"unknown": 1}}, {"encode_kwargs": {"unknown": 1}}, {"encode_kwargs": {"precision": "binary"}},
-        {"model_kwargs": {"backend": "onnx"}}, {"unknown": 1},
+        {"model_kwargs": {"backend": "onnx"}}, {"unknown": 1}, {"encode_kwargs": {"device": "cuda"}},
+        {"model_kwargs": {"device": "cpu"}, "query_encode_kwargs": {"device": "cuda:1"}},
     ],
 )  # fmt: skip
 def test_unknown_arguments_are_refused(embedder: Path, wrong: dict[str, Any]) -> None:
@@ -255,3 +261,25 @@ def test_a_token_under_a_wrong_name_is_not_shown(kind: Any) -> None:
     with pytest.raises(ValueError, match="token") as caught:
         kind(token=TOKEN)
     assert TOKEN not in str(caught.value)
+
+
+def test_an_interruption_ends_the_wait_for_vectors() -> None:
+    """Prefect ends a run that is late by an exception in its thread, which no blocking call notices."""
+
+    class Late(BaseException):
+        pass
+
+    ended: list[float] = []
+
+    def wait() -> None:
+        try:
+            _ask(InstantEngine(seconds=30), [Request("One")])
+        except Late:
+            ended.append(time.monotonic())
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    time.sleep(0.1)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Late))
+    thread.join(10)
+    assert ended

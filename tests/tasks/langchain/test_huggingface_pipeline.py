@@ -303,3 +303,9 @@ def test_a_gpu_that_is_not_there_is_an_error_at_once(tiny_llama: Path) -> None:
     missing = torch.cuda.device_count()
     with pytest.raises(HuggingFaceTaskError, match=str(missing)):
         load(tiny_llama, "default", device=missing)
+
+
+@pytest.mark.parametrize("device", [-1, "-1", "CPU", None])
+def test_the_device_is_that_of_the_engine_however_it_is_named(tiny_llama: Path, device: Any) -> None:
+    llm = HuggingFacePipeline.from_model_id(str(tiny_llama), "text-generation", device=device)
+    assert llm.pipeline.device == llm.pipeline.model.device == engine_of(llm)._model.device
