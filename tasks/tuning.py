@@ -192,8 +192,10 @@ class _Search:
         cores = len(allowed_cores())
         if name == "INFERENCE_NUM_THREADS":
             # All of them are the default.
-            return value < cores // with_settings(self._model, self._settings).engine.processes
-        return name != "instances" or (value <= cores and 2 * value * weight_bytes(self._folder) <= available_bytes())
+            return bool(value < cores // with_settings(self._model, self._settings).engine.processes)
+        if name == "instances":
+            return value <= cores and 2 * int(value) * weight_bytes(self._folder) <= available_bytes()
+        return True
 
     def close(self) -> None:
         """Close all engines, also after an interruption."""
@@ -280,8 +282,8 @@ class _Search:
 
 def _answer(engine: Engine, prompts: Sequence[str]) -> list[str]:
     options = GenerationOptions(max_new_tokens=NEW_TOKENS)
-    futures = [engine.submit(Request(prompt, options=options)) for prompt in prompts]
-    return [checked(future.result()).text for future in futures]
+    requests = [Request(prompt, options=options) for prompt in prompts]
+    return [completion.text for completion in engine.answer_all(requests, check=checked)]
 
 
 def _agreements(answers: Sequence[str], wanted: Sequence[str]) -> list[float]:
