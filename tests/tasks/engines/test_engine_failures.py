@@ -151,7 +151,7 @@ def test_a_request_that_makes_steps_fail_takes_nobody_with_it(family_of, monkeyp
     unload_engines()
     FailingForward(monkeypatch, name, lambda step, _: False, RuntimeError("the device is lost"), longest=60)
     futures = [family.submit(prompt) for prompt in PROMPTS[:6]]
-    bad = [family.submit(" ".join(PROMPTS)) for _ in range(2)]
+    bad = [family.submit(" ".join(PROMPTS * 2)) for _ in range(2)]
     futures += [family.submit(prompt) for prompt in PROMPTS[6:]]
     assert texts_of(futures) == expected
     completions = completed(bad, 60)
