@@ -37,7 +37,6 @@ QUESTIONS = QUICKSTART / "questions.jsonl"
 ANSWERS, VECTORS = "answers-{date}-{time}.jsonl", "vectors-{date}-{time}.parquet"
 VECTOR_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_SERVER = "http://127.0.0.1:8000/v1"
-STORE_SIZE_GB = 50
 B = TypeVar("B", bound=Block)
 
 NAME = "default"
@@ -88,7 +87,7 @@ def save_default_blocks(
     saved = {
         # A saved token is never replaced by none.
         "credentials": _save(HuggingFaceCredentials(token=token), overwrite and token is not None),
-        "store": _save(ModelStore(max_size_gb=STORE_SIZE_GB), overwrite),
+        "store": _save(ModelStore(), overwrite),
     }
     block = LocalModel(
         model_id=model,

@@ -27,6 +27,7 @@ WARNING = 30
 def prune_models(
     store: Annotated[ModelStore | None, titled("Store")] = None,
     max_size_gb: Annotated[Annotated[float, Field(ge=0)] | None, titled("Size to come down to (GB)")] = None,
+    default_size_gb: Annotated[Annotated[float, Field(ge=0)] | None, titled("Size without a limit (GB)")] = None,
 ) -> PruneReport:
     """Remove the least recently used models until the store is within its size. What is in use stays.
 
@@ -35,14 +36,15 @@ def prune_models(
     Args:
         store: Folder with the models. The folder in the user's cache when left empty.
         max_size_gb: Size in units of 10^9 bytes. The limit of the store when left empty; 0 removes all that is idle.
+        default_size_gb: Size for a store without a limit of its own.
 
     Returns:
         What was removed, what stayed because it is in use, and the sizes.
 
     Raises:
-        PlanError: If neither a size nor a limit of the store is given.
+        PlanError: If there is neither a size nor a limit of the store.
     """
-    report = prune_store(store, max_size_gb)
+    report = prune_store(store, max_size_gb, default_size_gb)
     get_run_logger().info(
         "Removed %d models, %.2f GB. %.2f GB are left.",
         len(report.removed), report.freed_bytes / 1e9, report.kept_bytes / 1e9,

@@ -92,19 +92,22 @@ def list_stored(store: ModelStore | None = None) -> list[StoredModel]:
     return list_models(store or ModelStore())
 
 
-def prune_stored(store: ModelStore | None = None, max_size_gb: float | None = None) -> PruneReport:
+def prune_stored(
+    store: ModelStore | None = None, max_size_gb: float | None = None, default_size_gb: float | None = None
+) -> PruneReport:
     """Remove the least recently used models of a store until it is within a size. What is in use stays.
 
     Args:
         store: The store. When left out, the default store.
         max_size_gb: Size to come down to, in units of 10^9 bytes. When left out, the size limit of the store; 0 removes
             everything that is not in use.
+        default_size_gb: Size for a store without a limit of its own.
 
     Raises:
-        PlanError: If neither a size nor a size limit of the store is given.
+        PlanError: If there is neither a size nor a size limit of the store.
     """
     store = store or ModelStore()
-    limit = store.max_size_gb if max_size_gb is None else max_size_gb
+    limit = next((size for size in (max_size_gb, store.max_size_gb, default_size_gb) if size is not None), None)
     if limit is None:
         raise PlanError(
             f"Store {str(store.folder)!r} has no size limit. Give `max_size_gb` here or in its block; 0 removes all "

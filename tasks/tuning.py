@@ -212,6 +212,7 @@ class _Search:
         ]  # fmt: skip
         speed_up = self._compare_with_defaults()
         if speed_up < LEAST_GAIN:
+            run_log().warning("All that was kept is no faster than the defaults together, so that they stay.")
             speed_up, self._settings = 1.0, {}
         facts = {"model": self._folder.name, "speed_up": round(speed_up, 3), "trials": trials}
         path = write_settings(self._model, self._folder, self._settings, facts)
@@ -247,11 +248,11 @@ class _Search:
             engine.close()
         return TuningTrial(name, value, speed_up, None if agreements is None else fmean(agreements), kept=kept)
 
-    def _race(self, engine: Engine) -> list[float]:
+    def _race(self, engine: Engine, *, to_the_end: bool = False) -> list[float]:
         """Return how many times as fast as the best one an engine is in each turn; a slow one gets one only."""
         gains: list[float] = []
         _answer(engine, self._prompts)  # what is made at the first answers
-        while len(gains) < REPEATS and not (gains and gains[0] < 1 / CLEAR_GAIN):
+        while len(gains) < REPEATS and (to_the_end or not gains or gains[0] >= 1 / CLEAR_GAIN):
             self._round += 1
             order = (self._best, engine) if len(gains) % 2 == 0 else (engine, self._best)
             seconds = {runner: self._time(runner) for runner in order}
@@ -263,7 +264,7 @@ class _Search:
         if not self._settings:
             return 1.0
         defaults = self._load({})
-        speed_up = 1 / median(self._race(defaults))
+        speed_up = 1 / median(self._race(defaults, to_the_end=True))
         defaults.close()
         return speed_up
 

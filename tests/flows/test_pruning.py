@@ -37,8 +37,10 @@ def test_the_weekly_deployment_obeys_the_limit_of_the_block(tiny_openvino, tmp_p
     assert prune_models(**weekly["parameters"]).removed
     assert not export.exists()
 
-    save_default_blocks("a/b", "questions.jsonl", "answers.jsonl", overwrite=True)
-    assert ModelStore.load("default").max_size_gb == 50
+    shutil.copytree(tiny_openvino, export)
+    ModelStore(path=store.path).save("default", overwrite=True)
+    assert not prune_models(**weekly["parameters"]).removed
+    assert prune_models(**{**weekly["parameters"], "default_size_gb": 1e-6}).removed
 
 
 def test_a_store_without_a_limit_says_what_to_give(tmp_path):

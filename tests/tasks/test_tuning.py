@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,14 +83,38 @@ def test_several_processes_are_tried_where_there_are_cores_and_used_where_they_m
     assert with_settings(model, found.settings).engine.instances is None
 
 
-def test_the_gain_that_is_told_is_that_over_the_defaults(model, monkeypatch, all_is_a_gain):
-    # Each is as fast as the one before it, but for the first.
-    monkeypatch.setattr(tuning, "GRID", (("max_num_seqs", (1,)), ("max_num_batched_tokens", (511, 510, 509))))
+@pytest.mark.parametrize(
+    ("trial", "defaults", "kept", "speed_up"),
+    [
+        # Seconds of each turn: of the one that runs first, which is the best so far in the first turn, and the other.
+        ([(10, 5), (11, 10), (10, 5)], [], False, 1.0),  # slower in one turn of three
+        ([(10, 5), (5, 10), (10, 5)], [(5, 10), (9, 5), (5, 15)], True, 2.0),
+        ([(10, 5), (5, 10), (10, 5)], [(10, 5), (5, 10), (10, 5)], True, 1.0),  # together they gain nothing
+    ],
+)
+def test_what_is_kept_is_faster_in_every_turn_and_over_the_defaults(
+    model, monkeypatch, trial, defaults, kept, speed_up
+):
+    turns = [seconds for turn in trial for seconds in turn], [seconds for turn in defaults for seconds in turn]
+    # Each time is taken between two looks at the clock; the trial as a whole is timed too, for the log.
+    steps = iter([0.0, *(step for seconds in turns[0] for step in (0.0, seconds)), 0.0,
+                  *(step for seconds in turns[1] for step in (0.0, seconds))])  # fmt: skip
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += next(steps)
+        return now
+
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(tuning, "REPEATS", 3)
+    monkeypatch.setattr(tuning, "TOLERANCE", 1.0)
+    monkeypatch.setattr(tuning, "GRID", (("max_num_seqs", (8,)),))
     found = tuning.find_settings(model)
-    assert dict(found.settings) == {"max_num_seqs": 1, "max_num_batched_tokens": 509}
-    assert found.speed_up < 1
-    monkeypatch.setattr(tuning, "LEAST_GAIN", 1.0)
-    assert tuning.find_settings(model).settings == {}
+    assert [trial.kept for trial in found.trials] == [kept]
+    assert found.speed_up == pytest.approx(speed_up)
+    assert dict(found.settings) == ({"max_num_seqs": 8} if speed_up > 1 else {})
+    assert next(steps, None) is None
 
 
 @pytest.mark.skipif(len(allowed_cores()) < 2, reason="one core cannot be divided")
