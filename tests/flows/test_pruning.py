@@ -7,7 +7,6 @@ import yaml
 from prefect.artifacts import Artifact
 
 from prefect_huggingface.blocks import ModelStore
-from prefect_huggingface.deployments.defaults import save_default_blocks
 from prefect_huggingface.deployments.services import PREFECT_FILE
 from prefect_huggingface.flows import prune_models
 from prefect_huggingface.tasks.errors import PlanError
