@@ -19,7 +19,6 @@ from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, Runn
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from prefect.logging import get_logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_huggingface.blocks import ResponseFormat
@@ -41,8 +40,6 @@ from prefect_huggingface.tasks.langchain.huggingface_endpoint import HuggingFace
 from prefect_huggingface.tasks.langchain.huggingface_pipeline import HuggingFacePipeline
 from prefect_huggingface.tasks.langchain.messages import ChunkMaker, chat_result, read_messages
 from prefect_huggingface.tasks.records import Message, Request
-
-logger = get_logger(__name__)
 
 Method = Literal["function_calling", "json_mode", "json_schema"]
 # Arguments of a call that are not for the engine.
@@ -75,8 +72,7 @@ class ChatHuggingFace(BaseChatModel):
     """LangChain chat model of a Hugging Face model.
 
     It has the arguments and methods of the class of the same name in `langchain-huggingface`. Messages go through the
-    chat template of the model exactly once; answers have token counts and a finish reason. A message that went through
-    the template already is taken as it is with `trusted_text=True` (in `model_kwargs`), and is plain text otherwise.
+    chat template of the model exactly once; answers have token counts and a finish reason.
 
     Example:
         Ask a model on this machine:
@@ -322,12 +318,7 @@ class ChatHuggingFace(BaseChatModel):
         checks = not (keeps_invalid or forced)
         make = partial(self.llm.make_request, engine, call=settings, stop=stops, tools=tuple(tools), check_form=checks)
         read = read_messages(messages)
-        # A user could write such a text, with turns of the system in it.
-        is_templated = _is_templated(engine, read)
-        is_raw = is_templated and self.llm.read_call(settings).options.trusted_text
-        if is_templated and not is_raw:
-            logger.warning("A message with turns in it is taken as text. Set `trusted_text=True` if you wrote them.")
-        if is_raw:
+        if _is_templated(engine, read):
             request = make(str(read[0]["content"]), chat_template="never")
         else:
             request = make(None, messages=read, **self._template_of(tools))

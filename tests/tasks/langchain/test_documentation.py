@@ -215,7 +215,7 @@ def test_a_prompt_with_the_template_in_it_gets_no_second_one(bundled_model: Path
     question = {"question": "What is the capital of France?"}
     answer = (prompt | llm).invoke(question)
     assert answer == "Paris"
-    chat = ChatHuggingFace(llm=llm, model_kwargs={"trusted_text": True})
+    chat = ChatHuggingFace(llm=llm)
     message = (prompt | chat).invoke(question)
     assert message.content == answer
     assert message.usage_metadata["input_tokens"] == llm.get_num_tokens(prompt.format(**question))
