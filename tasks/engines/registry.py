@@ -134,7 +134,7 @@ class RegistryEntry:
     def state(self) -> EngineState:
         """What is known of the engine now."""
         return EngineState(
-            self._name, type(self.engine).__name__, self._model and self._model.device, self._memory_bytes,
+            self._name, type(self.engine).__name__, self._model.device if self._model else None, self._memory_bytes,
             len(self._users), self.requests, self._loaded_at, time.time() if self.in_use else self._used_at,
         )  # fmt: skip
 
