@@ -67,7 +67,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 # Status and code of the errors of completions and of rows. The others are faults of the request: 400.
 ERROR_STATUS = {
     "unknown_model": 404, "not_found": 404, "deadline": 408, "rate_limited": 429, "engine_error": 500,
-    "bad_answer": 502, "out_of_cache": 413, "cancelled": 503, "unavailable": 503,
+    "bad_answer": 502, "out_of_cache": 413, "out_of_memory": 503, "cancelled": 503, "unavailable": 503,
 }  # fmt: skip
 ERROR_NAMES = {"unknown_model": "model_not_found", "too_long": "context_length_exceeded"}
 

@@ -15,8 +15,9 @@ Message = Mapping[str, Any]
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "skipped", "error"]
 
 ErrorCode = Literal[
-    "empty_prompt", "too_long", "invalid_option", "invalid_prompt", "schema_invalid", "out_of_cache", "deadline",
-    "cancelled", "engine_error", "unauthorized", "not_found", "rate_limited", "unavailable", "bad_answer",
+    "empty_prompt", "too_long", "invalid_option", "invalid_prompt", "schema_invalid", "out_of_cache",
+    "out_of_memory", "deadline", "cancelled", "engine_error", "unauthorized", "not_found", "rate_limited",
+    "unavailable", "bad_answer",
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 16 * 2**20
 OPEN_ROWS = 2 * WINDOW_ROWS  # rows of a chain that are in memory
 UNFINISHED = ("skipped", "deadline")  # statuses of answers that have no error and are not whole
-TRANSIENT = {"deadline", "out_of_cache", "rate_limited", "unavailable", "bad_answer"}  # may do better the next time
+TRANSIENT = {"deadline", "out_of_memory", "rate_limited", "unavailable", "bad_answer"}  # may do better the next time
 MAX_TRIES = 3  # of equal prompts one after the other, before the failure is that of all
 PREFIX_CHARACTERS = 64  # after which two prefixes count as shared
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
@@ -254,13 +254,14 @@ def explain_status(status: int, body: str, trace: HttpTrace, endpoint: Inference
     if status in (429, 408, 425):
         text = f"{place} limits the rate of requests{said}. Lower `max_concurrency`, or try again later."
         return EndpointFailure("rate_limited", text, "transient", wait)
-    if status in TRANSIENT_STATUSES and UNLOADABLE_CODE not in body:
-        text = f"{place} failed with status {status}{said}. Try again; look at the server's log if it goes on."
-        return EndpointFailure("engine_error", text, "transient", wait)
+    if status in TRANSIENT_STATUSES:
+        lasts = _code_of(body) == UNLOADABLE_CODE
+        passing = f"{place} failed with status {status}{said}. Try again; look at the server's log if it goes on."
+        text = f"{place} cannot load its model{said}. Look at the server's log." if lasts else passing
+        return EndpointFailure("engine_error", text, "final" if lasts else "transient", wait)
     if status >= 500 and status != 501:
         text = f"{place} is not ready, status {status}{said}. Start it, or raise `wake_timeout_seconds`."
-        kinds: dict[int, Kind] = {503: "asleep", 500: "final"}
-        return EndpointFailure("unavailable", text, kinds.get(status, "down"), wait)
+        return EndpointFailure("unavailable", text, "asleep" if status == 503 else "down", wait)
     if status == 413 or TOO_LONG_CODE.search(body) or TOO_LONG.search(words):
         text = f"The prompt with its new tokens is too long for {place}{said}. Shorten it, or lower `max_new_tokens`."
         return EndpointFailure("too_long", text)
@@ -323,6 +324,14 @@ def _words_of(body: str) -> str:
     while isinstance(value, dict):
         value = next((value[name] for name in ("error", "message", "detail") if value.get(name)), "")
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _code_of(body: str) -> Any:
+    """Return the code that OpenAI's servers give an error, or None."""
+    try:
+        return json.loads(body)["error"]["code"]
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _clean(words: str, endpoint: InferenceEndpoint) -> str:

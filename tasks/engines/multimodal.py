@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -110,38 +111,36 @@ class MultimodalInputProcessor(InputProcessor):
 
     def _read(self, state: RequestState, sources: list[str], hand_over: Callable[[RequestState], None]) -> None:
         try:
-            if state.abort_reason is not None:
-                state.end(state.abort_reason)
-            elif not self._closed:
+            if state.abort_reason is None and not self._closed:
                 state.multimodal.images = self._read_all(state, sources)
         except Exception as exc:
-            if state.abort_reason is not None:
-                state.end(state.abort_reason)
-            else:
+            if state.abort_reason is None:
                 state.fail_with(exc, "The request failed", "Check its images.")
+        if state.abort_reason is not None and not state.is_done:
+            state.end(state.abort_reason)
         hand_over(state)
 
     def _read_all(self, state: RequestState, sources: list[str]) -> list[Any]:
         """Return the images of a request, as soon as there is room for them beside those of other requests."""
-        images: list[Any] = []
+        files: list[Any] = []
         pixels = 0
         for source in sources:
-            images.append(read_image(source, state.seconds_left))
-            pixels += images[-1].width * images[-1].height
+            files.append(_open_image(source, state.seconds_left))
+            pixels += files[-1].width * files[-1].height
             if pixels > MAX_REQUEST_PIXELS:
                 raise RequestError(
                     "invalid_prompt",
                     f"The images of a request may have {MAX_REQUEST_PIXELS:,} pixels together, got {pixels:,} in "
-                    f"{len(images)} of {len(sources)}. Send fewer, or smaller ones.",
+                    f"{len(files)} of {len(sources)}. Send fewer, or smaller ones.",
                 )
         with self._room:
             while self._pixels and self._pixels + pixels > MAX_PIXELS_AHEAD:
                 if self._closed or state.abort_reason is not None:
-                    break
+                    return []
                 self._room.wait(WAKE_SECONDS)
             self._pixels += pixels
         state.future.add_done_callback(lambda _: self._make_room(pixels))
-        return images
+        return [_decode_image(source, file) for source, file in zip(sources, files, strict=True)]
 
     def _make_room(self, pixels: int) -> None:
         with self._room:
@@ -196,15 +195,34 @@ def read_image(source: Any, seconds: float = TIMEOUT_SECONDS) -> Any:
     Raises:
         RequestError: If there is no image that can be read. The error shows the source.
     """
-    from PIL import Image, UnidentifiedImageError
+    return _decode_image(source, _open_image(source, seconds))
+
+
+def _open_image(source: Any, seconds: float) -> Any:
+    """Return an image whose size is known and whose pixels are still in its file."""
+    from PIL import Image
 
     content = image_bytes(source, seconds)
+    with _told_of(source):
+        image = Image.open(io.BytesIO(content))
+        if (pixels := image.width * image.height) > MAX_PIXELS:
+            # A small file may be a picture that fills the memory.
+            raise ValueError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}")
+        return image
+
+
+def _decode_image(source: Any, image: Any) -> Any:
+    with _told_of(source), closing(image):  # which gives its pixels back as well
+        return _upright(image).convert("RGB")
+
+
+@contextmanager
+def _told_of(source: Any) -> Iterator[None]:
+    """Raise what Pillow says against an image as the error of its source."""
+    from PIL import Image, UnidentifiedImageError
+
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                # A small file may be a picture that fills the memory.
-                raise ValueError(f"it has {pixels:,} pixels, more than {MAX_PIXELS:,}")
-            return _upright(image).convert("RGB")
+        yield
     except UnidentifiedImageError:
         raise _unreadable(source, "it is not an image of a known kind") from None
     except (OSError, ValueError, Image.DecompressionBombError) as exc:

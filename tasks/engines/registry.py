@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -117,10 +117,10 @@ class EngineState:
 class RegistryEntry:
     """A loaded engine with its users and its requests."""
 
-    def __init__(self, key: EngineKey, name: str, load: Callable[[], Engine], device: str | None = None) -> None:
-        """Load the engine, for a model id, a folder or an address, on the device that was asked for."""
+    def __init__(self, key: EngineKey, name: str, load: Callable[[], Engine], model: LocalModel | None = None) -> None:
+        """Load the engine, for a model id, a folder or an address."""
         self.key = key
-        self._name, self._device = name, device
+        self._name, self._model = name, model
         self._lock = threading.Lock()
         # Adding to and taking out of a dictionary need no lock: the garbage collector does it in any thread.
         self._users: dict[int, None] = {}
@@ -134,9 +134,13 @@ class RegistryEntry:
     def state(self) -> EngineState:
         """What is known of the engine now."""
         return EngineState(
-            self._name, type(self.engine).__name__, self._device, self._memory_bytes, len(self._users), self.requests,
-            self._loaded_at, time.time() if self.in_use else self._used_at,
+            self._name, type(self.engine).__name__, self._model.device if self._model else None, self._memory_bytes,
+            len(self._users), self.requests, self._loaded_at, time.time() if self.in_use else self._used_at,
         )  # fmt: skip
+
+    def is_on(self, devices: Collection[str] | None) -> bool:
+        """Whether closing the engine frees memory of one of these devices of torch; None is the process."""
+        return devices is None or (self._model is not None and not set(_torch_devices(self._model)).isdisjoint(devices))
 
     @property
     def in_use(self) -> bool:
@@ -406,40 +410,54 @@ def _load(key: EngineKey, model: LocalModel, folder: Path) -> EngineHandle:
 
 
 def _entry_of(key: EngineKey, model: LocalModel, load: Callable[[], Engine]) -> RegistryEntry:
-    """Load an engine; where the GPU has no room for it, close idle engines, the least recently used one first.
+    """Load an engine; where the GPU has no room for it, close idle ones on it, the least recently used one first.
 
     Raises:
         EngineError: If it cannot be loaded, also when none is idle any more.
     """
     while True:
         try:
-            return RegistryEntry(key, model.model_id, load, model.device)
+            return RegistryEntry(key, model.model_id, load, model)
         except EngineError as exc:
             torch = sys.modules.get("torch")
             if torch is None or not isinstance(exc.__cause__, torch.OutOfMemoryError):
                 raise
             problem = str(exc)
         # The exception, and with it what was loaded, is gone here.
-        if not _close_idle():
-            others = _others(key)
+        devices = _torch_devices(model)
+        if not _close_idle(f"to make room on {', '.join(devices)}", devices):
+            others = _others(key, devices)
             if not others:
                 raise EngineError(problem)
             raise EngineBusyError(f"{problem} These models are in use: {others}. Let go of one of them.")
 
 
-def _others(key: EngineKey | None) -> str:
-    """Return the other models that are loaded."""
-    return ", ".join(sorted({other.source for other in list(_registry.entries) if other != key}))
+def _torch_devices(model: LocalModel) -> list[str]:
+    """Return the devices on which torch may hold a model, none for one of another backend."""
+    if model.backend != "torch":
+        return []
+    from prefect_huggingface.tasks.engines.torch_loading import available_devices, resolve_device
+
+    if model.device_map is not None:
+        return available_devices()[1:] or ["cpu"]
+    return [resolve_device(model.device)]
 
 
-def _close_idle() -> bool:
-    """Close the idle engine that was not used for longest, and return whether there is one."""
+def _others(key: EngineKey | None, devices: Collection[str] | None = None) -> str:
+    """Return the other models that are loaded, on these devices."""
+    entries = list(_registry.entries.values())
+    return ", ".join(sorted({other.key.source for other in entries if other.key != key and other.is_on(devices)}))
+
+
+def _close_idle(reason: str, devices: Collection[str] | None = None) -> bool:
+    """Close the idle engine, on these devices, that was not used for longest, and return whether there is one."""
     with _registry.lock:
-        idle = next((entry for entry in list(_registry.entries.values()) if not entry.in_use), None)
+        entries = list(_registry.entries.values())
+        idle = next((entry for entry in entries if not entry.in_use and entry.is_on(devices)), None)
         if idle is None:
             return False
         del _registry.entries[idle.key]
-    logger.info("Closing the engine of %s to keep within the memory budget.", idle.key.source)
+    logger.info("Closing the engine of %s %s.", idle.key.source, reason)
     _close([idle])
     return True
 
@@ -451,7 +469,7 @@ def _make_room(needed: int, key: EngineKey | None) -> None:
         EngineBusyError: If a model does not fit beside the engines that are in use.
     """
     while used_bytes() + needed > _budget():
-        if not _close_idle():
+        if not _close_idle("to keep within the memory budget"):
             break
     else:
         return

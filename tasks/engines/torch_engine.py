@@ -193,7 +193,7 @@ class TorchEngine(EngineWorker):
         """End a request by its own error; one of a device that answers nobody any more raises."""
         if is_out_of_memory(error):
             give_back_memory()
-            state.fail("out_of_cache", OUT_OF_MEMORY)
+            state.fail("out_of_memory", OUT_OF_MEMORY)
         else:
             check_device(self._model)
             state.fail_with(error, "The request makes the model fail", "Change it.")
@@ -265,7 +265,7 @@ class TorchEngine(EngineWorker):
                 if len(sequences) > 1 and not sequence.tokens:
                     self._waiting.appendleft(sequence)
                 else:
-                    sequence.state.fail("out_of_cache", OUT_OF_MEMORY)
+                    sequence.state.fail("out_of_memory", OUT_OF_MEMORY)
         self._resubmit(sequences)
 
 

@@ -23,7 +23,7 @@ from prefect_huggingface.blocks import (
 from prefect_huggingface.blocks.model import Task
 from prefect_huggingface.tasks.engines.base import Engine
 from prefect_huggingface.tasks.engines.registry import load_engine
-from prefect_huggingface.tasks.errors import GenerationError, SettingsError
+from prefect_huggingface.tasks.errors import EngineError, GenerationError, SettingsError
 from prefect_huggingface.tasks.langchain.kwargs import read_fields
 from prefect_huggingface.tasks.records import Completion, Request
 
@@ -96,12 +96,8 @@ class HuggingFaceEmbeddings(BaseModel, Embeddings):
         super().__init__(**kwargs)
         for given in (self.encode_kwargs, self.query_encode_kwargs):
             _read_encode_kwargs(given, {})
-            device = given.get("device")
-            if device is not None and str(device).lower() != str(self.local_model.device).lower():
-                raise SettingsError(
-                    f"The model runs on device {self.local_model.device!r}, and `encode_kwargs` names {device!r}. Put "
-                    "`device` into `model_kwargs`."
-                )
+            if given.get("device") is not None:
+                _check_device(self.local_model, str(given["device"]))
         assert self.local_model
 
     @cached_property
@@ -358,6 +354,29 @@ def _read_encode_kwargs(given: Mapping[str, Any], prompts: Mapping[Any, str]) ->
     if given.get("truncate_dim") is not None:
         options["dimensions"] = given["truncate_dim"]
     return EmbeddingOptions(allow_empty=True, **options)
+
+
+def _check_device(model: LocalModel, device: str) -> None:
+    """Refuse a device that is not the one that the model is loaded on.
+
+    Raises:
+        SettingsError: With the device of the model.
+    """
+    from prefect_huggingface.tasks.engines.openvino_runtime import choose_device
+    from prefect_huggingface.tasks.engines.torch_loading import resolve_device
+
+    try:
+        if model.backend == "openvino":
+            used, named = choose_device(model), choose_device(model.model_copy(update={"device": device}))
+        else:
+            used, named = str(model.device_map or resolve_device(model.device)), resolve_device(device)
+    except EngineError as exc:
+        raise SettingsError(str(exc)) from None
+    if used != named:
+        raise SettingsError(
+            f"The model runs on device {used!r}, and `encode_kwargs` names {device!r}. Put `device` into "
+            "`model_kwargs`."
+        )
 
 
 def _ask(engine: Engine, requests: Sequence[Request], show_progress: bool = False) -> list[Completion]:

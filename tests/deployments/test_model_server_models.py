@@ -161,7 +161,9 @@ def test_a_model_that_cannot_be_loaded_is_told_and_tried_again(tiny_llama: Path,
             answer = client.post("/v1/chat/completions", json=CHAT)
             assert (answer.status_code, answer.headers.get("retry-after")) == (500, None)
             failure = explain_status(answer.status_code, answer.text, HttpTrace(), ENDPOINT)
-            assert (failure.code, failure.kind) == ("unavailable", "final")
+            assert (failure.code, failure.kind) == ("engine_error", "final")
+            assert "cannot load its model" in str(failure)
+            assert "wake_timeout_seconds" not in str(failure)
             assert answer.json()["error"]["code"] == "model_unavailable"
             assert "'model' cannot be loaded" in answer.json()["error"]["message"]
 

@@ -128,7 +128,7 @@ class FailingEngine(InstantEngine):
         future.set_result(Completion("", reason, 5, 0, error=error, error_code=self._code, request_id=request.id))
 
 
-@pytest.mark.parametrize("code", ["rate_limited", "unavailable", "out_of_cache", "deadline"])
+@pytest.mark.parametrize("code", ["rate_limited", "unavailable", "out_of_memory", "deadline"])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_moment_of_failure_is_not_that_of_all_equal_prompts(tmp_path: Path, code: str, steps: int) -> None:
     batch, engine = Batch(tmp_path, countries(4000, repeat=4000)), FailingEngine(code, 1)
@@ -140,7 +140,9 @@ def test_a_moment_of_failure_is_not_that_of_all_equal_prompts(tmp_path: Path, co
     assert len(engine.prompts or ()) == 2 + (steps > 1)
 
 
-@pytest.mark.parametrize(("code", "asked"), [("rate_limited", MAX_TRIES), ("too_long", 1), ("unauthorized", 1)])
+@pytest.mark.parametrize(
+    ("code", "asked"), [("rate_limited", MAX_TRIES), ("too_long", 1), ("unauthorized", 1), ("out_of_cache", 1)]
+)
 def test_a_failure_that_stays_is_that_of_all_equal_prompts(tmp_path: Path, code: str, asked: int) -> None:
     batch, engine = Batch(tmp_path, countries(4000, repeat=4000)), FailingEngine(code, 10_000)
     assert batch.run(engine)[0].complete

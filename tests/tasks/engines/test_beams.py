@@ -52,7 +52,7 @@ def test_memory_that_runs_out_in_a_beam_search_fails_this_request_alone(family_o
     assert before.result(60).generated_tokens == 60
     for future in beams:
         completion = future.result(60)
-        assert (completion.error_code, completion.finish_reason, completion.text) == ("out_of_cache", "error", "")
+        assert (completion.error_code, completion.finish_reason, completion.text) == ("out_of_memory", "error", "")
         assert "memory" in completion.error
     assert family.text(PROMPTS[0]) == greedy[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import subprocess
@@ -15,7 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from prefect_huggingface.blocks import GenerationOptions, HuggingFaceCredentials, LocalModel, ModelStore
+from prefect_huggingface.blocks import (
+    GenerationOptions,
+    HuggingFaceCredentials,
+    InferenceEndpoint,
+    LocalModel,
+    ModelStore,
+)
 from prefect_huggingface.tasks.engines import registry
 from prefect_huggingface.tasks.engines.memory import give_back_memory, resident_bytes
 from prefect_huggingface.tasks.engines.registry import load_engine, set_memory_budget, unload_engines, weight_bytes
@@ -137,7 +144,7 @@ def test_an_engine_with_a_request_under_way_stays(models):
     assert loaded() == [Path(models[1].model_id)]
 
 
-def test_where_a_gpu_is_full_idle_engines_are_closed(tiny_llama, tmp_path, monkeypatch):
+def test_where_a_gpu_is_full_idle_engines_on_it_are_closed(tiny_llama, tiny_openvino, tmp_path, monkeypatch, caplog):
     import torch
     from transformers import LlamaForCausalLM
 
@@ -145,20 +152,26 @@ def test_where_a_gpu_is_full_idle_engines_are_closed(tiny_llama, tmp_path, monke
         LocalModel(model_id=str(shutil.copytree(tiny_llama, tmp_path / name)), backend="torch", device="cpu")
         for name in ("a", "b", "c")
     ]
+    elsewhere = [openvino_model(tiny_openvino), InferenceEndpoint(url="http://127.0.0.1:9")]
     real = LlamaForCausalLM.to
 
     def to(self, *arguments, **named):
-        if loaded():  # there is room for one model
+        if len(loaded()) > len(elsewhere):  # there is room for one model
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, *arguments, **named)
 
     monkeypatch.setattr(LlamaForCausalLM, "to", to)
-    load_engine(models[0])
+    for model in (*elsewhere, models[0]):
+        load_engine(model)
     gc.collect()
-    held = load_engine(models[1])
-    assert loaded() == [Path(models[1].model_id)]
-    with pytest.raises(EngineBusyError, match=r"out of memory.*in use: .*b\. Let go"):
+    kept = loaded()[:2]  # nothing of them is on the device
+    with caplog.at_level(logging.INFO):
+        held = load_engine(models[1])
+    assert loaded() == [*kept, Path(models[1].model_id)]
+    assert f"Closing the engine of {models[0].model_id} to make room on cpu." in caplog.text
+    with pytest.raises(EngineBusyError, match=rf"out of memory.*in use: {models[1].model_id}\. Let go"):
         load_engine(models[2])
+    assert loaded() == [*kept, Path(models[1].model_id)]
     assert ask(held, "The capital of").error is None
 
 

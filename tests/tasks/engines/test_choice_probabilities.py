@@ -12,6 +12,7 @@ import pytest
 from prefect_huggingface.blocks import GenerationOptions, LocalModel, ResponseFormat
 from prefect_huggingface.tasks import generate_text, unload_engines
 from prefect_huggingface.tasks.engines.torch_engine import TorchTextEngine
+from prefect_huggingface.tasks.openai_protocol import BodyError, check_all
 from prefect_huggingface.tasks.records import Completion, Request
 from support.engine_families import PROMPTS, Family
 from support.scripted_models import make_scripted_model
@@ -106,7 +107,10 @@ def test_memory_that_runs_out_while_choices_are_scored_ends_the_request(tmp_path
         assert engine.submit(Request("Well?", options=options)).result(60).error is None
         engine._model.register_forward_pre_hook(run_out, with_kwargs=True)
         scored = engine.submit(Request("Well?", options=options))
-        assert scored.result(60).error_code == "out_of_cache"
+        assert scored.result(60).error_code == "out_of_memory"
+        with pytest.raises(BodyError) as caught:  # it may pass: at an endpoint, it is no prompt that is too long
+            check_all([scored.result(60)])
+        assert (caught.value.status, caught.value.retry_after) == (503, 1)
         assert engine.submit(Request("Well?")).result(60).error is None
 
 

@@ -117,6 +117,11 @@ def test_a_sampled_stream_that_breaks_and_comes_differently_is_an_error(tgi):
     assert "differently" in found.error
 
 
+def test_words_of_a_server_about_a_code_are_not_the_code(tgi, whole):
+    tgi.fault("status", status=500, words="The worker said model_unavailable.", path=TEXT_ROUTE)
+    assert ask(tgi.url).text == whole
+
+
 def test_a_dropped_connection_is_tried_again(tgi, whole):
     tgi.fault("hang_up", path=TEXT_ROUTE, times=2)
     assert ask(tgi.url).text == whole

@@ -8,6 +8,7 @@ import http.server
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -293,12 +294,21 @@ def test_no_more_images_are_read_ahead_than_there_is_room_for(engine, pictures, 
     expected = ask(engine, images=pictures[:1], max_new_tokens=40, ignore_eos=True).text
     options = GenerationOptions(max_new_tokens=40, ignore_eos=True)
     request = Request("What is this?", images=[str(pictures[0])], options=options)
+    decoded, held, decode = [], [], Image.Image.convert
+
+    def watch(image: Image.Image, *arguments: str) -> Image.Image:
+        decoded.append(weakref.ref(found := decode(image, *arguments)))
+        held.append(sum(one() is not None for one in decoded))
+        return found
+
+    monkeypatch.setattr(Image.Image, "convert", watch)
     futures, most = [engine.submit(request) for _ in range(24)], 0
     while not futures[-1].done():
         most = max(most, len(engine.active_requests))
         time.sleep(0.001)
     assert {future.result(60).text for future in futures} == {expected}
     assert 0 < most <= 4  # one may be done and still counted
+    assert 0 < max(held) <= 3
     assert engine.in_flight == 8
     # One that waits for room is ended as any other.
     busy = [engine.submit(request) for _ in range(8)]

@@ -20,6 +20,7 @@ from langchain_tests.unit_tests import EmbeddingsUnitTests
 
 from prefect_huggingface.blocks import EmbeddingOptions, LocalModel
 from prefect_huggingface.tasks import embed_texts, rerank_texts
+from prefect_huggingface.tasks.engines.torch_loading import available_devices
 from prefect_huggingface.tasks.errors import GenerationError, SettingsError
 from prefect_huggingface.tasks.langchain import (
     HuggingFaceCrossEncoder,
@@ -130,6 +131,25 @@ def test_empty_and_long_texts_have_vectors_too(embedder: Path) -> None:
 def test_unknown_arguments_are_refused(embedder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         HuggingFaceEmbeddings(model_name=str(embedder), **wrong)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("used", [None, "cpu", "CPU", "-1"])
+@pytest.mark.parametrize("named", ["cpu", "CPU", -1])
+def test_the_device_that_is_used_may_be_named_again(embedder: Path, backend: str, used: Any, named: Any) -> None:
+    if backend == "torch" and used is None:
+        used = "cpu" if len(available_devices()) > 1 else None  # the best one is another one there
+    HuggingFaceEmbeddings(
+        model_name=str(embedder),
+        model_kwargs={"backend": backend, "device": used},
+        encode_kwargs={"device": named},
+    )
+
+
+def test_a_device_that_is_not_used_is_refused_with_the_one_that_is(embedder: Path) -> None:
+    given = {"backend": "openvino"}
+    with pytest.raises(ValueError, match="runs on device 'CPU', and `encode_kwargs` names 'auto'"):
+        HuggingFaceEmbeddings(model_name=str(embedder), model_kwargs=given, encode_kwargs={"device": "auto"})
 
 
 def test_a_cross_encoder_scores_pairs(ranker: Path) -> None:
