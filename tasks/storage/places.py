@@ -316,7 +316,9 @@ def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
     try:
         system, path = fsspec.url_to_fs(url, **(_hub.get() if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
-        raise TableError(f"{redact(url)!r} cannot be opened: {redact(str(exc))}. Install its package, or correct it.") from exc
+        raise TableError(
+            f"{redact(url)!r} cannot be opened: {redact(str(exc))}. Install its package, or correct it."
+        ) from exc
     if is_fresh:
         system.invalidate_cache()
     return system, path

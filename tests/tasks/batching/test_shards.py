@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -285,6 +286,35 @@ def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="has changed since the batch began"):
         batch.publish()
     assert not batch.destination.exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_an_input_that_was_touched_or_put_back_is_the_same(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Toucher(InstantEngine):
+        def submit(self, *arguments: Any) -> Any:
+            if not touched:
+                touched.append(os.utime(source, (2, 2)))
+            return super().submit(*arguments)
+
+    touched: list[None] = []
+    digests: list[str] = []
+    source, table = tmp_path / f"in.{suffix}", pa.table({"country": [f"Land {index}" for index in range(5000)]})
+    if suffix == "jsonl":
+        source.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+    else:
+        (pa.csv.write_csv if suffix == "csv" else pa.parquet.write_table)(table, source)
+    output = plan_output(str(source), str(tmp_path / "out.jsonl"))
+    journal, job = Journal.beside(output.destination), plan_job(str(source), PROMPT)
+    run = open_run(claim_journal(journal), job)
+    os.utime(source, (1, 1))
+    digest = Place.digest
+    monkeypatch.setattr(Place, "digest", lambda place: digests.append(place.url) or digest(place))
+    assert process_shard([Toucher()], run.shards[0]).complete
+    assert len(digests) == 2  # one for each time that it was touched
+    os.utime(source, (3, 3))
+    assert publish_output(job, run.owner, output).statuses == {"ok": 5000}
 
 
 @pytest.mark.parametrize("moment", ["before", "meanwhile"])
