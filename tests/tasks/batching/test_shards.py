@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import pytest
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.output import plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shard import MAX_TRIES, RowFeed, ShardResult, process_shard
-from prefect_huggingface.tasks.errors import BatchError, TableError
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.batching.shard import MAX_TRIES, Room, RowFeed, ShardResult, process_shard, run_requests
+from prefect_huggingface.tasks.errors import BatchError, EngineError, TableError
+from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
@@ -229,6 +229,24 @@ def test_shards_of_a_process_have_so_many_rows_in_the_engine_together(tmp_path: 
     assert all(result.complete for result in results)
     assert engine.most == limit
     assert len(batch.publish()) == 200
+
+
+@pytest.mark.parametrize("fault", ["input", "engine"])
+def test_a_shard_that_fails_leaves_its_room_to_the_others(tmp_path: Path, fault: str) -> None:
+    class Engine(InstantEngine):
+        def submit(self, request: Request, *arguments: Any) -> Future[Completion]:
+            if fault == "engine" and request.prompt == PROMPT.format(country="Land 2"):
+                raise EngineError("The engine was closed.")
+            return super().submit(request, *arguments)
+
+    batch = Batch(tmp_path, countries(8))
+    if fault == "input":
+        batch.source.write_text(batch.source.read_text().replace("Land 2", "Land 9"))
+    room = Room(4)
+    feed = RowFeed(batch.job.make_requests(), ((chunk, []) for chunk in read_chunks(batch.job.table)), lambda _: None)
+    with pytest.raises((TableError, EngineError)):
+        list(run_requests([Engine()], feed, room, lambda: False))
+    assert room.take(1.0) == 4
 
 
 def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:

@@ -150,6 +150,20 @@ def test_a_moment_without_the_store_does_not_end_a_shard(tmp_path: Path, restles
     assert publish_output(job, run.owner, output).statuses == {"ok": 100}
 
 
+def test_a_stop_reaches_the_shards_when_the_store_is_back(restless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "LEASE_SECONDS", 0.5)
+    owner = claim_journal(Journal(Place(f"{restless}/j")))
+    RestlessFileSystem.refusals = 3
+    owner.request_stop("Test")
+    assert RestlessFileSystem.refusals == 0
+    assert owner.is_stopped()
+    RestlessFileSystem.refusals = 1_000_000
+    shards = iter([False, False, True])
+    owner.request_stop("Test", lambda: next(shards))  # nobody is left to be asked
+    with pytest.raises(TableError, match="cannot be reached"):
+        owner.request_stop("Test")
+
+
 def test_a_store_that_stays_away_ends_the_wait_after_the_time_of_a_lease(
     restless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
