@@ -289,6 +289,7 @@ def run_shards(
     futures = [run_shard.submit(models, shard) for shard in run.shards]
     for future in futures:
         future.add_done_callback(finished.put)
+    running = len(futures)
     begins: list[float] = []
     ends: list[float] = []
     is_complete = True
@@ -303,7 +304,9 @@ def run_shards(
         try:
             while len(ends) < len(futures):
                 try:
-                    result = finished.get(timeout=journal.poll_seconds).result()
+                    future = finished.get(timeout=journal.poll_seconds)
+                    running -= 1
+                    result = future.result()
                     ends.append(time.monotonic())  # the clocks of other machines may differ
                     begins.append(ends[-1] - result.seconds)
                     is_complete = is_complete and result.complete
@@ -312,8 +315,8 @@ def run_shards(
                 watch.check()
                 check_failures(tell(), more.max_failures, more.min_valid)
         except BaseException as exc:
-            with suppress(TableError, OSError):  # who cannot reach the journal any more ends as well
-                run.owner.request_stop(type(exc).__name__)
+            with suppress(TableError, OSError):  # a shard that cannot reach the journal for so long ends as well
+                run.owner.request_stop(type(exc).__name__, lambda: finished.qsize() >= running)
             for future in futures:  # they commit what is finished
                 future.wait()
             raise

@@ -193,12 +193,15 @@ def run_requests(
         while not should_stop():
             # With nothing to wait for but the room that other shards have, wait for that.
             free = room.take(0 if pending or not finished.empty() else STOP_CHECK_SECONDS)
-            taken = feed.take(free)
-            room.give(free - len(taken))
-            for asked in taken:
-                future = engines[asked.engine].submit(asked.request, listen(asked))
-                pending.add(future)
-                future.add_done_callback(collect)
+            unused = free
+            try:
+                for asked in feed.take(free):
+                    future = engines[asked.engine].submit(asked.request, listen(asked))
+                    unused -= 1
+                    pending.add(future)
+                    future.add_done_callback(collect)
+            finally:  # other shards have the rest, whatever happens to this one
+                room.give(unused)
             if pending or not finished.empty():
                 yield from _finished(engines, _wait_for(finished))
             elif free:

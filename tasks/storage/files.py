@@ -112,7 +112,7 @@ def write_file(path: Path, content: bytes, replace: bool = True, folder: Path | 
 def move_file(temporary: Path, target: Path, replace: bool = True) -> None:
     """Make a file durable and give it its name, for good. It may keep the old one besides.
 
-    Of several that must not replace a file one succeeds; where the file system has no links, who looks first.
+    Of several that must not replace a file one succeeds. A file system without links is asked first for the name.
 
     Raises:
         FileExistsError: If somebody has the name and is not to be replaced.

@@ -139,7 +139,7 @@ class Place:
         """Write the whole content unless there is a file already, and return whether it was written.
 
         Of several processes that do so at once one succeeds, on local file systems with links and where fsspec has
-        conditional writes (S3, GCS, Azure, memory). Elsewhere it is looked first and then written.
+        conditional writes (S3, GCS, Azure, memory). Elsewhere the file is looked for first and then written.
         """
         try:
             self._put(content, replace=False)
@@ -203,7 +203,7 @@ class Place:
             move_file(temporary, Path(self.url), replace)
         except FileExistsError:
             raise TableError(
-                f"{self.url!r} exists already. Choose another destination, or move the file away."
+                f"{redact(self.url)!r} exists already. Choose another destination, or move the file away."
             ) from None
 
     def _ask(self, operation: str, *arguments: Any, is_fresh: bool = False, **options: Any) -> Any:
@@ -270,6 +270,11 @@ class _RemoteFile:
     def readinto(self, buffer: Any) -> Any:
         return _reach(self._url, self._file.readinto, buffer)
 
+    def read(self, size: int = -1) -> Any:
+        return _reach(self._url, self._file.read, size)
+
+    readall = read
+
 
 def _reach(url: str, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Return what a file system answers.
@@ -286,9 +291,9 @@ def _reach(url: str, operation: Callable[..., Any], *arguments: Any, **options: 
     try:
         return operation(*arguments, **options)
     except FileExistsError:
-        error: Exception = FileExistsError(f"{url!r} exists already.")
+        error: Exception = FileExistsError(f"{redact(url)!r} exists already.")
     except FileNotFoundError as exc:
-        error = FileNotFoundError(f"{url!r} is not there: {shorten(redact(str(exc)))}")
+        error = FileNotFoundError(f"{redact(url)!r} is not there: {shorten(redact(str(exc)))}")
     except Exception as exc:
         error = _explain(url, exc)
     raise error
@@ -299,7 +304,7 @@ def _explain(url: str, exc: Exception) -> TableError:
     remedy = "Check the URL, the network and the store, then start it again."
     if re.search("Credential|Auth|Permission", kind) or status in (401, 403):
         remedy = "Give credentials that its store accepts, in the block or as its client reads them."
-    return TableError(f"{url!r} cannot be reached ({shorten(redact(f'{kind}: {exc}'))}). {remedy}")
+    return TableError(f"{redact(url)!r} cannot be reached ({shorten(redact(f'{kind}: {exc}'))}). {remedy}")
 
 
 def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
@@ -311,7 +316,9 @@ def _file_system(url: str, is_fresh: bool = False) -> tuple[Any, str]:
     try:
         system, path = fsspec.url_to_fs(url, **(_hub.get() if url.startswith("hf://") else {}))
     except (ImportError, ValueError) as exc:
-        raise TableError(f"{url!r} cannot be opened: {exc}. Install its package, or correct it.") from exc
+        raise TableError(
+            f"{redact(url)!r} cannot be opened: {redact(str(exc))}. Install its package, or correct it."
+        ) from exc
     if is_fresh:
         system.invalidate_cache()
     return system, path

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,9 +91,17 @@ class JournalOwner:
         """Write a record of this run: what the job consists of, what is known of the output, or that it has to stop."""
         self.journal.place.child(f"{kind}-{self.epoch:06}.json").write(encode_record(record))
 
-    def request_stop(self, reason: str) -> None:
-        """Ask the shards of this run to stop. They commit what is finished."""
-        self.write("stop", {"reason": reason, "owner": self.id})
+    def request_stop(self, reason: str, is_over: Callable[[], bool] = lambda: False) -> None:
+        """Ask the shards of this run to stop. They commit what is finished.
+
+        While the store is away it tries again, for the time of a lease at most and not when they are over.
+        """
+        outage = StoreOutage()
+        while not is_over():
+            with outage:
+                self.write("stop", {"reason": reason, "owner": self.id})
+                return
+            time.sleep(self.journal.poll_seconds)
 
     def clear(self) -> None:
         """Delete the job and the rows, unless another run has succeeded this one. What was published stays known."""

@@ -15,7 +15,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import IO, Any, Literal, get_args
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import override
 
 from prefect_huggingface.tasks.errors import TableError
-from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.run_logs import redact, run_log
 from prefect_huggingface.tasks.storage.files import open_scratch_database
 from prefect_huggingface.tasks.storage.places import Place, find_places, is_pattern
 
@@ -306,22 +306,21 @@ def check_unchanged(table: Table) -> None:
         TableError: If one has changed.
     """
     for file in table.files:
-        _check_version(file)
-        if (place := Place(file.url)).is_local and place.digest() != file.digest:
-            raise _changed(file)
+        _check_version(replace(file, version="") if Place(file.url).is_local else file)
 
 
-def _check_version(file: TableFile) -> None:
-    try:
-        is_same = Place(file.url).version() == file.version
-    except FileNotFoundError:
-        is_same = False
-    if not is_same:
-        raise _changed(file)
+def _check_version(file: TableFile) -> TableFile:
+    """Return the file as it is now. One of this machine that was touched, or copied, may have the same content."""
+    place = Place(file.url)
+    with suppress(FileNotFoundError):
+        version = place.version()
+        if version == file.version or (place.is_local and place.digest() == file.digest):
+            return replace(file, version=version)
+    raise _changed(file)
 
 
 def _changed(file: TableFile) -> TableError:
-    return TableError(f"{file.url!r} has changed since the batch began. Put it back, or start a new batch.")
+    return TableError(f"{redact(file.url)!r} has changed since the batch began. Put it back, or start a new batch.")
 
 
 def read_chunks(table: Table, rows: Rows | None = None, each: bool = False) -> Iterator[Chunk]:
@@ -353,7 +352,7 @@ def _read_range(table: Table, rows: range, each: bool) -> Iterator[Chunk]:
             try:
                 for chunk in open_reader(Place(file.url), table.format, file.layout).read(file, low, high):
                     if each:
-                        _check_version(file)
+                        file = _check_version(file)
                     expected = chunk.first + len(chunk)
                     chunk.first += offset
                     yield chunk

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import pytest
 from prefect_huggingface.tasks.batching.job import BatchJob, BatchOptions, plan_job
 from prefect_huggingface.tasks.batching.output import plan_output, publish_output
 from prefect_huggingface.tasks.batching.run import count_rows, cut_shards, open_run
-from prefect_huggingface.tasks.batching.shard import MAX_TRIES, RowFeed, ShardResult, process_shard
-from prefect_huggingface.tasks.errors import BatchError, TableError
-from prefect_huggingface.tasks.records import Completion
+from prefect_huggingface.tasks.batching.shard import MAX_TRIES, Room, RowFeed, ShardResult, process_shard, run_requests
+from prefect_huggingface.tasks.errors import BatchError, EngineError, TableError
+from prefect_huggingface.tasks.records import Completion, Request
 from prefect_huggingface.tasks.storage.journals.duplicates import ResultIndex
 from prefect_huggingface.tasks.storage.journals.journal import Journal
 from prefect_huggingface.tasks.storage.places import Place
@@ -232,6 +233,24 @@ def test_shards_of_a_process_have_so_many_rows_in_the_engine_together(tmp_path: 
     assert len(batch.publish()) == 200
 
 
+@pytest.mark.parametrize("fault", ["input", "engine"])
+def test_a_shard_that_fails_leaves_its_room_to_the_others(tmp_path: Path, fault: str) -> None:
+    class Engine(InstantEngine):
+        def submit(self, request: Request, *arguments: Any) -> Future[Completion]:
+            if fault == "engine" and request.prompt == PROMPT.format(country="Land 2"):
+                raise EngineError("The engine was closed.")
+            return super().submit(request, *arguments)
+
+    batch = Batch(tmp_path, countries(8))
+    if fault == "input":
+        batch.source.write_text(batch.source.read_text().replace("Land 2", "Land 9"))
+    room = Room(4)
+    feed = RowFeed(batch.job.make_requests(), ((chunk, []) for chunk in read_chunks(batch.job.table)), lambda _: None)
+    with pytest.raises((TableError, EngineError)):
+        list(run_requests([Engine()], feed, room, lambda: False))
+    assert room.take(1.0) == 4
+
+
 def test_failed_rows_are_retried_alone(tmp_path: Path) -> None:
     lines = [json.dumps({"country": "Land" if index % 10 else "  "}) + " " * index for index in range(200)]
     batch = Batch(tmp_path, lines, "{country}")
@@ -287,6 +306,35 @@ def test_an_input_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="has changed since the batch began"):
         batch.publish()
     assert not batch.destination.exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_an_input_that_was_touched_or_put_back_is_the_same(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Toucher(InstantEngine):
+        def submit(self, *arguments: Any) -> Any:
+            if not touched:
+                touched.append(os.utime(source, (2, 2)))
+            return super().submit(*arguments)
+
+    touched: list[None] = []
+    digests: list[str] = []
+    source, table = tmp_path / f"in.{suffix}", pa.table({"country": [f"Land {index}" for index in range(5000)]})
+    if suffix == "jsonl":
+        source.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+    else:
+        (pa.csv.write_csv if suffix == "csv" else pa.parquet.write_table)(table, source)
+    output = plan_output(str(source), str(tmp_path / "out.jsonl"))
+    journal, job = Journal.beside(output.destination), plan_job(str(source), PROMPT)
+    run = open_run(claim_journal(journal), job)
+    os.utime(source, (1, 1))
+    digest = Place.digest
+    monkeypatch.setattr(Place, "digest", lambda place: digests.append(place.url) or digest(place))
+    assert process_shard([Toucher()], run.shards[0]).complete
+    assert len(digests) == 2  # one for each time that it was touched
+    os.utime(source, (3, 3))
+    assert publish_output(job, run.owner, output).statuses == {"ok": 5000}
 
 
 @pytest.mark.parametrize("moment", ["before", "meanwhile"])

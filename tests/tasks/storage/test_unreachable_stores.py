@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,8 +71,17 @@ def test_whatever_is_asked_of_a_store_that_is_away(place: Place, operation: str)
         assert TOKEN not in str(error)
 
 
+@pytest.mark.parametrize("operation", ["info", "read", "open", "ahead", "version", "create"])
+def test_the_signature_of_a_url_is_not_in_what_is_said_of_it(operation: str) -> None:
+    pytest.importorskip("aiohttp")
+    place = Place(f"http://127.0.0.1:{free_port()}/rows.csv?X-Amz-Signature=CANARY")
+    with pytest.raises((TableError, FileNotFoundError), match=r"/rows\.csv\?\.\.\.' (cannot be|is not)") as error:
+        OPERATIONS[operation](place)
+    assert "CANARY" not in str(error.value)
+
+
 class RestlessFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """A store in memory that does not list its files so many times."""
+    """A store in memory that does not list its files, or take one, so many times."""
 
     protocol = "restless"
     store: dict[str, Any] = {}
@@ -79,10 +89,30 @@ class RestlessFileSystem(MemoryFileSystem):  # type: ignore[misc]
     refusals = 0
 
     def ls(self, *arguments: Any, **options: Any) -> Any:
+        self._refuse()
+        return super().ls(*arguments, **options)
+
+    def pipe_file(self, *arguments: Any, **options: Any) -> Any:
+        self._refuse()
+        return super().pipe_file(*arguments, **options)
+
+    def open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        file = super().open(path, *arguments, **options)
+        return BrokenFile(file.getvalue()) if path.endswith(".broken") else file
+
+    def _refuse(self) -> None:
         if RestlessFileSystem.refusals:
             RestlessFileSystem.refusals -= 1
             raise ConnectionResetError("The store is away.")
-        return super().ls(*arguments, **options)
+
+
+class BrokenFile(io.BytesIO):
+    """A file whose store goes away when it is read."""
+
+    def read(self, *_: Any) -> Any:
+        raise ConnectionResetError("The store is away.")
+
+    readinto = read
 
 
 @pytest.fixture
@@ -91,6 +121,14 @@ def restless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Journal, "poll_seconds", 0.01)
     yield f"restless://{tmp_path.name}"
     RestlessFileSystem.refusals = 0
+
+
+@pytest.mark.parametrize("size", [(), (-1,), (1,)])
+def test_a_store_that_goes_away_while_a_file_is_read(restless: str, size: tuple[int, ...]) -> None:
+    place = Place(f"{restless}/rows.broken")
+    place.write(b"rows")
+    with place.open() as file, pytest.raises(TableError, match="cannot be reached"):
+        file.read(*size)
 
 
 def test_a_moment_without_the_store_does_not_end_a_shard(tmp_path: Path, restless: str) -> None:
@@ -110,6 +148,20 @@ def test_a_moment_without_the_store_does_not_end_a_shard(tmp_path: Path, restles
     assert process_shard([Engine(seconds=0.01)], run.shards[0]).complete
     assert RestlessFileSystem.refusals == 0
     assert publish_output(job, run.owner, output).statuses == {"ok": 100}
+
+
+def test_a_stop_reaches_the_shards_when_the_store_is_back(restless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "LEASE_SECONDS", 0.5)
+    owner = claim_journal(Journal(Place(f"{restless}/j")))
+    RestlessFileSystem.refusals = 3
+    owner.request_stop("Test")
+    assert RestlessFileSystem.refusals == 0
+    assert owner.is_stopped()
+    RestlessFileSystem.refusals = 1_000_000
+    shards = iter([False, False, True])
+    owner.request_stop("Test", lambda: next(shards))  # nobody is left to be asked
+    with pytest.raises(TableError, match="cannot be reached"):
+        owner.request_stop("Test")
 
 
 def test_a_store_that_stays_away_ends_the_wait_after_the_time_of_a_lease(
