@@ -38,12 +38,8 @@ from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT, default_endpoint
 from prefect_huggingface.blocks.store import hugging_face_cache
 from prefect_huggingface.tasks.hub_errors import (
-    HubError,
-    NoWeightsError,
-    PickleOnlyError,
-    StoreBusyError,
-    UnusableRepositoryError,
-)
+    HubError, NoWeightsError, PickleOnlyError, StoreBusyError, UnusableRepositoryError,
+)  # fmt: skip
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
 from prefect_huggingface.tasks.storage.files import has_content, write_file
 from prefect_huggingface.tasks.storage.hub.client import COMMIT, ETAG, DownloadStopped, RepositoryFile
@@ -294,11 +290,10 @@ class Selection:
     def _check_code(self, config: bytes) -> None:
         """Refuse code of another repository that is not here: Transformers would only look for it in its cache."""
         for other in foreign_code(config):
-            cache = hugging_face_cache()
-            if not RepositoryFolder(cache, other).path.is_dir():
+            if not RepositoryFolder(hugging_face_cache(), other).path.is_dir():
                 text = (
-                    f"{self.repo_id!r} needs the Python code of another repository, {other!r}, which is not in "
-                    f"{str(cache)!r}. If you trust it, run `hf download {other} --include '*.py'` once."
+                    f"{self.repo_id!r} needs the Python code of another repository, {other!r}, which is not here. If "
+                    f"you trust it, run `hf download {other} --include '*.py'` once."
                 )
                 raise UnusableRepositoryError(text, repo_id=self.repo_id)
 
