@@ -127,3 +127,13 @@ def find_pointer(folder: Path, names: Iterable[str]) -> str | None:
         if place.stat().st_size < 1024 and place.read_bytes().startswith(b"version https://git-lfs.github.com/"):
             return name
     return None
+
+
+def foreign_code(config: bytes) -> list[str]:
+    """Return the other repositories that hold Python code of a model, by its configuration."""
+    try:
+        named = json.loads(config)["auto_map"].values()
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []
+    references = [one for value in named for one in (value if isinstance(value, list) else [value])]
+    return sorted({str(one).partition("--")[0] for one in references if "--" in str(one)})

@@ -38,10 +38,15 @@ from prefect_huggingface.blocks import LocalModel, ModelStore
 from prefect_huggingface.blocks.credentials import DEFAULT_ENDPOINT, default_endpoint
 from prefect_huggingface.blocks.store import hugging_face_cache
 from prefect_huggingface.tasks.hub_errors import (
-    HubError, NoWeightsError, PickleOnlyError, StoreBusyError, UnusableRepositoryError,
-)  # fmt: skip
+    HubError,
+    NoWeightsError,
+    PickleOnlyError,
+    StoreBusyError,
+    UnusableRepositoryError,
+)
 from prefect_huggingface.tasks.records import Snapshot, SnapshotFile
 from prefect_huggingface.tasks.storage.files import has_content, write_file
+from prefect_huggingface.tasks.storage.folders import foreign_code
 from prefect_huggingface.tasks.storage.hub.client import COMMIT, ETAG, DownloadStopped, RepositoryFile
 from prefect_huggingface.tasks.storage.locks import LEASE, last_used, lease_path, note_use, take_free
 from prefect_huggingface.tasks.waiting import WaitNotice, file_held, holder_of
@@ -335,16 +340,6 @@ def describe_weights(names: set[str], backend: str) -> str:
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names if "." in name})[:8]
     wanted = "OpenVINO or safetensors" if backend == "openvino" else "safetensors"
     return f"holds no {wanted} weights for the backend {backend!r}, only {suffixes!r}. Choose another model."
-
-
-def foreign_code(config: bytes) -> list[str]:
-    """Return the other repositories that hold Python code of a model, by its configuration."""
-    try:
-        named = json.loads(config)["auto_map"].values()
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return []
-    references = [one for value in named for one in (value if isinstance(value, list) else [value])]
-    return sorted({str(one).partition("--")[0] for one in references if "--" in str(one)})
 
 
 def read_index(content: bytes) -> dict[str, str]:
