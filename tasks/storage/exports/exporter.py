@@ -39,6 +39,12 @@ LOGITS_TOKENS = 1056
 """Tokens whose logits are in memory at once: those of a large vocabulary take a megabyte for each token."""
 LARGEST_GAP = 0.02
 """Difference (nats) between engine and model that rounding explains, both in single precision."""
+EXACT_PROPERTIES = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
+"""Single precision: processors with products of 8-bit integers would round activations to 8 bits too."""
 OPTIMUM_CLASSES = {
     "text-generation": "OVModelForCausalLM",
     "text2text-generation": "OVModelForSeq2SeqLM",
@@ -257,8 +263,7 @@ def check_engine(output: Path) -> int:
     """
     import openvino_genai
 
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-    model, engine = load_plainly(str(output), "CPU", exact)
+    model, engine = load_plainly(str(output), "CPU", EXACT_PROPERTIES)
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     config |= config.get("text_config") or {}
     window = attention_window(config)

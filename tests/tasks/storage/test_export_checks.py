@@ -14,10 +14,12 @@ from prefect_huggingface.tasks.errors import ExportError, ExportOutOfMemoryError
 from prefect_huggingface.tasks.storage.exports import child
 from prefect_huggingface.tasks.storage.exports.child import ChildProgram, child_environment, run_child, run_export
 from prefect_huggingface.tasks.storage.exports.exporter import (
+    EXACT_PROPERTIES,
     LARGEST_GAP,
     attention_window,
     check_gap,
     checked_tokens,
+    load_plainly,
 )
 from prefect_huggingface.tasks.storage.exports.recipes import resolve_recipe
 from prefect_huggingface.tasks.storage.exports.store import get_export
@@ -82,6 +84,15 @@ def test_a_gap_between_engine_and_model_is_refused(gap: float) -> None:
     check_gap(LARGEST_GAP / 2, LARGEST_GAP)
     with pytest.raises(RuntimeError, match="Use `backend='torch'`"):
         check_gap(gap, LARGEST_GAP)
+
+
+def test_rounding_alone_makes_no_gap(tiny_llama: Path) -> None:
+    """Processors with products of 8-bit integers round activations too, where they are not told otherwise."""
+    folder = get_export(LocalModel(model_id=str(tiny_llama), weight_format="int8")).path
+    model, engine = load_plainly(str(folder), "CPU", EXACT_PROPERTIES)
+    text = checked_tokens({"vocab_size": 400}, 64)
+    own, (found,) = model.log_probabilities(text), engine.log_probabilities([text])
+    assert max(abs(a - b) for a, b in zip(own, found, strict=True)) < LARGEST_GAP / 100
 
 
 def make_checkpoint(folder: Path, name: str, **settings: object) -> Path:
