@@ -88,6 +88,7 @@ class OpenVINOTextEngine(EngineWorker):
         inputs.check = lambda options: check_options(options, model.engine, self._vocabulary)
         self._scheduler = Scheduler(self.sizes.sequences, self.sizes.cache_tokens, model.engine.enable_prefix_caching)
         self._scheduled: dict[RequestState, ScheduledRequest] = {}
+        self._patience = REACTION_SECONDS
         # More than fit, so that a place that gets free is taken in the same step.
         self.in_flight = self.sizes.sequences + max(self.sizes.sequences // 2, 8)
         super().__init__(inputs)
@@ -119,6 +120,7 @@ class OpenVINOTextEngine(EngineWorker):
 
     def add(self, state: RequestState) -> None:
         """Put a request at the end of the queue."""
+        self._patience = REACTION_SECONDS
         request = self._scheduled[state] = ScheduledRequest(state)
         self._scheduler.append(request)
 
@@ -151,8 +153,9 @@ class OpenVINOTextEngine(EngineWorker):
         ]
 
     def finished(self) -> None:
-        """Let callers react before the next step."""
-        limit = time.perf_counter() + REACTION_SECONDS
+        """Let callers react before the next step. Each time that nobody does, the next gets half of the time."""
+        limit = time.perf_counter() + self._patience
+        self._patience /= 2
         while self._inbox.empty() and not self._scheduler.waiting and time.perf_counter() < limit:
             time.sleep(REACTION_SECONDS / 20)
 
@@ -210,12 +213,11 @@ class OpenVINOTextEngine(EngineWorker):
         state = request.state
         for place, handle in enumerate(request.handles):
             sequences = state.sequences if state.options.num_beams > 1 else state.sequences[place : place + 1]
-            if not any(sequence.is_running for sequence in sequences):
+            if not _are_running(sequences):
                 continue
-            _read_handle(handle, sequences)
-            if handle.get_status().name == "IGNORED":
+            if not _read_handle(handle, sequences) and handle.get_status().name == "IGNORED":
                 return False
-            if not any(sequence.is_running for sequence in sequences):
+            if not _are_running(sequences):
                 # A stop string or the end of a phase; the handle gives its room back in the next step.
                 handle.cancel()
             if sequences[0].must_resubmit:
@@ -311,16 +313,29 @@ class OpenVINOTextEngine(EngineWorker):
         self.remove(request.state)
 
 
-def _read_handle(handle: Any, sequences: list[Sequence]) -> None:
-    """Give the sequences what a handle holds, the best answer first."""
+def _are_running(sequences: list[Sequence]) -> bool:
+    # Asked for every request in every step: a loop is half the price of `any`.
+    for sequence in sequences:
+        if sequence.is_running:
+            return True
+    return False
+
+
+def _read_handle(handle: Any, sequences: list[Sequence]) -> bool:
+    """Give the sequences what a handle holds, the best answer first, and return whether there were tokens."""
+    has_tokens = False
     while handle.can_read():
-        outputs = sorted(handle.read().values(), key=lambda output: -output.score)
+        outputs = list(handle.read().values())
+        if len(outputs) > 1:
+            outputs.sort(key=lambda output: -output.score)
         for sequence, output in zip(sequences, outputs, strict=False):
-            logprobs = output.generated_log_probs or [None] * len(output.generated_ids)
-            for token, logprob in zip(output.generated_ids, logprobs, strict=False):
+            tokens = output.generated_ids
+            has_tokens = has_tokens or bool(tokens)
+            for token, logprob in zip(tokens, output.generated_log_probs or [None] * len(tokens), strict=False):
                 sequence.append(token, logprob)
             if sequence.is_running and output.finish_reason.name != "NONE":
                 sequence.finish("length" if output.finish_reason.name == "LENGTH" else "stop")
+    return has_tokens
 
 
 class OpenVINOVisionInputs(MultimodalInputProcessor):
