@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ MODEL_SETTINGS = (
     "bad_words_ids", "use_cache", "cache_implementation",
 )  # fmt: skip
 CPU_SEQUENCES, CPU_STEP_TOKENS, CPU_MEMORY_SHARE = 64, 2048, 0.25
-GPU_SEQUENCES, GPU_STEP_TOKENS, GPU_MEMORY_SHARE = 128, 16384, 0.8
+GPU_SEQUENCES, GPU_STEP_TOKENS, GPU_MEMORY_SHARE = 256, 16384, 0.8
 KV_SETTINGS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
-# Share of the tokens of one joint prompt computation that must not be padding.
-LEAST_FILL = 0.75
+# Share of the tokens of one joint prompt computation that must not be padding, but for so many of them on a GPU: there
+# they cost less than another computation.
+LEAST_FILL, GPU_SPARE_TOKENS = 0.75, 2048
 
 
 def can_join(model: Any) -> bool:
@@ -130,6 +132,10 @@ class DenseBatch:
         tensors = [tensor for layer in self._cache.layers for tensor in (layer.keys, layer.values)]
         return int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) // tokens)
 
+    def tokens_for(self, rows: int, columns: int) -> int:
+        """Return the number of tokens that there must be room for."""
+        return rows * columns
+
     def join(self, sequences: Items[Sequence]) -> Tensor:
         """Compute the prompts of new sequences and put them under the rows that are there.
 
@@ -139,19 +145,16 @@ class DenseBatch:
             Scores of the next token of the new sequences, [sequences, vocabulary].
         """
         import torch
-        from transformers import DynamicCache
 
         shared = [index for index, new in enumerate(sequences) if not index or not _shares(sequences[index - 1], new)]
-        cache = DynamicCache()
-        cache.layer_class_to_replicate = _growing_layer()
-        scores = self._forward(*_padded([sequences[index].context_ids for index in shared]), cache)
+        cache = self._new_cache()
+        scores = self._forward(*padded_rows([sequences[index].context_ids for index in shared]), cache)
         if len(shared) < len(sequences):
             starts = set(shared)
             repeats = torch.tensor([index in starts for index in range(len(sequences))]).cumsum(0) - 1
             cache.batch_select_indices(repeats)
             scores = scores[repeats.to(scores.device)]
-        self._cache = cache if self._cache is None else _stacked(self._cache, cache)
-        self.sequences.extend(sequences)
+        self._append(cache, sequences)
         return scores
 
     def step(self) -> Tensor:
@@ -191,6 +194,18 @@ class DenseBatch:
         """Take all sequences out and return them."""
         sequences, self.sequences, self._cache = self.sequences, [], None
         return sequences
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = _growing_layer()
+        return cache
+
+    def _append(self, cache: Any, sequences: Items[Sequence]) -> None:
+        """Put the rows of a cache, which belong to new sequences, under those that are there."""
+        self._cache = cache if self._cache is None else _stacked(self._cache, cache)
+        self.sequences.extend(sequences)
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
         device = self._device
@@ -348,11 +363,11 @@ class _Interrupt:
 def padded_inputs(rows: Items[Items[int]], model: Any, *, left: bool) -> dict[str, Any]:
     """Return token ids and attention mask, [rows, longest], filled up on the left or on the right."""
     device, pad = input_device(model), model.generation_config.pad_token_id
-    ids, mask = _padded(rows, pad, "left" if left else "right")
+    ids, mask = padded_rows(rows, pad, "left" if left else "right")
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _padded(rows: Items[Items[int]], pad: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
+def padded_rows(rows: Items[Items[int]], pad: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
     """Return token ids and attention mask, which hides what the rows are filled up with."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -407,12 +422,14 @@ class EngineSizes:
         step_tokens: Number of prompt tokens, with padding, that are computed at once.
         cache_bytes: Bytes of keys and values.
         bytes_per_token: Bytes of keys and values of one token, estimated until they are measured.
+        spare_tokens: Number of tokens of padding that may always be computed.
     """
 
     sequences: int
     step_tokens: int
     cache_bytes: int
     bytes_per_token: int
+    spare_tokens: int = 0
 
     @classmethod
     def of(cls, loaded: Any, options: EngineOptions) -> EngineSizes:
@@ -434,28 +451,42 @@ class EngineSizes:
             cache_bytes=free,
             # Where the configuration does not say, the smallest model there is, until a batch was measured.
             bytes_per_token=int(kv_bytes_per_token(settings, getattr(loaded.dtype, "itemsize", 4))) or 8,
+            spare_tokens=0 if on_cpu else GPU_SPARE_TOKENS,
         )
 
     def lower(self, failed_with: int) -> None:
         """Allow fewer sequences at once, after so many were too many."""
         self.sequences = max(1, min(self.sequences, failed_with) // 2)
 
-    def room(self, running: Items[Sequence], waiting: Collection[Sequence]) -> int:
-        """Return how many of the first waiting sequences may join now, at least one where none runs."""
+    def room(
+        self,
+        running: Items[Sequence],
+        waiting: Collection[Sequence],
+        tokens_for: Callable[[int, int], int] = operator.mul,
+    ) -> int:
+        """Return how many of the first waiting sequences may join now, at least one where none runs.
+
+        Args:
+            running: Sequences of the batch.
+            waiting: Sequences that wait, in their order.
+            tokens_for: Number of tokens that so many rows and columns need room for.
+        """
         longest = used = 0
-        columns = max(map(_final_columns, running), default=0)
+        columns = max(map(final_columns, running), default=0)
         for count, sequence in enumerate(waiting):
             longest, used = max(longest, sequence.length), used + sequence.length
-            columns = max(columns, _final_columns(sequence))
+            columns = max(columns, final_columns(sequence))
             rows, computed = len(running) + count + 1, (count + 1) * longest
-            fits_step = count == 0 or (computed <= self.step_tokens and LEAST_FILL * computed <= used)
-            fits_batch = rows <= self.sequences and rows * columns * self.bytes_per_token <= self.cache_bytes
+            is_full = computed - used <= max(self.spare_tokens, (1 - LEAST_FILL) * computed)
+            fits_step = count == 0 or (computed <= self.step_tokens and is_full)
+            fits_batch = rows <= self.sequences and tokens_for(rows, columns) * self.bytes_per_token <= self.cache_bytes
             if rows > 1 and not (fits_step and fits_batch):
                 return count
         return len(waiting)
 
 
-def _final_columns(sequence: Sequence) -> int:
+def final_columns(sequence: Sequence) -> int:
+    """Return the number of tokens that a sequence may become long."""
     return sequence.length + sequence.tokens_left
 
 

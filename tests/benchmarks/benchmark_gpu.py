@@ -224,11 +224,9 @@ def main() -> None:
     print(json.dumps(facts), flush=True)
     with tempfile.TemporaryDirectory() as work:
         for shape in arguments.shapes:
-            folder = make_checkpoint(Path(work) / shape, SHAPES[shape])
+            folder = make_checkpoint(Path(work) / shape, {**SHAPES[shape], "dtype": "bfloat16"}, arguments.device)
             figures = measure(folder, arguments)
-            parameters = (
-                sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 4
-            )  # saved in single precision
+            parameters = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2
             facts[shape] = {
                 "parameters": parameters,
                 "tokens_per_second": figures,

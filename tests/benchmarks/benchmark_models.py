@@ -49,8 +49,8 @@ def work_folder(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def make_checkpoint(folder: Path, shape: dict[str, Any]) -> Path:
-    """Make the checkpoint of a shape where it is missing and return its folder."""
+def make_checkpoint(folder: Path, shape: dict[str, Any], device: str = "cpu") -> Path:
+    """Make the checkpoint of a shape where it is missing and return its folder. Its weights are drawn on a device."""
     if (folder / "config.json").is_file():
         return folder
     import torch
@@ -61,7 +61,9 @@ def make_checkpoint(folder: Path, shape: dict[str, Any]) -> Path:
     make_tokenizer(unfinished)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
-    AutoModelForCausalLM.from_config(config).save_pretrained(unfinished)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(unfinished)
     unfinished.rename(folder)
     return folder
 
@@ -82,7 +84,8 @@ def make_tokenizer(folder: Path) -> None:
         if token not in vocabulary and len(token) <= LONGEST_TOKEN and "Ġ" not in token[1:]:
             vocabulary[token] = len(vocabulary)
             merges.append((left, right))
-            parts.append(token)
+            if len(token) < LONGEST_TOKEN:
+                parts.append(token)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

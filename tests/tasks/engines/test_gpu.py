@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from prefect_huggingface.blocks import EngineOptions, GenerationOptions, LocalModel
+from prefect_huggingface.tasks.engines.torch_batch import DenseBatch
 from prefect_huggingface.tasks.engines.torch_engine import TorchSeq2SeqEngine, TorchTextEngine
+from prefect_huggingface.tasks.engines.torch_graphs import GraphBatch
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.records import Completion, Request
 from support.export_models import make_model
@@ -87,6 +89,33 @@ def test_a_model_over_cpu_and_gpu(tiny_llama, expected):
 def test_greedy_text_is_the_same_alone_and_in_any_batch(engine, expected, in_flight):
     assert [completion.text for completion in run(engine, PROMPTS, in_flight)] == expected
     assert ["".join(engine.stream(Request(prompt))) for prompt in PROMPTS[:4]] == expected[:4]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("llama", {}), ("qwen3", {}), ("gpt2", {}), ("gemma3", {}), ("gemma2", {}), ("mistral", {"sliding_window": 8})],
+)
+def test_steps_that_are_replayed_say_what_the_cpu_says(tmp_path, name, changes):
+    folder = make_model(tmp_path / name, name, **changes)
+    expected = texts(folder, device="cpu", dtype="float32")
+    with TorchTextEngine(folder, block(folder, device="0", dtype="float32")) as engine:
+        assert isinstance(engine._batch, GraphBatch)
+        for in_flight in (64, 1, 5):
+            assert [completion.text for completion in run(engine, PROMPTS, in_flight)] == expected
+        assert len(engine._batch._graphs) > 2
+
+
+def test_a_model_whose_step_cannot_be_recorded_runs_without_graphs(tmp_path, tiny_llama, expected):
+    import torch
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    folder = make_model(tmp_path / "llama", "llama", rope_parameters=rope)
+    with TorchTextEngine(folder, block(folder, device="0", dtype="float32")) as engine:
+        assert type(engine._batch) is DenseBatch
+        found = [completion.text for completion in run(engine, PROMPTS)]
+    assert found == texts(folder, device="cpu", dtype="float32")
+    assert float(torch.rand(4, device="cuda").sum()) > 0  # a recording that failed left them unusable
+    assert texts(tiny_llama, device="0", dtype="float32") == expected
 
 
 def test_stop_strings_and_seeds_mean_what_they_mean_on_the_cpu(engine, expected, tiny_llama):
@@ -175,6 +204,22 @@ def test_lengths_that_never_came_before_cost_no_more_than_others(tmp_path):
             run(engine, [SAMPLE_TEXTS[0] * 2], 1)
             seconds.append(time.perf_counter() - started)
     assert seconds[0] < 3 * seconds[1]
+
+
+def test_a_step_that_is_replayed_is_much_faster_than_one_that_is_launched(tmp_path):
+    folder = make_tiny_llama(tmp_path, hidden_size=576, layers=30, context_length=1024)
+    rates = {}
+    for kind in (GraphBatch, DenseBatch):
+        options = GenerationOptions(max_new_tokens=64, ignore_eos=True)
+        with TorchTextEngine(folder, block(folder, device="0", dtype="bfloat16", options=options)) as engine:
+            if kind is DenseBatch:
+                engine._batch = DenseBatch(engine._model)
+            run(engine, PROMPTS[:2], 1)
+            started = time.perf_counter()
+            run(engine, PROMPTS[:4], 1)
+            rates[kind.__name__] = 4 * 64 / (time.perf_counter() - started)
+    print(rates)
+    assert rates["GraphBatch"] > 3 * rates["DenseBatch"]
 
 
 def test_batches_on_the_gpu_are_many_times_faster(tmp_path):
