@@ -54,13 +54,15 @@ test: $(READY)
 test-all: $(READY)
 	$(RUN) -m pytest -m "not gpu"
 
-# Half an hour on two cores, with downloads and exports. QUICK=1 takes a small model, to try the benchmarks; MODEL=1b one
-# with a billion parameters, one stream only. tests/benchmarks/README.md has more.
+# A quarter to half an hour on two cores, with downloads and exports. QUICK=1 takes a small model and fewer peers, to try
+# the benchmarks; MODEL=1b one with a billion parameters, one stream and few rows. tests/benchmarks/README.md has more.
 BENCHMARKS := build/benchmarks
 BENCHMARK := $(RUN) tests/benchmarks/benchmark
 MODEL ?= $(if $(QUICK),quick,real)
-PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8" llama.cpp \
-	"langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
+PEERS := ours "continuous batching, tuned by hand" "LLMPipeline, batches of 8"
+ifneq ($(MODEL),quick)
+PEERS += llama.cpp "langchain-huggingface, openvino" "langchain-huggingface, torch" "transformers generate_batch"
+endif
 FEW_PEERS := ours "continuous batching, tuned by hand" llama.cpp "optimum, batches of 8"
 
 benchmark: SHELL := /bin/bash
@@ -70,7 +72,7 @@ benchmark: $(READY)
 	@$(if $(filter real,$(MODEL)),$(SMOLLM2_THERE) || $(SMOLLM2))
 	@$(RUN) -c "import matplotlib" 2>/dev/null || $(RUN) -m pip install --quiet --constraint constraints.txt matplotlib || true
 	@set -o pipefail; { set -e; \
-	$(if $(filter 1b,$(MODEL)),$(BENCHMARK)_engines.py --model 1b --repeats 2 --workloads alone --engines $(FEW_PEERS); exit,:); \
+	$(if $(filter 1b,$(MODEL)),$(BENCHMARK)_engines.py --model 1b --repeats 2 --rows 16 --workloads alone mixed --engines $(FEW_PEERS); exit,:); \
 	$(BENCHMARK)_engines.py --model $(MODEL) --formats int8 --repeats 2 --workloads alone mixed --engines $(PEERS); \
 	$(BENCHMARK)_engines.py --model $(MODEL) --formats int4 --repeats 2 --workloads alone --engines $(FEW_PEERS); \
 	$(BENCHMARK)_profile.py --model $(MODEL) $(if $(filter quick,$(MODEL)),--rows 64); \

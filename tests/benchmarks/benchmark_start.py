@@ -83,7 +83,7 @@ def main() -> None:
     add_model(parser)
     arguments = parser.parse_args()
     export = make_export(work_folder(arguments))
-    peers = install_peer(arguments.output.absolute() / "peers")
+    peers = None if arguments.model == "quick" else install_peer(arguments.output.absolute() / "peers")
     names = [name for name in SCRIPTS if peers is not None or not name.startswith("langchain")]
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for repeat in range(arguments.repeats + 1):
