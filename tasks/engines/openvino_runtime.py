@@ -258,7 +258,7 @@ class GenaiPipeline:
         self._folder, self._device, self._properties = folder, device, properties
         self._sizes, self._options, self._adapters = sizes, options, adapters
         self._next_id = 0
-        self._pipeline = self._load()
+        self._pipeline: Any = self._load()
 
     @property
     def tokenizer(self) -> Any:
@@ -268,7 +268,7 @@ class GenaiPipeline:
     @property
     def has_work(self) -> bool:
         """Whether a step has something to do."""
-        return bool(self._pipeline.has_non_finished_requests())
+        return self._pipeline is not None and bool(self._pipeline.has_non_finished_requests())
 
     @property
     def cache_usage(self) -> float:
@@ -312,7 +312,7 @@ class GenaiPipeline:
         if self.drain():
             return
         logger.warning("The pipeline of %s cannot be cleared; loading the model again.", self._folder)
-        del self._pipeline
+        self._pipeline = None  # which stays so where it cannot be loaded
         self._pipeline = self._load()
 
     def _load(self) -> Any:

@@ -145,11 +145,13 @@ class EngineWorker(LocalEngine):
             logger.error("The engine failed and can be used no more.", exc_info=True)
             self.failure = f"The engine failed: {type(exc).__name__}: {exc} Load it again."
         finally:
-            self._abort_all()
-            self.inputs.close()
-            self.release()
-            if self.on_close is not None:
-                self.on_close()
+            try:
+                self._abort_all()
+                self.inputs.close()
+                self.release()
+            finally:
+                if self.on_close is not None:
+                    self.on_close()
 
     def _drain_inbox(self) -> bool:
         """Accept what is queued; wait for it where nothing is active. Return whether to go on."""

@@ -213,6 +213,7 @@ def test_a_failure_that_comes_back_after_every_start_is_given_up(family_of, monk
     assert {completion.error_code for completion in completions} == {"engine_error"}
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_whose_pipeline_cannot_be_loaded_again_fails_all_its_requests(family_of, monkeypatch):
     family = family_of("openvino-text")
     expected = family.text(PROMPTS[0])

@@ -124,7 +124,8 @@ def test_greedy_text_is_that_of_one_engine_and_every_process_answers(group, tiny
 
 def test_what_the_processes_do_not_take_waits_and_goes_to_the_first_that_is_free(group):
     count = group.in_flight + 40
-    futures = [group.submit(Request("The", options=GenerationOptions(max_new_tokens=4))) for _ in range(count)]
+    options = GenerationOptions(max_new_tokens=48, ignore_eos=True)
+    futures = [group.submit(Request("The", options=options)) for _ in range(count)]
     assert group._waiting
     assert not wait(futures, timeout=120).not_done
     assert all(future.result().error is None for future in futures)

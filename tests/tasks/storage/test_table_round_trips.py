@@ -87,7 +87,8 @@ def test_json(format: str, rows: list[dict[str, Any]], is_ascii: bool, layout: s
 @given(data=st.data(), width=st.integers(1, 4), delimiter=st.sampled_from(",;\t|"), end=st.sampled_from(["\n", "\r\n"]))
 def test_csv(format: str, data: st.DataObject, width: int, delimiter: str, end: str) -> None:
     header = data.draw(st.lists(names(UNICODE), min_size=width, max_size=width, unique=True))
-    header = [f"{name}x" if not name.strip() else name.removeprefix("\ufeff") or "y" for name in header]
+    header = [name.removeprefix("\ufeff") for name in header]
+    header = [name if name.strip() else f"{name}x" for name in header]
     if len(set(header)) < width or header[0].startswith(("sep=", "{", "[", "<")):
         return
     records = data.draw(st.lists(st.lists(texts(UNICODE), min_size=width, max_size=width), min_size=1, max_size=6))
