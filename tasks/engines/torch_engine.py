@@ -385,7 +385,7 @@ class TorchTextEngine(TorchEngine):
 
     def _make_room(self) -> None:
         """Go on with fewer sequences at once after the memory ran out; the others go on from where they are later."""
-        sequences = self._batch.clear()
+        sequences = [sequence for sequence in self._batch.clear() if sequence.is_running]
         give_back_memory()
         self._waiting.extendleft(reversed(sequences))
         at_once = len({*sequences, *self._computed})

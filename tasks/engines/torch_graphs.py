@@ -6,14 +6,17 @@ and values of each sequence are in a slot of memory that stays where it is, `[a,
 free]`, and there is a graph for every power of two of columns and for some numbers of rows; what is too much of both is
 masked. Graphs are recorded when they are first needed.
 
-Models whose step cannot be recorded, or gives other scores so, run in the batch of `torch_batch.py`.
+Models whose step cannot be recorded, or gives other scores so, run in the batch of `torch_batch.py`: experts, angles that
+depend on the length, windows that the configuration does not list by layer, and several devices.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Collection
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_logger
@@ -24,7 +27,6 @@ from prefect_huggingface.tasks.engines.torch_batch import (
     DenseBatch,
     EngineSizes,
     can_join,
-    final_columns,
     padded_rows,
 )
 from prefect_huggingface.tasks.engines.torch_loading import input_device
@@ -42,13 +44,17 @@ ROWS_STEP = 32
 MOST_GRAPHS = 48
 # Models without a list of their layers' kinds whose every layer has the window of the configuration.
 WINDOWED = ("mistral",)
+WINDOW_SETTINGS = ("sliding_window", "window_size", "attention_window")
+EXPERT_SETTINGS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# A recording waits for all of its GPU, which breaks one of another engine.
+RECORDING = threading.Lock()
 # Share of a vector of scores by which rounding may change it, in single precision and in others.
 EXACT_GAP, HALF_GAP = 1e-3, 0.05
 
 
 def group_heads(model: Any) -> None:
     """Have the steps in graphs of a model on CUDA use `grouped_attention`, where it has the attention of torch."""
-    if input_device(model).type != "cuda" or model.get_correct_attn_implementation(None) != "sdpa":
+    if not may_be_recorded(model) or model.get_correct_attn_implementation(None) != "sdpa":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -75,14 +81,15 @@ def grouped_attention(
         return found, None
     # The heads of a group take the place of the tokens of a text.
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    scores = torch.matmul(grouped, key.transpose(-1, -2)) * (options.get("scaling") or size**-0.5) + attention_mask
+    grouped = grouped * (options.get("scaling") or size**-0.5)  # before the product, which may be too large for float16
+    scores = torch.matmul(grouped, key.transpose(-1, -2)) + attention_mask
     shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(shares, value).reshape(rows, 1, heads, value.shape[-1]), None
 
 
 def make_batch(model: Any, sizes: EngineSizes) -> DenseBatch:
     """Return the fastest batch that computes a model rightly."""
-    if not _may_be_recorded(model):
+    if not may_be_recorded(model):
         return DenseBatch(model)
     import torch
 
@@ -91,10 +98,6 @@ def make_batch(model: Any, sizes: EngineSizes) -> DenseBatch:
         gap = batch.check()
     except Exception as exc:
         reason = f"{type(exc).__name__}: {exc}"
-        # A recording that fails leaves the random numbers of torch as if it went on; one that ends sets them right.
-        with torch.cuda.device(model.device):
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-                torch.zeros(1, device=model.device)
     else:
         if gap <= (EXACT_GAP if model.dtype == torch.float32 else HALF_GAP):
             return batch
@@ -105,14 +108,24 @@ def make_batch(model: Any, sizes: EngineSizes) -> DenseBatch:
     return DenseBatch(model)
 
 
-def _may_be_recorded(model: Any) -> bool:
-    """Return whether a model is all on one CUDA GPU, and its mask can be made here."""
+def may_be_recorded(model: Any) -> bool:
+    """Return whether a model is all on one CUDA GPU, its mask can be made here, and no step asks for a value.
+
+    A recording that fails leaves traces in torch, so that what is known to fail is not tried: experts, which are chosen
+    by value, and angles that depend on the length.
+    """
     device = input_device(model)
     if device.type != "cuda" or not can_join(model):
         return False
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [])
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    has_own_window = not kinds and config.model_type not in WINDOWED and any(map(config.to_dict().get, WINDOW_SETTINGS))
+    rope = getattr(config, "rope_parameters", None) or {}
     return (
         kinds <= {"full_attention", "sliding_attention"}
+        and not has_own_window
+        and not any(map(config.to_dict().get, EXPERT_SETTINGS))
+        and rope.get("rope_type") not in ("dynamic", "longrope")
         and "position_ids" in inspect.signature(model.forward).parameters
         and all(parameter.device == device for parameter in model.parameters())
     )
@@ -145,7 +158,8 @@ class GraphBatch(DenseBatch):
         is_windowed = "sliding_attention" in self._kinds or config.model_type in WINDOWED
         self._window = getattr(config, "sliding_window", None) if is_windowed else None
         self._slots: Any = None
-        self._graphs: dict[tuple[int, int], tuple[Any, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], Any] = {}
+        self._scores: Any = None
         self._records = self._device.type == "cuda"
         # Each stream has a workspace of its own.
         self._stream: Any = torch.cuda.Stream(self._device) if self._records else None
@@ -174,6 +188,7 @@ class GraphBatch(DenseBatch):
         """
         # The newest token of each sequence is not in its slot yet.
         lengths = [sequence.length for sequence in self.sequences]
+        self._reserve(self._slots, len(lengths), max(lengths))
         return self._replay([sequence.tokens[-1] for sequence in self.sequences], lengths)
 
     def leave(self, rows: Collection[int]) -> None:
@@ -186,8 +201,9 @@ class GraphBatch(DenseBatch):
         if free:
             columns = max(self.sequences[row].length for row in moved)
             to, source = torch.tensor([free, moved], device=self._device)
-            for tensor in self._tensors():
-                tensor[to, :, :columns] = tensor[source, :, :columns]
+            with torch.inference_mode():  # requests are cancelled between the steps
+                for tensor in self._tensors():
+                    tensor[to, :, :columns] = tensor[source, :, :columns]
         for to, source in zip(free, moved, strict=True):
             self.sequences[to] = self.sequences[source]
         del self.sequences[count:]
@@ -216,13 +232,15 @@ class GraphBatch(DenseBatch):
             _, mask = padded_rows(texts)
             wanted = self._forward(torch.tensor([text[-1:] for text in texts]), mask, cache).float()
             gap = float((found - wanted).norm() / wanted.norm())
+        if self._stream is not None and not self._graphs:
+            raise RuntimeError("The recording failed.")
         self.clear()
         return gap
 
     def _append(self, cache: Any, sequences: Items[Sequence]) -> None:
         """Put the rows of a cache into slots of their own."""
         running = [*self.sequences, *sequences]
-        self._reserve(cache, len(running), max(map(final_columns, running)))
+        self._reserve(cache, len(running), max(sequence.length for sequence in running))
         self._put(cache, [len(sequence.context_ids) for sequence in sequences])
         self.sequences.extend(sequences)
 
@@ -250,12 +268,14 @@ class GraphBatch(DenseBatch):
                 like, before = getattr(source, name), getattr(layer, name)
                 room = like.new_zeros((rows, like.shape[1], columns, like.shape[3]))
                 if before is not None:
-                    room[: kept[0], :, : kept[1]] = before[: kept[0], :, : kept[1]]
+                    old_part = before[: kept[0], :, : kept[1]]
+                    room[: kept[0], :, : old_part.shape[2]] = old_part
                 setattr(layer, name, room)
 
     def _forget(self) -> None:
         """Drop the graphs, which belong to memory that changes."""
         self._graphs.clear()
+        self._scores = None
         self._records = self._stream is not None
 
     def _put(self, cache: Any, lengths: list[int]) -> None:
@@ -270,7 +290,9 @@ class GraphBatch(DenseBatch):
         for layer, source in zip(self._slots.layers, cache.layers, strict=True):
             for name in ("keys", "values"):
                 found = getattr(source, name).take_along_dim(places[:, None, :, None], dim=2)
-                getattr(layer, name)[first:last, :, :columns] = found
+                slots = getattr(layer, name)[first:last]
+                slots[:, :, :columns] = found
+                slots[:, :, columns:] = 0  # whatever is no number there would spread through its mask
 
     def _replay(self, ids: list[int], lengths: list[int]) -> Tensor:
         """Compute a step by the newest token of each slot, which makes its text so long."""
@@ -280,16 +302,16 @@ class GraphBatch(DenseBatch):
         columns = bucket(max(lengths), LEAST_COLUMNS)
         given = torch.tensor([ids, [length - 1 for length in lengths]])
         self._given[:, : len(ids)] = given.to(self._device, non_blocking=True)
-        found = self._graphs.pop((rows, columns), None)
-        if found is None:
+        graph = self._graphs.pop((rows, columns), None)
+        if graph is None:
             return self._launch(rows, columns)[: len(ids)]
-        self._graphs[rows, columns] = found  # the last that goes
-        graph, scores = found
+        self._graphs[rows, columns] = graph  # the last that goes
         graph.replay()
-        return scores[: len(ids)]
+        scores: Tensor = self._scores[: len(ids)]
+        return scores
 
     def _launch(self, rows: int, columns: int) -> Tensor:
-        """Compute a step as it comes, and record it for the next one."""
+        """Compute a step as it comes, and record it for the next one. Where that fails, those are launched as well."""
         if not self._records:
             return self._compute(rows, columns)
         import torch
@@ -297,20 +319,34 @@ class GraphBatch(DenseBatch):
         # Libraries make their workspaces when they first compute on a stream, which cannot be recorded.
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            scores = self._compute(rows, columns)
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                scores = self._compute(rows, columns)
+        finally:
+            here.wait_stream(self._stream)
         scores.record_stream(here)
-        found = self._record(rows, columns)
-        if found is None:
-            logger.warning("There is too little memory for a CUDA graph of %d rows; steps are launched.", rows)
+        try:
+            if self._scores is None:
+                self._scores = scores.new_empty((self._given.shape[1], scores.shape[-1]))
+            with RECORDING:
+                self._graphs[rows, columns] = self._record(rows, columns)
+        except Exception as exc:
+            logger.warning("A step with %d rows cannot be recorded; steps are launched. %s", rows, exc)
             self._records = False
-        else:
-            self._graphs[rows, columns] = found
+            torch.cuda.set_stream(here)
+            self._end_recording()
         return scores
 
-    def _record(self, rows: int, columns: int) -> tuple[Any, Tensor] | None:
-        """Return the graph of a step and where its scores will be, or None where the memory does not suffice."""
+    def _end_recording(self) -> None:
+        """Set the random numbers of torch right, which a recording that failed leaves as if it went on."""
+        import torch
+
+        with suppress(Exception), RECORDING, torch.cuda.device(self._device):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                torch.zeros(1, device=self._device)
+
+    def _record(self, rows: int, columns: int) -> Any:
+        """Return the graph of a step, which writes its scores into those of this batch."""
         import torch
 
         while len(self._graphs) >= MOST_GRAPHS:
@@ -318,14 +354,10 @@ class GraphBatch(DenseBatch):
         if not self._graphs:
             # The pool of graphs that are gone may not be used again while somebody has a tensor of theirs.
             self._pool = torch.cuda.graph_pool_handle()
-        graph, scores = torch.cuda.CUDAGraph(), None
-        # Other engines of the process may go on meanwhile.
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            try:
-                scores = self._compute(rows, columns)
-            except torch.OutOfMemoryError:
-                pass  # what was recorded until then is thrown away
-        return None if scores is None else (graph, scores)
+            self._scores[:rows].copy_(self._compute(rows, columns))
+        return graph
 
     def _compute(self, rows: int, columns: int) -> Tensor:
         """Compute a step of the first slots, and look at their first columns only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,19 @@ def test_requests_that_come_and_go_say_the_same_in_slots(engines: tuple[TorchTex
     dense, slots = engines
     assert texts(slots, REQUESTS, in_flight) == texts(dense, REQUESTS, in_flight)
     slots.check_integrity()
+
+
+def test_a_request_that_is_cancelled_leaves_its_slot_to_another(tiny_llama: Path) -> None:
+    options = GenerationOptions(max_new_tokens=200, ignore_eos=True)
+    requests = [Request(prompt, id=index, options=options) for index, prompt in enumerate(PROMPTS[:4])]
+    with load(tiny_llama) as dense, in_slots(load(tiny_llama)) as slots:
+        expected, begun = texts(dense, requests), threading.Event()
+        first = slots.submit(requests[0], on_text=lambda _: begun.set())
+        others = [slots.submit(request) for request in requests[1:]]
+        assert begun.wait(30)
+        first.cancel()
+        assert [other.result(60).text for other in others] == expected[1:]
+        assert texts(slots, requests) == expected
 
 
 def test_a_model_passes_its_check(engines: tuple[TorchTextEngine, ...]) -> None:
