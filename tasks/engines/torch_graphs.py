@@ -6,8 +6,8 @@ and values of each sequence are in a slot of memory that stays where it is, `[a,
 free]`, and there is a graph for every power of two of columns and for some numbers of rows; what is too much of both is
 masked. Graphs are recorded when they are first needed.
 
-Models whose step cannot be recorded, or gives other scores so, run in the batch of `torch_batch.py`: experts, angles that
-depend on the length, windows that the configuration does not list by layer, and several devices.
+Models whose step cannot be recorded, or gives other scores so, run in the batch of `torch_batch.py`: with experts, with
+angles that depend on the length, with windows that the configuration does not list by layer, on several devices.
 """
 
 from __future__ import annotations
