@@ -240,7 +240,8 @@ def test_an_engine_whose_thread_meets_what_is_no_exception_ends_its_requests(fam
     expected = family.text(PROMPTS[0])
     unload_engines()
     FailingForward(monkeypatch, "torch-text", lambda step, _: step == 3, SystemExit("a library ends the thread"))
-    completions = completed([family.submit(prompt) for prompt in PROMPTS[:4]], 30)
+    engine = load_engine(family.model)  # one for all: `load_engine` after the failure gives a new one
+    completions = completed([engine.submit(family.request(prompt)) for prompt in PROMPTS[:4]], 30)
     check_failures(completions)
     assert all(completion.error is not None for completion in completions)
     monkeypatch.undo()
