@@ -27,7 +27,6 @@ from prefect_huggingface.tasks.engines.engine_group import EngineGroup
 from prefect_huggingface.tasks.engines.memory import available_bytes
 from prefect_huggingface.tasks.engines.openvino_engine import OpenVINOTextEngine
 from prefect_huggingface.tasks.engines.openvino_runtime import (
-    EXACT_PROPERTIES,
     tuning_file,
     with_settings,
     write_settings,
@@ -36,6 +35,7 @@ from prefect_huggingface.tasks.engines.registry import model_folder, weight_byte
 from prefect_huggingface.tasks.errors import GenerationError, PlanError
 from prefect_huggingface.tasks.records import Request
 from prefect_huggingface.tasks.run_logs import run_log
+from prefect_huggingface.tasks.storage.exports.exporter import EXACT_PROPERTIES
 
 # In the order of what they have been seen to gain.
 GRID: tuple[tuple[str, tuple[Any, ...]], ...] = (

@@ -4,7 +4,7 @@ A request that fails takes nobody with it. What is wrong with it is found before
 possible. When a step fails nevertheless, the requests in it go back to the queue, and they run with fewer and fewer
 others until the one that makes steps fail is alone.
 
-In full precision (`openvino_runtime.EXACT_PROPERTIES`) the greedy text of a request is the same alone, in any batch and
+In full precision (`EXACT_PROPERTIES`) the greedy text of a request is the same alone, in any batch and
 streamed. OpenVINO's own defaults round differently in different batches.
 """
 

@@ -28,18 +28,11 @@ from prefect_huggingface.tasks.engines.openvino_scheduler import SchedulerSizes
 from prefect_huggingface.tasks.engines.structured import genai_grammar
 from prefect_huggingface.tasks.errors import EngineError
 from prefect_huggingface.tasks.storage.adapters import LoraAdapter
+from prefect_huggingface.tasks.storage.exports.exporter import EXACT_PROPERTIES
 from prefect_huggingface.tasks.storage.files import write_file
 
 logger = get_logger(__name__)
 
-# With these, a row's greedy text is the same alone, in any batch, and streamed. OpenVINO's own defaults compute in
-# bfloat16 where the processor has it, quantize activations to 8 bits by groups, and keep keys and values in 8 bits;
-# all three round differently for different batches.
-EXACT_PROPERTIES = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-}
 # The size that OpenVINO GenAI takes for speculative decoding by default.
 DRAFT_TOKENS = 5
 LOOKUP_NGRAM = 3

@@ -45,12 +45,16 @@ KV_SETTINGS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"
 LEAST_FILL, GPU_SPARE_TOKENS = 0.75, 2048
 
 
+def layer_kinds(config: Any) -> set[str]:
+    """Return the kinds of attention that a configuration lists for its layers, none where it lists nothing."""
+    return set(getattr(config, "layer_types", None) or [])
+
+
 def can_join(model: Any) -> bool:
     """Return whether sequences can join a running batch of this model: its only state are keys and values."""
     from transformers.generation import GenerationMixin
 
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or [])
     is_plain = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
     rope = getattr(config, "rope_parameters", None) or {}
     return bool(
@@ -58,7 +62,7 @@ def can_join(model: Any) -> bool:
         and not model.config.is_encoder_decoder
         and not getattr(model, "_is_stateful", False)
         and model._supports_default_dynamic_cache()
-        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and layer_kinds(config) <= {"full_attention", "sliding_attention", "chunked_attention"}
         and "past_key_values" in inspect.signature(model.forward).parameters
     )
 
@@ -472,10 +476,10 @@ class EngineSizes:
             tokens_for: Number of tokens that so many rows and columns need room for.
         """
         longest = used = 0
-        columns = max(map(final_columns, running), default=0)
+        columns = max(map(_final_columns, running), default=0)
         for count, sequence in enumerate(waiting):
             longest, used = max(longest, sequence.length), used + sequence.length
-            columns = max(columns, final_columns(sequence))
+            columns = max(columns, _final_columns(sequence))
             rows, computed = len(running) + count + 1, (count + 1) * longest
             is_full = computed - used <= max(self.spare_tokens, (1 - LEAST_FILL) * computed)
             fits_step = count == 0 or (computed <= self.step_tokens and is_full)
@@ -485,8 +489,7 @@ class EngineSizes:
         return len(waiting)
 
 
-def final_columns(sequence: Sequence) -> int:
-    """Return the number of tokens that a sequence may become long."""
+def _final_columns(sequence: Sequence) -> int:
     return sequence.length + sequence.tokens_left
 
 

@@ -27,6 +27,7 @@ from prefect_huggingface.tasks.engines.torch_batch import (
     DenseBatch,
     EngineSizes,
     can_join,
+    layer_kinds,
     padded_rows,
 )
 from prefect_huggingface.tasks.engines.torch_loading import input_device
@@ -118,13 +119,13 @@ def may_be_recorded(model: Any) -> bool:
     if device.type != "cuda" or not can_join(model):
         return False
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or [])
-    has_own_window = not kinds and config.model_type not in WINDOWED and any(map(config.to_dict().get, WINDOW_SETTINGS))
+    kinds, settings = layer_kinds(config), config.to_dict()
+    has_own_window = not kinds and config.model_type not in WINDOWED and any(map(settings.get, WINDOW_SETTINGS))
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         kinds <= {"full_attention", "sliding_attention"}
         and not has_own_window
-        and not any(map(config.to_dict().get, EXPERT_SETTINGS))
+        and not any(map(settings.get, EXPERT_SETTINGS))
         and rope.get("rope_type") not in ("dynamic", "longrope")
         and "position_ids" in inspect.signature(model.forward).parameters
         and all(parameter.device == device for parameter in model.parameters())
@@ -154,7 +155,7 @@ class GraphBatch(DenseBatch):
         super().__init__(model)
         self._sizes = sizes
         config = model.config.get_text_config(decoder=True)
-        self._kinds = set(getattr(config, "layer_types", None) or [])
+        self._kinds = layer_kinds(config)
         is_windowed = "sliding_attention" in self._kinds or config.model_type in WINDOWED
         self._window = getattr(config, "sliding_window", None) if is_windowed else None
         self._slots: Any = None
@@ -169,8 +170,7 @@ class GraphBatch(DenseBatch):
         """Bytes of keys and values of one token, 0 while there are none."""
         if self._slots is None:
             return 0
-        layers = self._slots.layers
-        return sum(tensor[0, :, 0].nbytes for layer in layers for tensor in (layer.keys, layer.values))
+        return sum(tensor[0, :, 0].nbytes for tensor in self._tensors())
 
     def tokens_for(self, rows: int, columns: int) -> int:
         """Return the number of tokens that there must be room for."""

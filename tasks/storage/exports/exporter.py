@@ -44,7 +44,11 @@ EXACT_PROPERTIES = {
     "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
 }
-"""Single precision: processors with products of 8-bit integers would round activations to 8 bits too."""
+"""With these, the greedy text of a row is the same alone, in any batch, and streamed.
+
+OpenVINO's own defaults compute in bfloat16 where the processor has it, quantize activations to 8 bits by groups, and
+keep keys and values in 8 bits; all three round differently for different batches.
+"""
 OPTIMUM_CLASSES = {
     "text-generation": "OVModelForCausalLM",
     "text2text-generation": "OVModelForSeq2SeqLM",
